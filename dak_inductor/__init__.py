@@ -1,0 +1,1 @@
+"""A TorchInductor backend for models that do not fit in GPU memory."""
