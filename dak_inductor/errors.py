@@ -1,6 +1,8 @@
-"""Every error a user can cause, by name. Each message says what was asked, what there is, and what to do.
+"""Every error a user can cause, by name. Each message says what was asked, what there is, and what
+to do.
 
-Each class also derives from the built-in error that fits, so that callers who do not know this package
+Each class also derives from the built-in error that fits, so that callers who do not know this
+package
 can still catch it.
 """
 
@@ -57,7 +59,8 @@ class CheckpointError(DakError, ValueError):
 
 
 class ModelError(DakError, TypeError):
-    """A model that cannot be offloaded as it is: dispatched by accelerate, sharded, offloaded already."""
+    """A model that cannot be offloaded as it is: dispatched by accelerate, sharded, offloaded
+    already."""
 
 
 class PlanError(DakError, ValueError):
@@ -77,11 +80,13 @@ class StaleViewError(DakError, RuntimeError):
 
 
 class TieredTensorError(DakError, RuntimeError):
-    """A tiered tensor was used where its memory cannot follow: export, CUDA IPC, or a forked child."""
+    """A tiered tensor was used where its memory cannot follow: export, CUDA IPC, or a forked
+    child."""
 
 
 class ResidentCopyError(DakError, RuntimeError):
-    """Under `strict`: a weight of an offloaded model was replaced by a tensor that lives whole in HBM."""
+    """Under `strict`: a weight of an offloaded model was replaced by a tensor that lives whole in
+    HBM."""
 
 
 class NothingOffloadedError(DakError, RuntimeError):

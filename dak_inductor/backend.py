@@ -1,0 +1,121 @@
+"""The backend of torch.compile: operators -> costs -> plan -> placement -> rewrite -> Inductor."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from dak_inductor import options as option_parser
+from dak_inductor.errors import TieredTensorError
+from dak_inductor.normalise import normalise
+from dak_inductor.op_table import OpTable, build_op_table
+from dak_inductor.options import BackendOptions
+from dak_inductor.refusal import Refusal
+from dak_inductor.rewrite import rewrite
+from dak_inductor.session import SESSION, CompiledGraph
+
+log = logging.getLogger(__name__)
+
+Executor = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+def dak(
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph whose weights may live partly in a remote tier.
+
+    Args:
+        mode: a mode of Inductor, as in `torch.compile`.
+        options: `strategy`, `window`, `strict`, `plan`, `mode`; all other keys are Inductor's.
+
+    Raises:
+        OptionError: an option that does not exist.
+        NothingOffloadedError, ResidentCopyError: under `strict`.
+    """
+    parsed = option_parser.parse(mode, options)
+    return compile_graph(graph_module, example_inputs, parsed.backend, _inductor(parsed.inductor))
+
+
+def compile_graph(
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    settings: BackendOptions,
+    executor: Executor,
+) -> Callable[..., Any]:
+    """The pipeline. `executor` compiles the rewritten graph: Inductor, or a plain interpreter in
+    tests."""
+    if _wants_grad(example_inputs):
+        return executor(graph_module, example_inputs)
+    if torch.compiler.is_exporting():
+        raise TieredTensorError(
+            "the dak backend cannot be exported: a plan belongs to this process's memory. "
+            "Export the model after dak.restore(model)."
+        )
+    graph, table = _read_operators(graph_module)
+    rewritten = rewrite(graph, table) if table.ops else graph
+    compiled = CompiledGraph(table, settings, SESSION)
+    compiled.log_placement(example_inputs)
+    compiled.run = executor(rewritten, example_inputs)
+    return compiled
+
+
+def _read_operators(graph_module: GraphModule) -> tuple[GraphModule, OpTable]:
+    graph = normalise(graph_module)
+    if isinstance(graph, Refusal):
+        log.warning("graph left as it is, its stock kernels read tiered weights: %s", graph.reason)
+        placeholders = tuple(n.name for n in graph_module.graph.nodes if n.op == "placeholder")
+        return graph_module, OpTable((), (graph,), placeholders, (), {}, {})
+    return graph, build_op_table(graph)
+
+
+def _wants_grad(example_inputs: Sequence[Any]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if not any(isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs):
+        return False
+    warnings.warn(
+        "an input requires grad, so this graph goes to Inductor untouched: the dak backend "
+        "serves inference (dak.offload freezes parameters; use torch.no_grad() otherwise)",
+        stacklevel=3,
+    )
+    return True
+
+
+def _inductor(patches: Mapping[str, Any]) -> Executor:
+    def executor(graph: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        from dak_inductor.lowering import inductor
+
+        inductor.register()
+        config: Any = torch.compiler.config
+        with config.patch(cache_key_tag=f"{config.cache_key_tag}dak:{source_hash()}"):
+            compiled: Any = compile_fx(graph, example_inputs, config_patches=dict(patches) or None)
+        return compiled
+
+    return executor
+
+
+@lru_cache(maxsize=1)
+def source_hash() -> str:
+    """A hash of this package's sources: lowerings are not part of Inductor's own cache key."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for folder in (root, root / "lowering", root / "cuda_runtime"):
+        for path in sorted(folder.glob("**/*")):
+            if path.suffix in {".py", ".cu", ".cuh"} and path.is_file():
+                digest.update(path.relative_to(root).as_posix().encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,129 @@
+"""One compiled graph bound to one set of weights, and the bytes that its calls read.
+
+A graph may serve many weights (equal blocks compiled once, two models of one class). A binding is
+found at call
+time by the addresses of the parameters, and keeps what the planner needs of them: names, calls,
+sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dak_inductor.cuda_runtime import address_table
+from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
+from dak_inductor.lowering import counters
+from dak_inductor.offloaded import offloaded_models
+from dak_inductor.op_table import OpTable
+from dak_inductor.plan import OpUse
+from dak_inductor.sizes import Evaluator
+
+
+@dataclass(eq=False)
+class Binding:
+    """`names` and `buffers` are by index of graph input.
+
+    `values` are the symbols' values of the last call, `largest` the largest of each so far, and
+    `grew` says that
+    one of them grew since the last plan.
+    """
+
+    graph: str
+    table: OpTable
+    names: Mapping[int, str]
+    buffers: Mapping[int, TieredBuffer]
+    values: Mapping[str, int]
+    counts_itself: bool
+    calls: int = 0
+    largest: dict[str, int] = field(default_factory=dict)
+    grew: bool = False
+    _uncounted: int = 0
+    _counted_at: tuple[int, ...] = ()
+    _reads: list[tuple[str, str, TierBytes]] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the largest product in the graph: tokens per call."""
+        evaluate = Evaluator({**self.table.hints, **self.values})
+        return max((evaluate(op.m) for op in self.table.ops if op.operand in self.names), default=0)
+
+    def uses(self, calls: float) -> list[OpUse]:
+        """The planner's view of the graph with these weights, weighted by `calls`."""
+        return self.table.uses(self.names, graph=self.graph, calls=calls, values=self.values)
+
+    def note_call(self, arguments: Sequence[object]) -> None:
+        """Count one call. Bytes are added up when someone asks, or before pages or sizes change."""
+        if self.table.symbols:
+            values = self.table.symbol_values(arguments)
+            if values != self.values:
+                self.flush()
+                self.grew = self.grew or any(values[s] > self.largest.get(s, 0) for s in values)
+                self.largest = {
+                    s: max(value, self.largest.get(s, 0)) for s, value in values.items()
+                }
+                self.values = values
+                self._counted_at = ()
+        self.calls += 1
+        self._uncounted += 1
+
+    def flush(self) -> None:
+        """Hand the bytes of the calls since the last flush to the counters."""
+        calls, self._uncounted = self._uncounted, 0
+        if not calls or self.counts_itself:
+            return
+        for kind, tensor, read in self._reads_per_call():
+            counters.record(kind, tensor, TierBytes(read.local * calls, read.remote * calls), calls)
+
+    def bytes_per_call(self) -> TierBytes:
+        """Bytes that one call reads from tiered operands, by tier, as they are placed now."""
+        return sum((read for _, _, read in self._reads_per_call()), TierBytes())
+
+    def _reads_per_call(self) -> list[tuple[str, str, TierBytes]]:
+        state = tuple(buffer.generation for buffer in self.buffers.values())
+        if self._reads and state == self._counted_at:
+            return self._reads
+        evaluate = Evaluator({**self.table.hints, **self.values})
+        self._reads = []
+        for op in self.table.ops:
+            buffer = self.buffers.get(op.operand)
+            if buffer is None:
+                continue
+            touched = min(evaluate(op.touched), buffer.nbytes)
+            held = buffer.bytes_by_tier()
+            remote = round(touched * held.remote_share)
+            self._reads.append(
+                (op.kind, self.names[op.operand], TierBytes(touched - remote, remote))
+            )
+        self._counted_at = state
+        return self._reads
+
+
+def bind(graph: str, table: OpTable, arguments: Sequence[object]) -> Binding:
+    """Look up which operands of a call are tiered."""
+    known = {
+        id(weight.buffer): weight.name
+        for model in offloaded_models()
+        for weight in model.weights.values()
+    }
+    names: dict[int, str] = {}
+    buffers: dict[int, TieredBuffer] = {}
+    for index in table.operands():
+        argument = arguments[index]
+        if not isinstance(argument, torch.Tensor):
+            continue
+        buffer = address_table.lookup(argument.data_ptr())
+        if buffer is not None:
+            names[index] = known.get(id(buffer), buffer.label)
+            buffers[index] = buffer
+    simulated = any(buffer.device.type == "cpu" for buffer in buffers.values())
+    return Binding(
+        graph=graph,
+        table=table,
+        names=names,
+        buffers=buffers,
+        values=table.symbol_values(arguments),
+        counts_itself=simulated,
+    )

@@ -1,0 +1,148 @@
+"""Options of the backend, and the only place that reads the environment.
+
+An option may come from `torch.compile(..., backend="dak", options={...})` or from a variable
+`DAK_<OPTION>`; the call wins. Keys that are neither ours nor Inductor's raise.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dak_inductor.errors import OptionError
+
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"0", "false", "no", "off", ""}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendOptions:
+    """What the user may ask of the backend.
+
+    strategy: how remote bytes reach the SMs: "auto" or "direct". "staged" is refused in this version.
+    window:   bytes in flight per link. Stock kernels take none: only None is accepted yet.
+    accepted.
+    strict:   raise instead of warn where nothing is offloaded or a weight became resident.
+    plan:     a plan, or the path of a plan file, that is applied instead of the planner's own.
+    """
+
+    strategy: str = "auto"
+    window: int | None = None
+    strict: bool = False
+    plan: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedOptions:
+    """`backend` is ours; `inductor` are the config patches handed to `compile_fx`."""
+
+    backend: BackendOptions
+    inductor: dict[str, Any]
+
+
+def environment(name: str) -> str | None:
+    """The value of the variable `DAK_<NAME>`, or None. The package reads the environment only
+    here."""
+    return os.environ.get(f"DAK_{name.upper()}")
+
+
+def cache_folder() -> Path:
+    """Where probed profiles and compiled kernels are kept: $DAK_CACHE, else the XDG cache
+    folder."""
+    own = environment("cache")
+    if own:
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "dak_inductor"
+
+
+def parse(mode: str | None, options: Mapping[str, Any] | None) -> ParsedOptions:
+    """Split what `torch.compile` hands over into our options and Inductor's.
+
+    `mode` may stand among the options, since torch refuses `mode=` next to `options=`.
+
+    Raises:
+        OptionError: a key that neither side knows, a value out of range, or two different modes.
+    """
+    given = dict(options or {})
+    own_mode = given.pop("mode", None)
+    if mode is not None and own_mode is not None and mode != own_mode:
+        raise OptionError(f"mode is given twice: mode={mode!r} and options['mode']={own_mode!r}")
+    mode = mode if mode is not None else own_mode
+
+    own = {
+        field.name: given.pop(field.name) for field in fields(BackendOptions) if field.name in given
+    }
+    backend = _check(BackendOptions(**{**_from_environment(), **own}))
+    return ParsedOptions(backend, {**_mode_patches(mode), **_inductor_patches(given)})
+
+
+def _from_environment() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in ("strategy", "plan"):
+        if (value := environment(name)) is not None:
+            found[name] = value
+    if (value := environment("window")) is not None:
+        if not value.isdigit():
+            raise OptionError(f"DAK_WINDOW={value!r} is not a number of bytes")
+        found["window"] = int(value)
+    if (value := environment("strict")) is not None:
+        if value.lower() not in _TRUE | _FALSE:
+            raise OptionError(f"DAK_STRICT={value!r}: use 1 or 0")
+        found["strict"] = value.lower() in _TRUE
+    return found
+
+
+def _check(options: BackendOptions) -> BackendOptions:
+    if options.strategy not in ("auto", "direct", "staged"):
+        raise OptionError(f"strategy={options.strategy!r}: use 'auto' or 'direct'")
+    if options.strategy == "staged":
+        raise OptionError(
+            "strategy='staged': this version reads remote memory directly only; use 'auto' "
+            "or 'direct'"
+        )
+    if options.window is not None:
+        raise OptionError(
+            f"window={options.window!r}: the stock kernels of this version take no window; "
+            "leave it out"
+        )
+    if not isinstance(options.strict, bool):
+        raise OptionError(f"strict={options.strict!r}: use True or False")
+    return options
+
+
+def _mode_patches(mode: str | None) -> dict[str, Any]:
+    import torch._inductor as inductor
+
+    if mode is None or mode == "default":
+        return {}
+    known = inductor.list_mode_options()
+    if mode not in known:
+        raise OptionError(f"mode={mode!r} is unknown; Inductor has {', '.join(sorted(known))}")
+    return dict(known[mode])
+
+
+def _inductor_patches(given: Mapping[str, Any]) -> dict[str, Any]:
+    if not given:
+        return {}
+    import torch._inductor.config as inductor_config
+
+    # the public `list_options` copies every value
+    known = set(vars(inductor_config)["_config"])
+    patches: dict[str, Any] = {}
+    for key, value in given.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            ours = [field.name for field in fields(BackendOptions)] + ["mode"]
+            close = difflib.get_close_matches(name, [*ours, *known], n=3)
+            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            raise OptionError(
+                f"unknown option {key!r}{hint} Options of this backend: {', '.join(ours)}; "
+                "any other key must be one of torch._inductor.config"
+            )
+        patches[name] = value
+    return patches

@@ -1,0 +1,170 @@
+"""When a plan is made again, from what, and whether its moves pay."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+
+from dak_inductor import hardware, placement
+from dak_inductor.binding import Binding
+from dak_inductor.cost_model import op_time
+from dak_inductor.default_plan import default_uses
+from dak_inductor.hardware import HardwareProfile
+from dak_inductor.offloaded import OffloadedModel
+from dak_inductor.plan import OpUse, Plan, PlanProblem
+from dak_inductor.planner import make_plan
+from dak_inductor.refusal import Refusal
+
+log = logging.getLogger(__name__)
+
+# Calls at which a binding's plan is looked at again: the first, then at ever longer intervals.
+_DUE = frozenset(16**power for power in range(12))
+# A graph of few rows is a decode step, of which more will come; a prefill may never come again.
+_DECODE_ROWS = 256
+_DECODE_CALLS = 16
+# Left free above the measured peak: kernels load lazily and take device memory of their own.
+_HEADROOM = 128 << 20
+
+
+def is_due(binding: Binding) -> bool:
+    """True at calls 1, 16, 256, ... of a binding, and when a size grew past all earlier calls."""
+    return binding.calls in _DUE or binding.grew
+
+
+def expected_calls(binding: Binding) -> float:
+    """Calls still to come: as many as there were, and at least 16 of a decode step."""
+    if binding.rows <= _DECODE_ROWS:
+        return float(max(binding.calls, _DECODE_CALLS))
+    return float(max(binding.calls, 1))
+
+
+def problem_of(model: OffloadedModel, bindings: Iterable[Binding]) -> PlanProblem:
+    """What the planner is asked for one model: its weights, the operators seen so far, and the
+    budget.
+
+    A weight that no graph has read yet counts as read once per step, as before any graph was seen.
+    """
+    names = {id(weight.buffer): weight.spec.name for weight in model.weights.values()}
+    uses: list[OpUse] = []
+    refusals: dict[tuple[str, str], Refusal] = {}
+    for binding in bindings:
+        bound = {
+            index: names[id(buffer)]
+            for index, buffer in binding.buffers.items()
+            if id(buffer) in names
+        }
+        if not bound:
+            continue
+        calls = expected_calls(binding)
+        uses.extend(
+            binding.table.uses(bound, graph=binding.graph, calls=calls, values=binding.values)
+        )
+        for refusal in binding.table.refusals:
+            refusals[binding.graph, refusal.node] = replace(refusal, graph=binding.graph)
+    seen = {use.tensor for use in uses}
+    uses.extend(use for use in default_uses(model) if use.tensor not in seen)
+    return PlanProblem(
+        tensors=model.specs(),
+        uses=tuple(uses),
+        remote_bytes=required_remote_bytes(model),
+        remote=model.remote,
+        refusals=(*model.refusals, *refusals.values()),
+        model=model.fingerprint,
+    )
+
+
+def required_remote_bytes(model: OffloadedModel) -> int:
+    """Bytes of the weights that cannot stay on the device, by the budget as it is measured now.
+
+    Each buffer's pages hold a little more than the tensor; all of that is taken off the budget.
+    """
+    held = [weight.buffer for weight in model.weights.values()]
+    total = sum(buffer.nbytes for buffer in held)
+    if model.offload_ratio is not None:
+        return min(total, model.plan.asked_bytes if model.plan else 0)
+    slack = sum(buffer.page_count * buffer.page_bytes - buffer.nbytes for buffer in held)
+    return max(0, total + slack - model.budget.weight_bytes_available(model))
+
+
+def measure(model: OffloadedModel) -> None:
+    """Replace the budget's estimate for activations by the peak that torch's allocator has
+    reserved."""
+    if model.device.type == "cuda":
+        peak = torch.cuda.max_memory_reserved(model.device)
+        model.budget.measured_peak(peak + _HEADROOM)
+
+
+def replan(
+    model: OffloadedModel, bindings: Sequence[Binding], *, user_plan: Plan | str | None = None
+) -> placement.MoveReport | None:
+    """Plan again and move, if the budget asks for it or the predicted gain pays for the moves.
+
+    Called at a step boundary. Returns what was moved, or None.
+    """
+    measure(model)
+    profile = hardware.current(model.device)
+    problem = problem_of(model, bindings)
+    plan = load_plan(user_plan, model) if user_plan is not None else make_plan(problem, profile)
+    model.plan = plan
+    moved = bytes_to_move(model, plan)
+    if moved == 0:
+        return None
+    short = problem.remote_bytes - sum(spec.current_remote or 0 for spec in problem.tensors)
+    if user_plan is None and short <= 0:
+        gain = gain_of(problem, plan, profile)
+        cost = moved / profile.link(model.remote).copy_bandwidth
+        if gain <= cost:
+            log.debug("plan kept: moving %.3f GB would take %.1f ms and gain %.1f ms",
+                      moved / 1e9, cost * 1e3, gain * 1e3)  # fmt: skip
+            return None
+    report = placement.apply(plan, model)
+    log.info(
+        "%s: moved %.3f GB to the remote tier and %.3f GB back in %.1f ms",
+        model.label, report.bytes_to_remote / 1e9, report.bytes_to_local / 1e9, report.seconds *
+        1e3,
+    )  # fmt: skip
+    return report
+
+
+def load_plan(plan: Plan | str, model: OffloadedModel) -> Plan:
+    """A plan of the user's, checked against the model. Raises PlanError."""
+    from pathlib import Path
+
+    from dak_inductor.errors import PlanError
+
+    if not isinstance(plan, Plan):
+        try:
+            plan = Plan.from_json(Path(plan).read_text())
+        except OSError as error:
+            raise PlanError(f"plan file {plan}: {error.strerror or error}") from error
+    plan.check_model(
+        model.fingerprint, {w.spec.name: w.spec.nbytes for w in model.weights.values()}
+    )
+    return plan
+
+
+def bytes_to_move(model: OffloadedModel, plan: Plan) -> int:
+    """Bytes whose tier the plan changes."""
+    moved = 0
+    for weight in model.weights.values():
+        buffer = weight.buffer
+        wanted = buffer.nearest_split(buffer.nbytes - plan.splits[weight.spec.name])
+        moved += abs(wanted - buffer.split)
+    return moved
+
+
+def gain_of(problem: PlanProblem, plan: Plan, profile: HardwareProfile) -> float:
+    """Seconds that the plan saves over the calls expected, against the placement as it is."""
+    link = profile.link(problem.remote)
+    now = {spec.name: (spec.current_remote or 0) / max(spec.nbytes, 1) for spec in problem.tensors}
+    return sum(
+        use.calls
+        * (
+            op_time(use, now[use.tensor], profile, link)
+            - op_time(use, plan.splits[use.tensor] / max(plan.sizes[use.tensor], 1), profile, link)
+        )
+        for use in problem.uses
+    )

@@ -1,0 +1,79 @@
+"""ATen ops become dak:: ops, on a copy of the graph.
+
+Every eligible op is rewritten, whatever the plan says: where the bytes live is looked up by
+address when the
+op runs, so the rewritten graph outlives every plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+import dak_inductor.lowering.ops  # noqa: F401  (registers torch.ops.dak)
+from dak_inductor.normalise import copy_graph_attributes
+from dak_inductor.op_table import OpTable
+
+_aten = torch.ops.aten
+_dak = torch.ops.dak
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _same(node: Node) -> Arguments:
+    return node.args, dict(node.kwargs)
+
+
+def _gather(node: Node) -> Arguments:
+    return (node.args[0], node.args[1][0]), {}  # type: ignore[index]
+
+
+def _index_select(node: Node) -> Arguments:
+    return (node.args[0], node.args[2]), {}
+
+
+_TARGETS: dict[Any, tuple[Any, Callable[[Node], Arguments]]] = {
+    _aten.linear.default: (_dak.linear.default, _same),
+    _aten.addmm.default: (_dak.addmm.default, _same),
+    _aten.mm.default: (_dak.matmul.default, _same),
+    _aten.bmm.default: (_dak.matmul.default, _same),
+    _aten.matmul.default: (_dak.matmul.default, _same),
+    _aten.embedding.default: (_dak.embedding.default, _same),
+    _aten.index.Tensor: (_dak.gather.default, _gather),
+    _aten.index_select.default: (_dak.gather.default, _index_select),
+    _aten._grouped_mm.default: (_dak.grouped_mm.default, _same),
+}
+
+
+def rewrite(graph_module: GraphModule, table: OpTable) -> GraphModule:
+    """A copy of the graph with the eligible ops of `table` replaced; metadata and placeholders are
+    kept."""
+    eligible = {op.node for op in table.ops if op.rewrite}
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    copied: Any = graph.graph_copy(graph_module.graph, copies, return_output_node=True)
+    if copied is not None:
+        value, original = copied
+        graph.output(value).meta.update(original.meta)
+    for node in list(graph.nodes):
+        if node.name in eligible and node.target in _TARGETS:
+            _replace(graph, node)
+    result = GraphModule(graph_module, graph)
+    copy_graph_attributes(graph_module, result)
+    for old, new in copies.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    return result
+
+
+def _replace(graph: Graph, node: Node) -> None:
+    target, arguments_of = _TARGETS[node.target]
+    arguments, keywords = arguments_of(node)
+    with graph.inserting_before(node):
+        replacement = graph.create_node("call_function", target, arguments, keywords)
+    replacement.meta.update(node.meta)
+    node.replace_all_uses_with(replacement)
+    graph.erase_node(node)

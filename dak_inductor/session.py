@@ -1,0 +1,213 @@
+"""What this process has compiled and offloaded, and when plans are made again.
+
+The first call of each (graph, weights) adds its operators to what the planner knows, and later
+plans are weighted
+by calls. Plans are made at step boundaries, inside our own callable, and `placement` moves the
+pages.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from dak_inductor import placement, replanning
+from dak_inductor.binding import Binding, bind
+from dak_inductor.cuda_runtime import address_table
+from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.errors import DeviceMemoryError, NothingOffloadedError, ResidentCopyError
+from dak_inductor.offloaded import OffloadedModel, offloaded_models
+from dak_inductor.op_table import OpTable
+from dak_inductor.options import BackendOptions
+from dak_inductor.resident_copies import resident_copies
+
+log = logging.getLogger(__name__)
+
+
+class Session:
+    """Process-wide: the bindings seen so far. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._bindings: list[Binding] = []
+        self._graphs = 0
+        self._warned: set[str] = set()
+        self.automatic_moves = True
+
+    def graph_name(self) -> str:
+        """A fresh name for a compiled graph."""
+        with self._lock:
+            self._graphs += 1
+            return f"graph{self._graphs - 1}"
+
+    def add(self, binding: Binding) -> None:
+        """Remember a binding for planning."""
+        with self._lock:
+            self._bindings.append(binding)
+
+    def bindings(self) -> list[Binding]:
+        """All bindings whose weights are still offloaded."""
+        live = {name for model in offloaded_models() for name in model.buffer_ids()}
+        with self._lock:
+            self._bindings = [
+                binding
+                for binding in self._bindings
+                if not binding.buffers
+                or any(id(buffer) in live for buffer in binding.buffers.values())
+            ]
+            return list(self._bindings)
+
+    def flush(self) -> None:
+        """Bring the counters up to date."""
+        for binding in self.bindings():
+            binding.flush()
+
+    def warn_once(self, key: str, message: str) -> None:
+        """Warn, once per key and process."""
+        with self._lock:
+            if key in self._warned:
+                return
+            self._warned.add(key)
+        warnings.warn(message, stacklevel=4)
+
+    def reset(self) -> None:
+        """Forget every graph seen. Offloaded models stay as they are."""
+        with self._lock:
+            self._bindings.clear()
+            self._warned.clear()
+            self.automatic_moves = True
+
+
+SESSION = Session()
+
+
+class CompiledGraph:
+    """What the backend returns: runs the compiled graph, and keeps the session informed.
+
+    `run` is set once, after compilation. The operands' addresses are compared at each call;
+    everything else
+    happens only when they are new, or at the calls where a plan is due.
+    """
+
+    def __init__(self, table: OpTable, settings: BackendOptions, session: Session) -> None:
+        self.table = table
+        self.settings = settings
+        self.name = session.graph_name()
+        self.run: Callable[..., Any] = _not_compiled
+        self._session = session
+        self._bindings: dict[tuple[int, ...], Binding] = {}
+        self._parameters = sorted(table.parameters)
+
+    def __call__(self, *arguments: Any) -> Any:
+        with placement.LAUNCH_LOCK:
+            binding = self._binding(arguments)
+            try:
+                result = self.run(*arguments)
+            except torch.OutOfMemoryError as error:
+                raise DeviceMemoryError(_out_of_memory(binding, error)) from error
+        binding.note_call(arguments)
+        if binding.names and replanning.is_due(binding):
+            self._replan(binding)
+        return result
+
+    def log_placement(self, example_inputs: Sequence[Any]) -> None:
+        """One line per compile: what of this graph's operands lies where."""
+        held = TierBytes()
+        for index in self.table.operands():
+            value = example_inputs[index]
+            if isinstance(value, torch.Tensor) and _has_memory(value):
+                buffer = address_table.lookup(value.data_ptr())
+                held = held + (buffer.bytes_by_tier() if buffer else TierBytes(value.nbytes, 0))
+        log.info(
+            "%s: %d operators, %d refused; operands %.3f GB local, %.3f GB remote",
+            self.name,
+            len(self.table.ops),
+            len(self.table.refusals),
+            held.local / 1e9,
+            held.remote / 1e9,
+        )
+
+    def _binding(self, arguments: Sequence[Any]) -> Binding:
+        key = tuple([arguments[index].data_ptr() for index in self._parameters])
+        binding = self._bindings.get(key)
+        if binding is None:
+            binding = bind(self.name, self.table, arguments)
+            self._check(binding, arguments)
+            self._bindings[key] = binding
+            self._session.add(binding)
+        return binding
+
+    def _check(self, binding: Binding, arguments: Sequence[Any]) -> None:
+        copies = resident_copies(self.table, binding, arguments)
+        if copies:
+            shown = ", ".join(copies[:3]) + (
+                f" and {len(copies) - 3} more" if len(copies) > 3 else ""
+            )
+            message = (
+                f"{shown}: offloaded weights were replaced by tensors that lie whole on the "
+                "device (deepcopy, .half(), load_state_dict(assign=True)). They run, but nothing "
+                "of them is offloaded; call dak.restore and dak.offload again."
+            )
+            if self.settings.strict:
+                raise ResidentCopyError(message)
+            self._session.warn_once(f"copies:{shown}", message)
+        elif not offloaded_models():
+            message = (
+                'backend="dak" compiles a model of which nothing is offloaded: call '
+                "dak.offload(model, ...) first"
+            )
+            if self.settings.strict:
+                raise NothingOffloadedError(message)
+            self._session.warn_once("nothing", message)
+
+    def _replan(self, binding: Binding) -> None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            if self._session.automatic_moves:
+                log.info(
+                    "a CUDA graph is being captured by the caller: automatic moves are off "
+                    "from here on"
+                )
+            self._session.automatic_moves = False
+            return
+        if not self._session.automatic_moves:
+            return
+        binding.grew = False
+        for model in _models_of(binding):
+            self._session.flush()
+            replanning.replan(model, self._session.bindings(), user_plan=self.settings.plan)
+
+
+def _models_of(binding: Binding) -> list[OffloadedModel]:
+    bound = {id(buffer) for buffer in binding.buffers.values()}
+    return [model for model in offloaded_models() if bound & model.buffer_ids()]
+
+
+def _out_of_memory(binding: Binding, error: torch.OutOfMemoryError) -> str:
+    """What to do about it: tiered pages are not the caching allocator's to take back."""
+    reason = str(error).splitlines()[0]
+    models = _models_of(binding)
+    if not models:
+        return (
+            f"{reason} Nothing of this model is offloaded: call dak.offload(model, gpu_memory=...)."
+        )
+    budget = models[0].budget
+    held = sum((model.physical_bytes().local for model in models), 0)
+    return (
+        f"{reason} Offloaded weights hold {held / 1e9:.2f} GB of the device under gpu_memory="
+        f"{budget.limit / 1e9:.2f} GB, of which {budget.reserve / 1e9:.2f} GB were kept for "
+        "activations. Lower gpu_memory by the size of the allocation that failed, or use smaller "
+        "batches."
+    )
+
+
+def _has_memory(value: torch.Tensor) -> bool:
+    return type(value) in (torch.Tensor, torch.nn.Parameter)
+
+
+def _not_compiled(*_: Any) -> Any:
+    raise RuntimeError("this graph was never compiled")
