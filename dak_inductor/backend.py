@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule
 
 from dak_inductor import options as option_parser
-from dak_inductor.errors import TieredTensorError
+from dak_inductor.errors import DakError, TieredTensorError
 from dak_inductor.normalise import normalise
 from dak_inductor.op_table import OpTable, build_op_table
 from dak_inductor.options import BackendOptions
@@ -44,8 +44,21 @@ def dak(
         OptionError: an option that does not exist.
         NothingOffloadedError, ResidentCopyError: under `strict`.
     """
-    parsed = option_parser.parse(mode, options)
-    return compile_graph(graph_module, example_inputs, parsed.backend, _inductor(parsed.inductor))
+    try:
+        parsed = option_parser.parse(mode, options)
+        executor = _inductor(parsed.inductor)
+        return compile_graph(graph_module, example_inputs, parsed.backend, executor)
+    except DakError as error:
+        return _raiser(error)
+
+
+def _raiser(error: DakError) -> Callable[..., Any]:
+    """Raises `error` when called: Dynamo wraps what a backend raises, not what its code raises."""
+
+    def raise_error(*_: Any) -> Any:
+        raise error
+
+    return raise_error
 
 
 def compile_graph(

@@ -23,9 +23,8 @@ _FALSE = {"0", "false", "no", "off", ""}
 class BackendOptions:
     """What the user may ask of the backend.
 
-    strategy: how remote bytes reach the SMs: "auto" or "direct". "staged" is refused in this version.
-    window:   bytes in flight per link. Stock kernels take none: only None is accepted yet.
-    accepted.
+    strategy: how remote bytes reach the SMs: "auto" or "direct"; this version has no "staged".
+    window:   bytes in flight per link; the stock kernels of this version take none.
     strict:   raise instead of warn where nothing is offloaded or a weight became resident.
     plan:     a plan, or the path of a plan file, that is applied instead of the planner's own.
     """

@@ -45,7 +45,8 @@ def problem_of(model: OffloadedModel, bindings: Iterable[Binding]) -> PlanProble
     """What the planner is asked for one model: its weights, the operators seen so far, and the
     budget.
 
-    A weight that no graph has read yet counts as read once per step, as before any graph was seen.
+    A weight that no graph has read yet is taken to be read once per call of the busiest graph:
+    blocks that are compiled one by one are seen one by one.
     """
     names = {id(weight.buffer): weight.spec.name for weight in model.weights.values()}
     uses: list[OpUse] = []
@@ -65,7 +66,8 @@ def problem_of(model: OffloadedModel, bindings: Iterable[Binding]) -> PlanProble
         for refusal in binding.table.refusals:
             refusals[binding.graph, refusal.node] = replace(refusal, graph=binding.graph)
     seen = {use.tensor for use in uses}
-    uses.extend(use for use in default_uses(model) if use.tensor not in seen)
+    most = max((use.calls for use in uses), default=1.0)
+    uses.extend(replace(u, calls=most) for u in default_uses(model) if u.tensor not in seen)
     return PlanProblem(
         tensors=model.specs(),
         uses=tuple(uses),

@@ -1,0 +1,71 @@
+"""Options: ours, Inductor's, the environment's; unknown ones raise."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dak_inductor import options
+from dak_inductor.errors import OptionError
+
+
+def test_defaults():
+    parsed = options.parse(None, None)
+    assert parsed.backend == options.BackendOptions()
+    assert parsed.inductor == {}
+
+
+def test_keys_are_told_apart():
+    parsed = options.parse(None, {"strict": True, "max_autotune": True, "strategy": "direct"})
+    assert parsed.backend.strict is True
+    assert parsed.backend.strategy == "direct"
+    assert parsed.inductor == {"max_autotune": True}
+
+
+def test_a_mode_may_stand_among_the_options():
+    alone = options.parse("reduce-overhead", None).inductor
+    among = options.parse(None, {"mode": "reduce-overhead"}).inductor
+    assert alone == among
+    assert alone["triton.cudagraphs"] is True
+    with pytest.raises(OptionError, match="twice"):
+        options.parse("default", {"mode": "max-autotune"})
+    with pytest.raises(OptionError, match="reduce-overhead"):
+        options.parse("reduce_overhed", None)
+
+
+@pytest.mark.parametrize(
+    ("given_options", "message"),
+    [
+        ({"stritc": True}, "did you mean strict"),
+        ({"no_such_option_at_all": 1}, "unknown option"),
+        ({"strategy": "prefetch"}, "auto"),
+        ({"strategy": "staged"}, "directly only"),
+        ({"window": 4096}, "no window"),
+        ({"strict": "yes"}, "True or False"),
+    ],
+)
+def test_bad_options_say_what_to_do(given_options, message):
+    with pytest.raises(OptionError, match=message):
+        options.parse(None, given_options)
+
+
+def test_the_environment_mirrors_options_and_the_call_wins(monkeypatch):
+    monkeypatch.setenv("DAK_STRICT", "1")
+    assert options.parse(None, None).backend.strict is True
+    assert options.parse(None, {"strict": False}).backend.strict is False
+    monkeypatch.setenv("DAK_STRICT", "maybe")
+    with pytest.raises(OptionError, match="DAK_STRICT"):
+        options.parse(None, None)
+
+
+@given(st.dictionaries(st.text(max_size=12), st.integers(), min_size=1, max_size=3))
+def test_no_unknown_key_passes_silently(given_options):
+    known = {"strategy", "window", "strict", "plan", "mode"}
+    import torch._inductor.config as inductor_config
+
+    keys = {key.replace("-", "_") for key in given_options}
+    if keys & (known | set(vars(inductor_config)["_config"])):
+        return
+    with pytest.raises(OptionError):
+        options.parse(None, given_options)
