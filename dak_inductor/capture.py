@@ -11,12 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._dynamo.config as dynamo_config
 from torch.fx import GraphModule
 
 from dak_inductor.errors import ModelError
 from dak_inductor.normalise import normalise
 from dak_inductor.op_table import OpTable, build_op_table
 from dak_inductor.refusal import Refusal
+
+_RECOMPILES = 1 << 16
 
 
 def capture(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[OpTable]:
@@ -34,7 +37,9 @@ def capture(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[OpT
             tables.append(build_op_table(graph))
         return graph_module.forward
 
-    with torch.no_grad():
+    # Models of one family share code objects, and each one captured here recompiles them.
+    limits = {"recompile_limit": _RECOMPILES, "accumulated_recompile_limit": _RECOMPILES}
+    with torch.no_grad(), dynamo_config.patch(limits):
         torch.compile(function, backend=record, dynamic=False)(*args, **kwargs)
     return tables
 
@@ -45,34 +50,44 @@ def capture_generation(
     """`("prefill", table)` and `("decode", table)` of a transformers model on the meta device.
 
     Prefill sees [batch, prompt] tokens, decode [batch, 1], with a static cache of prompt + new
-    positions; an
-    encoder or a model without a cache gives "forward" entries only.
+    positions. A model without such a cache gives "forward" entries only: an encoder over the
+    prompt, or an encoder-decoder over the prompt and one new token.
 
     Raises:
         ModelError: the model's forward cannot be traced without data.
     """
-    tokens = _tokens(batch, prompt)
-    cache = _static_cache(model, batch, prompt + new)
-    if cache is None:
-        return [("forward", table) for table in _capture_step(model, input_ids=tokens)]
-    extra = (
-        {"logits_to_keep": 1}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters
-        else {}
-    )
-    steps = (("prefill", tokens, 0), ("decode", _tokens(batch, 1), prompt))
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        decoder = {"decoder_input_ids": _tokens(batch, 1)}
+        tables = _capture_step(model, input_ids=_tokens(batch, prompt), **decoder)
+        return [("forward", table) for table in tables]
+    if config is None or not model.can_generate():
+        tables = _capture_step(model, input_ids=_tokens(batch, prompt))
+        return [("forward", table) for table in tables]
+    try:
+        return _capture_steps(model, _static_cache(model, batch, prompt + new), batch, prompt)
+    except ModelError:
+        # Keys and values of another shape than the config tells: let the cache find out itself.
+        return _capture_steps(model, _empty_cache(model, prompt + new), batch, prompt)
+
+
+def _capture_steps(
+    model: torch.nn.Module, cache: Any, batch: int, prompt: int
+) -> list[tuple[str, OpTable]]:
+    accepted = inspect.signature(model.forward).parameters
     entries: list[tuple[str, OpTable]] = []
-    for name, ids, start in steps:
-        positions = torch.arange(start, start + ids.shape[1], device="meta").expand(batch, -1)
-        tables = _capture_step(
-            model,
-            input_ids=ids,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            **extra,
-        )
-        entries.extend((name, table) for table in tables)
+    for name, start, length in (("prefill", 0, prompt), ("decode", prompt, 1)):
+        stop = start + length
+        inputs: dict[str, Any] = {
+            "input_ids": _tokens(batch, length),
+            "attention_mask": torch.ones(batch, stop, dtype=torch.long, device="meta"),
+            "position_ids": torch.arange(start, stop, device="meta").expand(batch, -1),
+            "past_key_values": cache,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        known = {key: value for key, value in inputs.items() if key in accepted}
+        entries.extend((name, table) for table in _capture_step(model, **known))
     return entries
 
 
@@ -91,27 +106,22 @@ def _capture_step(model: torch.nn.Module, **inputs: Any) -> list[OpTable]:
         ) from error
 
 
-def _static_cache(model: torch.nn.Module, batch: int, length: int) -> Any | None:
-    """The cache that `generate(cache_implementation="static")` would make, on the meta device."""
-    config = getattr(model, "config", None)
-    if (
-        config is None
-        or not hasattr(model, "generate")
-        or getattr(config, "is_encoder_decoder", False)
-    ):
-        return None
+def _empty_cache(model: Any, length: int) -> Any:
+    """The cache that `generate(cache_implementation="static")` makes; tensors come with a step."""
     from transformers import StaticCache
 
-    text = config.get_text_config()
-    cache = StaticCache(config=text, max_cache_len=length)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    dtype = next(model.parameters()).dtype
+    return StaticCache(config=model.config.get_text_config(), max_cache_len=length)
+
+
+def _static_cache(model: Any, batch: int, length: int) -> Any:
+    """The same with its tensors on the meta device, so that prefill too reads it as an input."""
+    text = model.config.get_text_config()
+    cache = _empty_cache(model, length)
     cache.early_initialization(
         batch_size=batch,
-        num_heads=heads,
-        head_dim=head_dim,
-        dtype=dtype,
+        num_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        dtype=next(model.parameters()).dtype,
         device=torch.device("meta"),
     )
     return cache

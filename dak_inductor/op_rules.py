@@ -102,15 +102,15 @@ def _linear(node: Node) -> Match | str:
     return _contraction("linear", node, x, weight)
 
 
-def _addmm(node: Node) -> Match | str:
+def _addmm(node: Node) -> Match | str | None:
     return _either("addmm", node, node.args[1], node.args[2])
 
 
-def _matmul(node: Node) -> Match | str:
+def _matmul(node: Node) -> Match | str | None:
     return _either("matmul", node, node.args[0], node.args[1])
 
 
-def _either(kind: str, node: Node, left: Any, right: Any) -> Match | str:
+def _either(kind: str, node: Node, left: Any, right: Any) -> Match | str | None:
     """A product of which the right operand is the weight, else the left one."""
     if value_of(left).dim() == 0 or value_of(right).dim() == 0:
         return "a scalar operand"
@@ -130,7 +130,7 @@ def _either(kind: str, node: Node, left: Any, right: Any) -> Match | str:
         cache = cache_behind(operand)
         if cache is not None and value_of(cache).dim() >= 3:
             return _cached(node, activation, operand, cache)
-    return COMPUTED
+    return None
 
 
 def _weight_like(node: Any) -> bool:

@@ -6,8 +6,6 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-import torch
-
 from dak_inductor import hardware, placement
 from dak_inductor.binding import Binding
 from dak_inductor.cost_model import op_time
@@ -25,8 +23,6 @@ _DUE = frozenset(16**power for power in range(12))
 # A graph of few rows is a decode step, of which more will come; a prefill may never come again.
 _DECODE_ROWS = 256
 _DECODE_CALLS = 16
-# Left free above the measured peak: kernels load lazily and take device memory of their own.
-_HEADROOM = 128 << 20
 
 
 def is_due(binding: Binding) -> bool:
@@ -71,32 +67,11 @@ def problem_of(model: OffloadedModel, bindings: Iterable[Binding]) -> PlanProble
     return PlanProblem(
         tensors=model.specs(),
         uses=tuple(uses),
-        remote_bytes=required_remote_bytes(model),
+        remote_bytes=model.required_remote_bytes(),
         remote=model.remote,
         refusals=(*model.refusals, *refusals.values()),
         model=model.fingerprint,
     )
-
-
-def required_remote_bytes(model: OffloadedModel) -> int:
-    """Bytes of the weights that cannot stay on the device, by the budget as it is measured now.
-
-    Each buffer's pages hold a little more than the tensor; all of that is taken off the budget.
-    """
-    held = [weight.buffer for weight in model.weights.values()]
-    total = sum(buffer.nbytes for buffer in held)
-    if model.offload_ratio is not None:
-        return min(total, model.plan.asked_bytes if model.plan else 0)
-    slack = sum(buffer.page_count * buffer.page_bytes - buffer.nbytes for buffer in held)
-    return max(0, total + slack - model.budget.weight_bytes_available(model))
-
-
-def measure(model: OffloadedModel) -> None:
-    """Replace the budget's estimate for activations by the peak that torch's allocator has
-    reserved."""
-    if model.device.type == "cuda":
-        peak = torch.cuda.max_memory_reserved(model.device)
-        model.budget.measured_peak(peak + _HEADROOM)
 
 
 def replan(
@@ -106,7 +81,8 @@ def replan(
 
     Called at a step boundary. Returns what was moved, or None.
     """
-    measure(model)
+    for change in model.budget.measure():
+        log.info("%s", change)
     profile = hardware.current(model.device)
     problem = problem_of(model, bindings)
     plan = load_plan(user_plan, model) if user_plan is not None else make_plan(problem, profile)

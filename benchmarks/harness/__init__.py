@@ -1,1 +1,1 @@
-"""TBD"""
+"""What every benchmark shares: timing, ceilings, the yardstick, models, peers and records."""

@@ -1,5 +1,47 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bind_memory.h"
+#include "driver.h"
+#if __has_include("nvrtc.h")
+#include "nvrtc.h"
+#endif
 
 PYBIND11_MODULE(_driver, m) {
-  m.doc() = "CUDA driver access for tiered memory";
+  m.doc() = "The CUDA driver, opened at run time: tiered memory, runtime compilation, launches.";
+  dak::register_errors();
+  m.def("library", [] { return dak::driver().library; }, "Name of the driver library; opens it.");
+  m.def("is_fake", [] { return dak::driver().fake; }, "Whether the driver is a stand-in for tests.");
+  m.def("is_open", &dak::driver_is_open);
+  m.def("in_forked_child", &dak::in_forked_child);
+  m.def("close", &dak::close_driver, "Forget the driver. For tests, with nothing allocated.");
+  m.def("driver_version", [] {
+    int version = 0;
+    dak::driver().cuDriverGetVersion(&version);
+    return version;
+  });
+  m.def("device_count", [] {
+    int count = 0;
+    dak::driver().cuDeviceGetCount(&count);
+    return count;
+  });
+  m.def(
+      "device_attribute",
+      [](int attribute, int device) {
+        return dak::device_attribute(static_cast<dak::cu::DeviceAttribute>(attribute), device);
+      },
+      pybind11::arg("attribute"), pybind11::arg("device") = 0);
+  m.def(
+      "memory_info",
+      [](int device) {
+        dak::DeviceScope scope(device);
+        std::size_t free = 0, total = 0;
+        dak::driver().cuMemGetInfo(&free, &total);
+        return std::pair(free, total);
+      },
+      pybind11::arg("device") = 0, "(free, total) bytes of a device, as the driver counts them.");
+  dak::bind_memory(m);
+#if __has_include("nvrtc.h")
+  dak::bind_nvrtc(m);
+#endif
 }

@@ -1,0 +1,54 @@
+"""This package: `dak.offload`, `model.compile(backend="dak")`, then captured like its peers."""
+
+from __future__ import annotations
+
+import torch
+
+from dak_inductor.benchmarks.harness.models import DecoderBlocks, StepInputs
+from dak_inductor.benchmarks.harness.peers.provider import (
+    Kind,
+    Prepared,
+    Provider,
+    ProviderUnavailable,
+    Setting,
+    model_bytes,
+)
+
+SETTLING_STEPS = 3
+"""Steps before a capture: the first compiles and re-plans, later ones run as they will stay."""
+
+
+class DakBackend(Provider):
+    """The planner's choice of which weights are remote, at the same total as every other peer."""
+
+    name = "dak"
+    kind: Kind = "real peer"
+
+    def prepare(self, model: DecoderBlocks, inputs: StepInputs, setting: Setting) -> Prepared:
+        import dak_inductor as dak
+        from dak_inductor.offloaded import record_of
+
+        before = model_bytes(model)
+        offloaded = dak.offload(
+            model,
+            offload_ratio=setting.fraction,
+            remote=setting.remote,
+            host_memory=setting.host_memory,
+        )
+        offloaded.compile(backend="dak", dynamic=False)
+        for _ in range(SETTLING_STEPS):
+            offloaded(*inputs.arguments())
+        if setting.device.type == "cuda":
+            torch.cuda.synchronize(setting.device)
+        record = record_of(offloaded)
+        if record is None:
+            raise ProviderUnavailable("dak.offload left no record of this model")
+        buffers = [weight.buffer for weight in record.weights.values()]
+        remote = sum(buffer.bytes_by_tier().remote for buffer in buffers)
+        tiered = sum(buffer.nbytes for buffer in buffers)
+        local = sum(buffer.physical_bytes().local for buffer in buffers)
+
+        def step() -> torch.Tensor:
+            return offloaded(*inputs.arguments())
+
+        return Prepared(step, remote, device_bytes=before - tiered + local)

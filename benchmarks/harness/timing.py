@@ -1,0 +1,137 @@
+"""Time of one step: the median of several repeats of CUDA-graph replays, or of eager calls.
+
+A step that touches less than a few L2 sizes must be given in several versions, on rotated inputs,
+or the cache is measured: `rotation_count` says how many.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Step = Callable[[], object]
+
+L2_MULTIPLE = 3
+"""Inputs are rotated until a round touches this many times the L2 size."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimingRule:
+    """How long to measure: `repeats` blocks that together take about `target_seconds`."""
+
+    target_seconds: float = 2.0
+    repeats: int = 3
+    warmup: int = 3
+    most_replays: int = 20_000
+
+    def replays(self, estimate: float) -> int:
+        """Calls per repeat for a step of `estimate` seconds, at least one."""
+        block = self.target_seconds / self.repeats
+        return max(1, min(self.most_replays, math.floor(block / max(estimate, 1e-7))))
+
+
+QUICK = TimingRule(target_seconds=0.3)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of one step: the median of `repeats` blocks of `replays` calls each."""
+
+    seconds: float
+    repeats: tuple[float, ...]
+    replays: int
+    method: str
+
+    @property
+    def spread(self) -> float:
+        """(slowest - fastest) / median block: differences below it are noise."""
+        return (max(self.repeats) - min(self.repeats)) / self.seconds
+
+
+def rotation_count(touched_bytes: int, l2_bytes: int) -> int:
+    """Versions of a step on separate inputs so that one round outgrows the L2 cache."""
+    if touched_bytes <= 0:
+        raise ValueError(f"a step must touch bytes, got {touched_bytes}")
+    return max(1, math.ceil(L2_MULTIPLE * l2_bytes / touched_bytes))
+
+
+class CapturedStep:
+    """A step recorded into a CUDA graph. Replays overwrite `output`, what the step returned."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, output: object) -> None:
+        self.graph = graph
+        self.output = output
+
+    def __call__(self) -> object:
+        self.graph.replay()
+        return self.output
+
+
+def capture(step: Step, *, warmup: int = 3) -> CapturedStep:
+    """Record `step` into a CUDA graph of the current device after `warmup` calls."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warmup):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+    torch.cuda.synchronize()
+    return CapturedStep(graph, output)
+
+
+def time_calls(
+    steps: Sequence[Step], *, device: torch.device, rule: TimingRule, method: str
+) -> Timing:
+    """Time rounds over `steps` (one per rotated input); seconds are per step, not per round."""
+    if not steps:
+        raise ValueError("no step to time")
+    clock = _event_seconds if device.type == "cuda" else _wall_seconds
+
+    def run_round() -> None:
+        for step in steps:
+            step()
+
+    for _ in range(rule.warmup):
+        run_round()
+    estimate = clock(run_round, 1, device)
+    rounds = rule.replays(estimate)
+    if rounds > 3:  # a single call is a poor estimate of a short step
+        rounds = rule.replays(clock(run_round, min(rounds, 10), device))
+    blocks = tuple(clock(run_round, rounds, device) / len(steps) for _ in range(rule.repeats))
+    return Timing(statistics.median(blocks), blocks, rounds * len(steps), method)
+
+
+def time_graphs(steps: Sequence[Step], *, device: torch.device, rule: TimingRule) -> Timing:
+    """Capture every step into a CUDA graph and time rounds of replays."""
+    captured = [capture(step) for step in steps]
+    return time_calls(captured, device=device, rule=rule, method="CUDA graph replays")
+
+
+def _event_seconds(call: Callable[[], None], count: int, device: torch.device) -> float:
+    """Mean seconds of `count` calls on the device's clock."""
+    with torch.cuda.device(device):
+        start = torch.cuda.Event(enable_timing=True)
+        stop = torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(count):
+            call()
+        stop.record()
+        torch.cuda.synchronize(device)
+    return start.elapsed_time(stop) / 1e3 / count
+
+
+def _wall_seconds(call: Callable[[], None], count: int, device: torch.device) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count

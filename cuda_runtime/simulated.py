@@ -1,0 +1,270 @@
+"""A tier for machines without a GPU: the same interface and arithmetic, all bytes in CPU memory.
+
+Which page is "local" is bookkeeping only, but the bookkeeping is exact: capacity, bytes moved,
+peaks, rounding to pages, and failures on demand, so that everything above this layer can be tested
+anywhere.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from dak_inductor.cuda_runtime import address_table
+from dak_inductor.cuda_runtime.host_memory import check_host_memory
+from dak_inductor.cuda_runtime.tier_buffer import (
+    Tier,
+    TierBytes,
+    TieredBuffer,
+    creation_split,
+    start_offset,
+)
+from dak_inductor.errors import (
+    DeviceMemoryError,
+    HostMemoryError,
+    MoveError,
+    OptionError,
+    TierError,
+)
+
+DEFAULT_PAGE_BYTES = 4096
+
+
+@dataclass(slots=True)
+class SimulatedCounters:
+    """What a simulated tier has done. `peak_local_bytes` is the most ever held in the "GPU"."""
+
+    bytes_moved: int = 0
+    pages_moved: int = 0
+    held: TierBytes = field(default_factory=TierBytes)
+    peak_local_bytes: int = 0
+
+    def hold(self, change: TierBytes) -> None:
+        self.held = self.held + change
+        self.peak_local_bytes = max(self.peak_local_bytes, self.held.local)
+
+
+class SimulatedTier(Tier):
+    """Both tiers in CPU memory.
+
+    Args:
+        page_bytes: granularity of moves, a power of two of at least 256.
+        host_memory: bytes the remote tier may hold in all; None: what the machine has.
+        local_capacity: bytes of pages the "GPU" may hold in all; None: no limit.
+    """
+
+    name = "simulated"
+
+    def __init__(
+        self,
+        *,
+        page_bytes: int = DEFAULT_PAGE_BYTES,
+        host_memory: int | None = None,
+        local_capacity: int | None = None,
+    ) -> None:
+        if page_bytes < 256 or page_bytes & (page_bytes - 1):
+            raise OptionError(
+                f"page_bytes={page_bytes}: it is a power of two of at least 256, such as 4096"
+            )
+        self.page_bytes = page_bytes
+        self.host_memory = host_memory
+        self.local_capacity = local_capacity
+        self.counters = SimulatedCounters()
+        self._failures: dict[str, int] = {}
+
+    def inject_failure(self, operation: str, *, after: int = 0) -> None:
+        """Make one "allocate", "write" or "page" (of a move) fail, `after` more have succeeded."""
+        if operation not in ("allocate", "write", "page"):
+            raise OptionError(f"unknown operation {operation!r}: 'allocate', 'write' or 'page'")
+        self._failures[operation] = after
+
+    def allocate(self, nbytes: int, *, split: int) -> SimulatedBuffer:
+        split = creation_split(split, nbytes)
+        held = self.held_bytes(nbytes, split)
+        self._check_local(held.local)
+        check_host_memory(
+            held.total if self.host_memory is None else held.remote,
+            self.host_memory,
+            f"a simulated tensor of {nbytes} bytes",
+            taken=self.counters.held.remote,
+        )
+        if self._due("allocate"):
+            raise HostMemoryError(f"injected failure: {nbytes} bytes were not allocated")
+        buffer = SimulatedBuffer(self, nbytes, split, held.total // self.page_bytes)
+        address_table.register(buffer)
+        return buffer
+
+    def reserve(self, remote_bytes: int, *, peak_bytes: int | None = None) -> None:
+        check_host_memory(
+            remote_bytes if peak_bytes is None or self.host_memory is not None else peak_bytes,
+            self.host_memory,
+            f"offloading {remote_bytes / 1e9:.2f} GB to the simulated tier",
+            taken=self.counters.held.remote,
+        )
+
+    def _check_local(self, more: int) -> None:
+        """Raise DeviceMemoryError if `more` bytes of pages would not fit the "GPU"."""
+        held = self.counters.held.local
+        if self.local_capacity is not None and held + more > self.local_capacity:
+            raise DeviceMemoryError(
+                f"the simulated GPU holds {held} of {self.local_capacity} bytes; "
+                f"{more} more do not fit"
+            )
+
+    def _due(self, operation: str) -> bool:
+        """Counts down an injected failure; True when it is due."""
+        left = self._failures.get(operation)
+        if left is None:
+            return False
+        if left > 0:
+            self._failures[operation] = left - 1
+            return False
+        del self._failures[operation]
+        return True
+
+
+class _Memory:
+    """One aligned CPU allocation. Tensors hold it through numpy, and with it the buffer."""
+
+    def __init__(self, block: np.ndarray, start: int, nbytes: int, owner: SimulatedBuffer) -> None:
+        self.owner = owner
+        self.block = block
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": "|u1",
+            "shape": (max(nbytes, 1),),
+            "data": (start, False),
+        }
+
+
+class SimulatedBuffer(TieredBuffer):
+    """A tiered buffer whose pages all are CPU memory. Made by `SimulatedTier.allocate`."""
+
+    def __init__(self, tier: SimulatedTier, nbytes: int, split: int, pages: int) -> None:
+        block = np.empty((pages + 1) * tier.page_bytes, dtype=np.uint8)
+        base = -(-block.ctypes.data // tier.page_bytes) * tier.page_bytes
+        super().__init__(
+            nbytes=nbytes,
+            page_bytes=tier.page_bytes,
+            address=base + start_offset(split, nbytes, tier.page_bytes),
+            device=torch.device("cpu"),
+            tier=tier.name,
+            split=split,
+        )
+        self._tier = tier
+        self._block = block
+        self._page_is_local = np.zeros(pages, dtype=bool)
+        self._page_is_local[: self.local_pages(split)] = True
+        tier.counters.hold(self.physical_bytes())
+        weakref.finalize(self, _release, tier.counters, self._page_is_local, tier.page_bytes)
+
+    def physical_bytes(self) -> TierBytes:
+        local = int(self._page_is_local.sum())
+        return TierBytes(
+            local * self.page_bytes, (len(self._page_is_local) - local) * self.page_bytes
+        )
+
+    def move(self, split: int) -> int:
+        self.check_usable()
+        split = self.nearest_split(split)
+        if split == self.split:
+            return split
+        before, after = self.local_pages(self.split), self.local_pages(split)
+        pages = range(before, after) if after > before else range(before - 1, after - 1, -1)
+        self._check_room(after - before)
+        moved = 0
+        for page in pages:
+            if self._tier._due("page"):
+                self._flip(pages[:moved])
+                raise MoveError(
+                    f"injected failure at page {page}: the split stays at {self.split} of "
+                    f"{self.nbytes} bytes"
+                )
+            self._flip(pages[moved : moved + 1])
+            moved += 1
+        self.split = split
+        self.generation += 1
+        self._tier.counters.pages_moved += moved
+        self._tier.counters.bytes_moved += moved * self.page_bytes
+        return split
+
+    def tensor(
+        self,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...] | None = None,
+        offset_bytes: int = 0,
+    ) -> torch.Tensor:
+        self.check_usable()
+        if stride is None:
+            stride = torch.empty(shape, dtype=dtype, device="meta").stride()
+        if offset_bytes % dtype.itemsize:
+            raise TierError(
+                f"byte offset {offset_bytes} is not a multiple of {dtype.itemsize} ({dtype})"
+            )
+        last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        stop = 0 if 0 in shape else offset_bytes + (last + 1) * dtype.itemsize
+        if stop > self.nbytes:
+            raise TierError(
+                f"shape {shape}, strides {stride}, {dtype} at byte {offset_bytes} ends at "
+                f"byte {stop} of a buffer of {self.nbytes}"
+            )
+        storage = self._bytes().untyped_storage()
+        return torch.empty(0, dtype=dtype, device="cpu").set_(
+            storage, offset_bytes // dtype.itemsize, shape, stride
+        )
+
+    def write(self, source: torch.Tensor, offset_bytes: int = 0) -> None:
+        self.check_usable()
+        if not source.is_contiguous():
+            raise TierError("write() takes a contiguous tensor")
+        if offset_bytes < 0 or offset_bytes + source.nbytes > self.nbytes:
+            raise TierError(
+                f"{source.nbytes} bytes at {offset_bytes} do not fit a buffer of {self.nbytes}"
+            )
+        if self._tier._due("write"):
+            raise HostMemoryError(f"injected failure: {source.nbytes} bytes were not written")
+        if source.nbytes:
+            flat = source.detach().reshape(-1).view(torch.uint8)
+            self._bytes()[offset_bytes : offset_bytes + source.nbytes].copy_(flat)
+
+    def _bytes(self) -> torch.Tensor:
+        """uint8 tensor over the whole range; holds the buffer, as does everything made from it."""
+        memory = _Memory(self._block, self.address, self.nbytes, self)
+        return torch.from_numpy(np.asarray(memory))
+
+    def _remote_bytes(self) -> torch.Tensor:
+        return self._bytes()[self.split : self.nbytes]
+
+    def _flip(self, pages: range) -> None:
+        for page in pages:
+            to_local = not self._page_is_local[page]
+            self._page_is_local[page] = to_local
+            change = self.page_bytes if to_local else -self.page_bytes
+            self._tier.counters.hold(TierBytes(change, -change))
+
+    def _check_room(self, more_local_pages: int) -> None:
+        """MoveError if the pages of a move do not fit where they go."""
+        more = more_local_pages * self.page_bytes
+        try:
+            if more > 0:
+                self._tier._check_local(more)
+            elif self._tier.host_memory is not None:
+                check_host_memory(
+                    -more,
+                    self._tier.host_memory,
+                    "a move to the simulated tier",
+                    taken=self._tier.counters.held.remote,
+                )
+        except (DeviceMemoryError, HostMemoryError) as error:
+            raise MoveError(
+                f"the split stays at {self.split} of {self.nbytes} bytes: {error}"
+            ) from error
+
+
+def _release(counters: SimulatedCounters, page_is_local: np.ndarray, page_bytes: int) -> None:
+    local = int(page_is_local.sum()) * page_bytes
+    counters.hold(TierBytes(-local, local - len(page_is_local) * page_bytes))

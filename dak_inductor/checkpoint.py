@@ -1,0 +1,218 @@
+"""Reading a safetensors checkpoint tensor by tensor, straight from its memory map.
+
+Everything that can be wrong with a checkpoint is found before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dak_inductor.errors import CheckpointError
+from dak_inductor.inventory import Inventory, Member
+
+INDEX_NAME = "model.safetensors.index.json"
+_CONVERT_BYTES = 64 << 20
+"""A tensor of another dtype is converted in pieces of about this size."""
+
+
+class Checkpoint:
+    """An open checkpoint: one file, a folder, or an index of shards. Read-only; close after use.
+
+    Raises CheckpointError where a file is missing, truncated or not safetensors.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._files: dict[str, Any] = {}
+        self._file_of: dict[str, Path] = {}
+        for file, names in _listing(self.path).items():
+            handle = self._open(file)
+            held = set(handle.keys())
+            missing = sorted(names - held) if names is not None else []
+            if missing:
+                raise CheckpointError(
+                    f"{self.path}: the index places {_some(missing)} in {file.name}; not so"
+                )
+            for name in held if names is None else names:
+                if name in self._file_of and names is None:
+                    raise CheckpointError(
+                        f"{self.path}: {name} is in {self._file_of[name].name} and in {file.name}"
+                    )
+                self._file_of[name] = file
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as stored: a view of the file's memory map, nothing is copied."""
+        try:
+            return self._handle(name).get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{name} in {self._file_of[name]}: {error}") from error
+
+    def pieces(self, name: str, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+        """The tensor as contiguous pieces of `dtype`, each with its byte offset.
+
+        One piece where the dtype is the stored one, a view of the map. Conversions go in pieces, so
+        that no second copy of the tensor exists.
+        """
+        source = self.read(name).reshape(-1)
+        if source.dtype == dtype:
+            yield 0, source
+            return
+        step = max(1, _CONVERT_BYTES // dtype.itemsize)
+        for start in range(0, source.numel(), step):
+            yield start * dtype.itemsize, source[start : start + step].to(dtype)
+
+    def name_for(self, member: Member) -> str | None:
+        """The first of a tensor's names that the checkpoint holds."""
+        return next((name for name in member.names if name in self._file_of), None)
+
+    def check(self, inventory: Inventory) -> None:
+        """Raise CheckpointError unless every meta tensor is there with the right shape."""
+        missing: list[str] = []
+        for entry in inventory:
+            for member in entry.members:
+                if member.tensor.device.type != "meta":
+                    continue
+                name = self.name_for(member)
+                if name is None:
+                    missing.append(member.names[0])
+                    continue
+                shape = tuple(member.tensor.shape)
+                if self.shape(name) != shape:
+                    raise CheckpointError(
+                        f"{name}: the model expects shape {shape}, {self._file_of[name]} holds "
+                        f"{self.shape(name)}"
+                    )
+                stored = self._dtype(name)
+                if stored.is_floating_point != member.tensor.dtype.is_floating_point:
+                    raise CheckpointError(
+                        f"{name}: the model expects {member.tensor.dtype}, "
+                        f"{self._file_of[name]} holds {stored}"
+                    )
+        if missing:
+            raise CheckpointError(
+                f"{self.path} misses {len(missing)} tensors that are on meta in the model: "
+                f"{_some(missing)}. {self._hint(missing)}"
+            )
+
+    def close(self) -> None:
+        """Release the files. Tensors that were read keep their map alive."""
+        self._files.clear()
+
+    def _hint(self, missing: list[str]) -> str:
+        names = self.names
+        for name in missing:
+            suffix = [n for n in names if n.endswith(f".{name}") or name.endswith(f".{n}")]
+            close = suffix or difflib.get_close_matches(name, names, n=1)
+            if close:
+                return (
+                    f"The checkpoint has {close[0]!r} where the model has {name!r}: names that "
+                    "need conversion are handled by `with dak.loading(...): "
+                    "Model.from_pretrained(path)`."
+                )
+        return (
+            "Buffers that checkpoints do not hold (rotary frequencies) must be created on the CPU, "
+            "or use `with dak.loading(...): Model.from_pretrained(path)`."
+        )
+
+    def _open(self, file: Path) -> Any:
+        if file.suffix != ".safetensors":
+            raise CheckpointError(f"{file} is not a .safetensors file; convert it first")
+        try:
+            handle = safe_open(str(file), framework="pt", device="cpu")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{file} cannot be read ({error}): missing, truncated or damaged"
+            ) from error
+        self._files[str(file)] = handle
+        return handle
+
+    def _handle(self, name: str) -> Any:
+        return self._files[str(self._file_of[name])]
+
+    def _slice(self, name: str) -> Any:
+        return self._handle(name).get_slice(name)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        piece = self._slice(name)
+        return (self.read(name) if not piece.get_shape() else self.read(name)[:0]).dtype
+
+
+@contextmanager
+def open_checkpoint(path: str | Path | None, inventory: Inventory) -> Iterator[Checkpoint | None]:
+    """The checkpoint that fills an inventory's meta tensors, checked; None where there are none.
+
+    Raises CheckpointError for meta tensors without a checkpoint, and for a checkpoint without use.
+    """
+    meta = [entry for entry in inventory if entry.device.type == "meta"]
+    if path is None:
+        if meta:
+            raise CheckpointError(
+                f"{len(meta)} tensors of {inventory.label} are on meta, {meta[0].name} first: pass "
+                "checkpoint=<path>, or use `with dak.loading(...): Model.from_pretrained(path)`"
+            )
+        yield None
+        return
+    if not meta:
+        raise CheckpointError(
+            f"checkpoint={str(path)!r} would not be read: no tensor of {inventory.label} is on "
+            "meta. Leave it out, or build the model under torch.device('meta')."
+        )
+    checkpoint = Checkpoint(path)
+    try:
+        checkpoint.check(inventory)
+        yield checkpoint
+    finally:
+        checkpoint.close()
+
+
+def _listing(path: Path) -> dict[Path, set[str] | None]:
+    """Files of a checkpoint, and the names to take from each; None: all that it holds."""
+    if path.is_dir():
+        if (path / INDEX_NAME).exists():
+            return _read_index(path / INDEX_NAME)
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{path} holds no .safetensors file and no {INDEX_NAME}")
+        return dict.fromkeys(files)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: a .safetensors file, a folder, or an index")
+    return _read_index(path) if path.suffix == ".json" else {path: None}
+
+
+def _read_index(path: Path) -> dict[Path, set[str] | None]:
+    try:
+        weight_map = json.loads(path.read_text())["weight_map"]
+        pairs = [(str(name), str(file)) for name, file in weight_map.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not an index of shards: {error!r}") from error
+    folder = path.parent.resolve()
+    listing: dict[Path, set[str] | None] = {}
+    for name, file in pairs:
+        # A link to elsewhere is the user's own (caches are made of them), a path is not.
+        if Path(file).name != file or file in ("", ".", ".."):
+            raise CheckpointError(f"{path} places {name} in {file!r}, outside its folder {folder}")
+        names = listing.setdefault(folder / file, set())
+        if names is not None:
+            names.add(name)
+    return listing
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    shown = ", ".join(listed[:3])
+    return shown + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -1,0 +1,182 @@
+"""The command `dak`: probe a machine, plan a model, see it work."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from dak_inductor.errors import DakError, OptionError
+
+ERROR_EXIT_CODE = 2
+
+app = typer.Typer(
+    name="dak",
+    help="Run models that do not fit in GPU memory: measure, plan, demonstrate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Write the JSON to this file as well.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Run models that do not fit in GPU memory: measure, plan, demonstrate."""
+    context.obj = debug
+    if version:
+        typer.echo(f"dak-inductor {metadata.version('dak-inductor')}")
+        raise typer.Exit
+
+
+@app.command()
+def probe(
+    context: typer.Context,
+    device: Annotated[
+        str | None, typer.Option(help="GPU to measure. Default: the current.")
+    ] = None,
+    remote: Annotated[
+        list[str] | None,
+        typer.Option(help="Tier to measure; may be given several times. Default: all."),
+    ] = None,
+    json_only: Json = False,
+    out: Out = None,
+) -> None:
+    """Measure this machine: HBM, links, windows, matmul rate. Later plans use the result."""
+    with _named_errors(context):
+        from dak_inductor.probe import probe as measure
+        from dak_inductor.probe import render
+
+        with _progress() as say:
+            say("measuring this machine")
+            profile = measure(device, remote or None)
+        if out is not None:
+            _write(out, profile.to_json())
+        if json_only:
+            typer.echo(profile.to_json().rstrip())
+        else:
+            _console().print(render(profile))
+
+
+@app.command()
+def plan(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Option(help="A preset, or the path of a transformers config.json.")
+    ],
+    hardware: Annotated[
+        str, typer.Option(help="A shipped profile, or a file from dak probe.")
+    ] = "h200",
+    remote: Annotated[str, typer.Option(help="Remote tier: cpu or cuda:N.")] = "cpu",
+    gpu_memory: Annotated[
+        str | None, typer.Option(help='All that may be used: "12GiB", "24GB", "80%". Default: all.')
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 1024,
+    new: Annotated[int, typer.Option(min=1, help="Tokens generated for each prompt.")] = 128,
+    all_ops: Annotated[bool, typer.Option("--all", help="One row per operator.")] = False,
+    json_only: Json = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the plan here, for the option plan=.")
+    ] = None,
+) -> None:
+    """What would go where, and what it would cost: any machine, no GPU, no weights."""
+    with _named_errors(context):
+        from dak_inductor.plan_command import PlanRequest, answer
+        from dak_inductor.plan_report import render
+
+        request = PlanRequest(model, hardware, remote, gpu_memory, batch, prompt, new)
+        with _progress() as say:
+            result = answer(request, say)
+        if out is not None:
+            _write(out, result.plan.to_json())
+        if json_only:
+            typer.echo(result.to_json())
+            return
+        console = _console()
+        console.print(render(result.plan, title=result.title(), all_ops=all_ops))
+        console.print(result.closing(), markup=False, highlight=False)
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers.")] = None,
+    ratio: Annotated[float, typer.Option(help="Share of the weight bytes that goes remote.")] = 0.4,
+    remote: Annotated[str | None, typer.Option(help="Remote tier: cpu, cuda:N, simulated.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 2,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
+    new: Annotated[int, typer.Option(min=1, help="Tokens generated for each prompt.")] = 16,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers to this file as well.")
+    ] = None,
+) -> None:
+    """A Llama model, partly remote, compiled, and checked against eager."""
+    with _named_errors(context):
+        from dak_inductor.demo import run
+
+        code = run(
+            layers=layers,
+            ratio=ratio,
+            remote=remote,
+            batch=batch,
+            prompt=prompt,
+            new=new,
+            json_out=json_out,
+        )
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """The entry point of the installed command."""
+    app()
+
+
+@contextmanager
+def _named_errors(context: typer.Context) -> Iterator[None]:
+    """Errors of this package as one line on stderr, exit code 2; tracebacks with --debug."""
+    try:
+        yield
+    except DakError as error:
+        if context.obj:
+            raise
+        name, message = type(error).__name__, " ".join(str(error).split())
+        print(f"dak: {name}: {message}", file=sys.stderr)
+        raise typer.Exit(ERROR_EXIT_CODE) from None
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A spinner with the time on stderr while something long is done."""
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task("starting", total=None)
+        yield lambda text: progress.update(task, description=text)
+
+
+def _console() -> Console:
+    """Standard output; where that is no terminal, wide enough for every column."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"{path} cannot be written: {error.strerror or error}") from error

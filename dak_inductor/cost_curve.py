@@ -1,0 +1,100 @@
+"""The weighted time of a step as a function of the remote bytes of each tensor."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from dak_inductor.cost_model import OpCost, op_cost
+from dak_inductor.errors import PlanError
+from dak_inductor.hardware import HardwareProfile, LinkProfile
+from dak_inductor.plan import OpUse, PlanProblem
+from dak_inductor.split_grid import SplitGrid
+
+_Kinks = tuple[tuple[float, float], ...]  # (share, jump of the slope)
+
+
+class Line(NamedTuple):
+    """One use with its cost. `start` and `kinks` are the slope of one call over the share."""
+
+    use: OpUse
+    cost: OpCost
+    start: float
+    kinks: _Kinks
+    tensor: int  # -1: reads none of ours
+    floor: float
+
+
+class Piece(NamedTuple):
+    """A straight piece of one tensor's cost, between two sizes of its remote part."""
+
+    slope: float  # seconds of objective per remote byte
+    start: float
+    stop: float
+    tensor: int
+
+
+def cost_lines(problem: PlanProblem, profile: HardwareProfile, link: LinkProfile) -> list[Line]:
+    """The uses with their costs, each shape computed once. Raises PlanError for bad input."""
+    index = {spec.name: i for i, spec in enumerate(problem.tensors)}
+    index[""] = -1
+    shapes: dict[tuple[float, float, float, str, str], tuple[OpCost, float, _Kinks]] = {}
+    seen: set[tuple[str, str]] = set()
+    lines = []
+    for use in problem.uses:
+        shape = (use.touched_bytes, use.other_bytes, use.flops, use.dtype, use.strategy)
+        known = shapes.get(shape)
+        if known is None:
+            touched, other, flops, _, _ = shape
+            if not (touched >= 0 <= other and flops >= 0 and touched + other + flops < math.inf):
+                raise PlanError(f"operator {use.op} reads or computes {shape[:3]}")
+            cost = op_cost(use, profile, link)
+            start, kinks = cost.slopes()
+            known = shapes[shape] = (cost, start, kinks)
+        if use.tensor not in index:
+            raise PlanError(f"operator {use.op} reads {use.tensor!r}, which is not planned")
+        if not 0 <= use.calls < math.inf:
+            raise PlanError(f"operator {use.op} is called {use.calls} times")
+        name = (use.graph, use.op)
+        floor = 0.0 if name in seen else profile.operator_floor
+        seen.add(name)
+        cost, start, kinks = known
+        lines.append(Line(use, cost, start, kinks, index[use.tensor], floor))
+    return lines
+
+
+def cost_pieces(
+    lines: list[Line], problem: PlanProblem, grids: list[SplitGrid]
+) -> list[list[Piece]]:
+    """By tensor, the cost's pieces from the fewest to the most remote bytes it may have."""
+    start = [0.0] * len(grids)
+    kinks: list[list[tuple[float, float]]] = [[] for _ in grids]
+    for use, _, slope, shares, tensor, _ in lines:
+        if tensor >= 0:
+            start[tensor] += use.calls * slope
+            kinks[tensor] += [(share, use.calls * jump) for share, jump in shares]
+    pieces = []
+    for tensor, (spec, grid) in enumerate(zip(problem.tensors, grids, strict=True)):
+        slope, nbytes = start[tensor], grid.nbytes
+        position, high = float(grid.low), grid.high
+        marks = [(share * nbytes, jump) for share, jump in kinks[tensor]]
+        if spec.current_remote is not None:
+            marks.append((float(spec.current_remote), 0.0))
+        own = []
+        for mark, jump in [*sorted(marks), (float(high), 0.0)]:
+            stop = min(mark, high)
+            if stop > position:
+                own.append(Piece(slope / nbytes, position, stop, tensor))
+                position = stop
+            slope += jump
+        pieces.append(own)
+    return pieces
+
+
+def objective(lines: list[Line], remote: list[float] | list[int], grids: list[SplitGrid]) -> float:
+    """Sum over uses of calls x time, with `remote` bytes of each tensor remote."""
+    shares = [r / g.nbytes if g.nbytes else 0.0 for r, g in zip(remote, grids, strict=True)]
+    shares.append(0.0)  # index -1
+    return math.fsum(
+        use.calls * (cost.time(shares[tensor]) + floor) for use, cost, _, _, tensor, floor in lines
+    )

@@ -1,0 +1,121 @@
+"""What an operator and a step take, given how much of each tensor is remote.
+
+An operator that touches D bytes of a tensor, reads or writes A bytes of activations and does F
+flops, with a share x of the tensor remote and read directly, takes
+
+    T(x) = max(((1 - x) D + A) / B_local, x D / B_remote, F / P) + floor
+
+because the link, HBM and the tensor cores work side by side. T is convex and piecewise linear in x.
+Bytes, bytes per second, flop per second, seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from dak_inductor.errors import PlanError
+from dak_inductor.hardware import HardwareProfile, LinkProfile
+from dak_inductor.plan import OpPlan, OpUse
+
+LIMITS = ("hbm", "link", "compute")
+
+
+class OpCost(NamedTuple):
+    """The lines of T, in seconds; `weight` is at x = 0 and `link` at x = 1."""
+
+    weight: float  # D / B_local
+    activations: float  # A / B_local
+    link: float  # D / B_remote
+    compute: float  # F / P
+
+    def time(self, share: float) -> float:
+        """T(share) without the floor; `share` from 0 (all local) to 1 (all remote)."""
+        return max(self.weight * (1 - share) + self.activations, self.link * share, self.compute)
+
+    def limit(self, share: float) -> str:
+        """The one of LIMITS that sets T(share); HBM where two are equal."""
+        local = self.weight * (1 - share) + self.activations
+        if local >= self.link * share and local >= self.compute:
+            return "hbm"
+        return "link" if self.link * share >= self.compute else "compute"
+
+    def slopes(self) -> tuple[float, tuple[tuple[float, float], ...]]:
+        """T as (slope at 0, ((share, jump of the slope there), ...)), shares within (0, 1)."""
+        weight, activations, link, compute = self
+        if weight <= 0 or link <= 0:  # nothing touched
+            return 0.0, ()
+        start = -weight
+        if weight + activations <= compute:
+            start = 0.0
+            kinks: tuple[tuple[float, float], ...] = ((compute / link, link),)
+        else:
+            balance = (weight + activations) / (weight + link)
+            if link * balance >= compute:
+                kinks = ((balance, weight + link),)
+            else:
+                kinks = (
+                    ((weight + activations - compute) / weight, weight),
+                    (compute / link, link),
+                )
+        return start, tuple(kink for kink in kinks if kink[0] < 1)
+
+
+def peak_flops(profile: HardwareProfile, dtype: str) -> float:
+    """The matmul rate of `dtype`; of a 16-bit type for another, else the slowest rate known."""
+    rates = profile.matmul_flops
+    if dtype in rates:
+        return rates[dtype]
+    if dtype in ("float16", "bfloat16"):
+        for other in ("bfloat16", "float16"):
+            if other in rates:
+                return rates[other]
+    return min(rates.values())
+
+
+def op_cost(use: OpUse, profile: HardwareProfile, link: LinkProfile) -> OpCost:
+    """The lines of the use's T on this hardware. Raises PlanError for another strategy."""
+    if use.strategy != "direct":
+        raise PlanError(
+            f"operator {use.op}: strategy {use.strategy!r} cannot be planned, only 'direct'"
+        )
+    return OpCost(
+        use.touched_bytes / profile.hbm_bandwidth,
+        use.other_bytes / profile.hbm_bandwidth,
+        use.touched_bytes / link.direct_bandwidth,
+        use.flops / peak_flops(profile, use.dtype) if use.flops else 0.0,
+    )
+
+
+def op_time(use: OpUse, remote_share: float, profile: HardwareProfile, link: LinkProfile) -> float:
+    """Seconds of one call with `remote_share` (0 to 1) of the tensor remote, floor included."""
+    return op_cost(use, profile, link).time(remote_share) + profile.operator_floor
+
+
+def balance_share(profile: HardwareProfile, link: LinkProfile) -> float:
+    """The share at which link and HBM end together: a memory-bound operator is fastest there."""
+    return link.direct_bandwidth / (link.direct_bandwidth + profile.hbm_bandwidth)
+
+
+def step_bound(
+    ops: Iterable[OpPlan], compute: Mapping[str, float], profile: HardwareProfile, link: LinkProfile
+) -> dict[str, float]:
+    """By graph, the time no schedule of these bytes can beat: each resource alone, never idle.
+
+    max(sum of local bytes / HBM, sum of remote bytes / the faster of direct reads and copy engine,
+    sum of compute), no floors. `compute` is the sum of F / P by graph.
+    """
+    local: dict[str, float] = {}
+    remote: dict[str, float] = {}
+    for op in ops:
+        local[op.graph] = local.get(op.graph, 0.0) + op.local_bytes
+        remote[op.graph] = remote.get(op.graph, 0.0) + op.remote_bytes
+    best_link = max(link.direct_bandwidth, link.copy_bandwidth)
+    return {
+        graph: max(
+            local[graph] / profile.hbm_bandwidth,
+            remote[graph] / best_link,
+            compute.get(graph, 0.0),
+        )
+        for graph in local
+    }

@@ -1,0 +1,174 @@
+"""The plan of a model when it is offloaded: within budget, before any graph was seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dak_inductor import hardware
+from dak_inductor.budget import BudgetTerms, DeviceBudget
+from dak_inductor.cuda_runtime.tier_buffer import Tier, TierBytes
+from dak_inductor.default_plan import uses_of
+from dak_inductor.errors import BudgetError, ModelError, PlanError
+from dak_inductor.inventory import Entry, Inventory
+from dak_inductor.offload_request import OffloadRequest
+from dak_inductor.patterns import placed_entries
+from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
+from dak_inductor.planner import make_plan
+
+_ROUNDS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class FirstPlan:
+    """A plan and what it was made from; `held` are the bytes of the pages that it takes."""
+
+    plan: Plan
+    specs: Mapping[str, TensorSpec]
+    uses: tuple[OpUse, ...]
+    held: TierBytes
+
+    def remote_bytes(self, name: str) -> int:
+        return self.plan.splits[name]
+
+
+def make_first_plan(
+    model: nn.Module,
+    inventory: Inventory,
+    request: OffloadRequest,
+    tier: Tier,
+    budget: DeviceBudget,
+) -> FirstPlan:
+    """The plan to allocate by. Raises BudgetError, PatternError or PlanError; changes nothing."""
+    if not inventory.entries and (request.offload_ratio or request.placement):
+        largest = max((entry.nbytes for entry in inventory.resident), default=0)
+        raise ModelError(
+            f"nothing of {inventory.label} can be divided: its largest tensor has {largest:,} "
+            f"bytes, and below {request.minimum_bytes(tier):,} one stays whole on the GPU"
+        )
+    specs = tensor_specs(inventory, request, tier)
+    uses = uses_of(inventory, model)
+    terms = budget_terms(inventory, budget)
+    problem = PlanProblem(
+        tensors=tuple(specs.values()),
+        uses=uses,
+        remote_bytes=0,
+        remote=request.remote,
+        refusals=tuple(inventory.refusals),
+        model=inventory.fingerprint,
+    )
+    if request.plan is not None:
+        plan = load_plan(request.plan)
+        plan.check_model(inventory.fingerprint, {s.name: s.nbytes for s in specs.values()})
+        held = held_bytes(tier, specs.values(), plan)
+        if held.local > terms.available:
+            raise BudgetError(_too_small(request, inventory, terms, held.local, "the plan keeps"))
+        return FirstPlan(plan, specs, uses, held)
+    profile = hardware.current(budget.device)
+    if request.offload_ratio is not None:
+        wanted = round(request.offload_ratio * inventory.tierable_bytes)
+        plan = make_plan(replace(problem, remote_bytes=wanted), profile)
+        held = held_bytes(tier, specs.values(), plan)
+        if held.local > terms.available:
+            raise BudgetError(_too_small(request, inventory, terms, held.local, "the ratio keeps"))
+        return FirstPlan(plan, specs, uses, held)
+    movable = sum(
+        spec.nbytes if spec.max_remote is None else spec.max_remote for spec in specs.values()
+    )
+    fixed = inventory.tierable_bytes - movable
+    if terms.available < fixed or terms.available < 0:
+        raise BudgetError(_too_small(request, inventory, terms, fixed, "patterns keep"))
+    wanted = max(0, inventory.tierable_bytes - terms.available)
+    for _ in range(_ROUNDS):
+        plan = make_plan(replace(problem, remote_bytes=min(wanted, movable)), profile)
+        held = held_bytes(tier, specs.values(), plan)
+        if held.local <= terms.available:
+            return FirstPlan(plan, specs, uses, held)
+        if wanted >= movable:
+            break
+        # Pages that are local in part cost a whole page; whole pages have to go.
+        wanted += -(-(held.local - terms.available) // tier.page_bytes) * tier.page_bytes
+    raise BudgetError(
+        _too_small(request, inventory, terms, held.local, "rounded to pages, there stay")
+    )
+
+
+def tensor_specs(
+    inventory: Inventory, request: OffloadRequest, tier: Tier
+) -> dict[str, TensorSpec]:
+    """What the planner may do with each divided tensor, by name."""
+    places = placed_entries(request.placement, inventory, request.remote)
+    specs = {}
+    for entry in inventory.entries:
+        place = places.get(entry.name)
+        specs[entry.name] = TensorSpec(
+            name=entry.name,
+            nbytes=entry.nbytes,
+            min_remote=entry.nbytes if place == "remote" else 0,
+            max_remote=0 if place == "gpu" else None,
+            granularity=entry.nbytes if tier.whole_tensors else 256,
+        )
+    return specs
+
+
+def held_bytes(tier: Tier, specs: Iterable[TensorSpec], plan: Plan) -> TierBytes:
+    """Bytes of the pages that new buffers would take under `plan`."""
+    return sum(
+        (tier.held_bytes(spec.nbytes, spec.nbytes - plan.splits[spec.name]) for spec in specs),
+        TierBytes(),
+    )
+
+
+def load_plan(plan: Plan | str | Path) -> Plan:
+    """A plan, or the one in a JSON file. Raises PlanError."""
+    if isinstance(plan, Plan):
+        return plan
+    if not isinstance(plan, str | Path):
+        raise PlanError(f"plan={plan!r}: a Plan, or the path of one saved as JSON")
+    try:
+        return Plan.from_json(Path(plan).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"the plan file {plan} cannot be read: {error}") from error
+
+
+def peak_host_bytes(tier: Tier, inventory: Inventory, first: FirstPlan) -> int:
+    """The most host memory taken beyond today's while entries move in order, originals released."""
+    taken = peak = 0
+    for entry in inventory.entries:
+        split = entry.nbytes - first.remote_bytes(entry.name)
+        taken += tier.held_bytes(entry.nbytes, split).remote
+        peak = max(peak, taken)
+        taken -= entry.nbytes if entry.device.type == "cpu" else 0
+    return peak
+
+
+def budget_terms(inventory: Inventory, budget: DeviceBudget) -> BudgetTerms:
+    """How the budget is spent once the model's whole tensors have come to the device."""
+    if budget.is_simulated:
+        return budget.terms(arriving=inventory.resident_bytes)
+    return budget.terms(
+        arriving=_bytes_at(inventory.resident, budget.device, there=False),
+        leaving=_bytes_at(inventory.entries, budget.device, there=True),
+    )
+
+
+def _bytes_at(entries: Iterable[Entry], device: torch.device, *, there: bool) -> int:
+    return sum(entry.nbytes for entry in entries if (entry.device == device) is there)
+
+
+def _too_small(
+    request: OffloadRequest, inventory: Inventory, terms: BudgetTerms, needed: int, why: str
+) -> str:
+    short = needed - terms.available
+    asked = (
+        "" if request.gpu_memory is None else f"gpu_memory={request.gpu_memory!r} is too small: "
+    )
+    return (
+        f"{asked}{terms}: {terms.available:,} bytes are left for weights that can be divided, and "
+        f"{why} {needed:,} bytes of {inventory.label} on the GPU. Give at least "
+        f"{(terms.total + short) / 1e9:.3f} GB ({terms.total + short:,} bytes)."
+    )

@@ -1,0 +1,66 @@
+"""Several models on one device: the earlier ones give way, so that each has its share."""
+
+from __future__ import annotations
+
+import logging
+
+from dak_inductor import hardware, placement
+from dak_inductor.budget import DeviceBudget
+from dak_inductor.first_plan import budget_terms
+from dak_inductor.inventory import Inventory
+from dak_inductor.offload_request import OffloadRequest
+from dak_inductor.offloaded import OffloadedModel
+from dak_inductor.plan import PlanProblem
+from dak_inductor.planner import make_plan
+
+log = logging.getLogger(__name__)
+
+
+def make_room(inventory: Inventory, request: OffloadRequest, budget: DeviceBudget) -> None:
+    """Move weights of earlier models out of the GPU, if a new one gets less than its share.
+
+    A model's share is that of its divided bytes among all. Nothing moves where the new model fits,
+    or was asked for by ratio or plan. Raises MoveError; the earlier models stay usable in any case.
+    """
+    others = [model for model in budget.models if model.offload_ratio is None]
+    if request.gpu_memory is None or not others:
+        return
+    available = budget_terms(inventory, budget).available
+    mine = inventory.tierable_bytes
+    if available >= mine:
+        return
+    held = sum(model.physical_bytes().local for model in others)
+    theirs = sum(model.bytes_by_tier().total for model in others)
+    share = (available + held) * mine // max(1, mine + theirs)
+    short = share - available
+    for model in sorted(others, key=lambda other: -other.bytes_by_tier().local):
+        if short <= 0:
+            return
+        part = min(short, -(-short * model.physical_bytes().local // max(1, held)))
+        short -= give_way(model, part)
+        held -= model.physical_bytes().local
+
+
+def give_way(model: OffloadedModel, nbytes: int) -> int:
+    """Move at least `nbytes` more of a model's weights to the remote tier, as far as it may.
+
+    Returns the bytes of pages that left the GPU.
+    """
+    specs = model.specs()
+    movable = sum(s.nbytes if s.max_remote is None else s.max_remote for s in specs)
+    before = model.physical_bytes().local
+    remote = min(movable, model.bytes_by_tier().remote + nbytes)
+    problem = PlanProblem(
+        tensors=specs,
+        uses=model.default_uses,
+        remote_bytes=remote,
+        remote=model.remote,
+        refusals=model.refusals,
+        model=model.fingerprint,
+    )
+    plan = make_plan(problem, hardware.current(model.device))
+    placement.apply(plan, model)
+    model.plan = plan
+    freed = before - model.physical_bytes().local
+    log.info("%s gives %.3f GB of the GPU to another model", model.label, freed / 1e9)
+    return freed

@@ -1,0 +1,227 @@
+"""The record of an offloaded model: which tensor lies in which buffer."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from dak_inductor.cuda_runtime.tier_buffer import Tier, TierBytes, TieredBuffer
+from dak_inductor.plan import OpUse, Plan, TensorSpec
+from dak_inductor.refusal import Refusal
+
+if TYPE_CHECKING:
+    from dak_inductor.budget import DeviceBudget
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPart:
+    """One tensor of a weight: where in the buffer it lies, and its names in the model."""
+
+    names: tuple[str, ...]
+    offset_bytes: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OffloadedWeight:
+    """One buffer and the tensor in it, or the overlapping tensors."""
+
+    names: tuple[str, ...]
+    buffer: TieredBuffer
+    spec: TensorSpec  # as planned at creation
+    parts: tuple[WeightPart, ...]
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.parts[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        return self.parts[0].stride
+
+    @property
+    def live_spec(self) -> TensorSpec:
+        """The spec with where the tensor lies now, and the page grid that its moves follow."""
+        buffer = self.buffer
+        first = -buffer.start_offset % buffer.page_bytes
+        return replace(
+            self.spec,
+            current_remote=buffer.nbytes - buffer.split,
+            page=buffer.page_bytes,
+            first_page_split=first,
+        )
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class OffloadedModel:
+    """One model whose weights are divided between tiers. Holds the model weakly."""
+
+    reference: weakref.ref[nn.Module]
+    label: str  # class name
+    device: torch.device
+    remote: str
+    tier: Tier
+    weights: dict[str, OffloadedWeight]
+    resident_bytes: int  # parameters and buffers that stay whole on the device
+    total_bytes: int
+    tensor_count: int
+    budget: DeviceBudget
+    required_grad: Mapping[str, bool]  # by name, before the parameters were frozen
+    fingerprint: str = ""
+    offload_ratio: float | None = None
+    strict: bool = False
+    plan: Plan | None = None
+    default_uses: tuple[OpUse, ...] = ()  # what a decode step is taken to read before it is seen
+    refusals: tuple[Refusal, ...] = ()
+    _expected: list[tuple[Mapping[str, torch.Tensor | None], str, int, str]] = field(
+        default_factory=list
+    )
+
+    @property
+    def model(self) -> nn.Module | None:
+        return self.reference()
+
+    def bytes_by_tier(self) -> TierBytes:
+        """Bytes of the divided weights by tier; whole tensors are not among them."""
+        return sum((w.buffer.bytes_by_tier() for w in self.weights.values()), TierBytes())
+
+    def physical_bytes(self) -> TierBytes:
+        """Bytes of the pages that the divided weights hold."""
+        return sum((w.buffer.physical_bytes() for w in self.weights.values()), TierBytes())
+
+    def buffer_ids(self) -> set[int]:
+        """Identities of the buffers, to find the model of a buffer."""
+        return {id(weight.buffer) for weight in self.weights.values()}
+
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """The divided weights as they lie now, for a new plan."""
+        return tuple(weight.live_spec for weight in self.weights.values())
+
+    def weight_named(self, name: str) -> OffloadedWeight | None:
+        """The weight that has `name` among its names."""
+        found = self.weights.get(name)
+        if found is not None:
+            return found
+        return next((w for w in self.weights.values() if name in w.names), None)
+
+    def required_remote_bytes(self) -> int:
+        """Bytes of the divided weights that have to be remote now, by ratio or budget."""
+        held, pages = self.bytes_by_tier(), self.physical_bytes()
+        if self.offload_ratio is not None:
+            return round(self.offload_ratio * held.total)
+        rounding = pages.local - held.local  # pages that are held in part
+        return min(
+            held.total,
+            max(0, held.total + rounding - self.budget.weight_bytes_available(self)),
+        )
+
+    def line(self) -> str:
+        """One line for the user: what went where."""
+        held = self.bytes_by_tier()
+        total = held.total + self.resident_bytes
+        share = f"{100 * held.remote / total if total else 0:.1f}%"
+        local = held.local + self.resident_bytes
+        divided = sum(len(weight.parts) for weight in self.weights.values())
+        place, remote = _places(self.device, self.remote)
+        return (
+            f"dak: {self.label} {_size(total)}: {_size(local)} {place}, {_size(held.remote)} "
+            f"{remote} ({share}), {divided} of {self.tensor_count} tensors tiered; "
+            f"resident reserve {_size(self.budget.reserve)}"
+        )
+
+
+def find_resident_copies(record: OffloadedModel) -> list[str]:
+    """Names of weights that no longer lie in their buffer (`.half()`, `assign=True`, replaced).
+
+    Cheap enough for every call: one look-up and one address per tensor.
+    """
+    return [
+        name
+        for table, attribute, address, name in record._expected
+        if not _lies_at(table.get(attribute), address)
+    ]
+
+
+def expect_tensors(record: OffloadedModel) -> None:
+    """Note where each weight hangs and its address, for `find_resident_copies`."""
+    model = record.model
+    record._expected.clear()
+    if model is None:
+        return
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for weight in record.weights.values():
+        for part in weight.parts:
+            for name in part.names:
+                path, _, attribute = name.rpartition(".")
+                module = modules.get(path)
+                if module is None:
+                    continue  # an inner tensor of a wrapper subclass
+                held = module._parameters if attribute in module._parameters else module._buffers
+                address = weight.buffer.address + part.offset_bytes
+                if _lies_at(held.get(attribute), address):
+                    record._expected.append((held, attribute, address, name))
+
+
+def _lies_at(tensor: torch.Tensor | None, address: int) -> bool:
+    return tensor is not None and tensor.data_ptr() == address
+
+
+_lock = threading.Lock()
+_records: weakref.WeakKeyDictionary[nn.Module, OffloadedModel] = weakref.WeakKeyDictionary()
+
+
+def offloaded_models() -> list[OffloadedModel]:
+    """The records of all live offloaded models, oldest first."""
+    with _lock:
+        return list(_records.values())
+
+
+def record_of(model: nn.Module) -> OffloadedModel | None:
+    """The record of a model, also through torch.compile's wrapper; None if it is not offloaded."""
+    with _lock:
+        return _records.get(getattr(model, "_orig_mod", model))
+
+
+def register(model: nn.Module, record: OffloadedModel) -> None:
+    """Enter a model's record."""
+    expect_tensors(record)
+    with _lock:
+        _records[model] = record
+    record.budget.models.add(record)
+
+
+def drop(model: nn.Module) -> None:
+    """Forget a model's record."""
+    with _lock:
+        record = _records.pop(model, None)
+    if record is not None:
+        record.budget.models.discard(record)
+
+
+def _places(device: torch.device, remote: str) -> tuple[str, str]:
+    if remote == "simulated":
+        return "on the simulated GPU", "in the simulated remote tier"
+    return f"on {device}", "in host memory" if remote == "cpu" else f"on {remote}"
+
+
+def _size(nbytes: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= 0.1 * scale:
+            return f"{nbytes / scale:.2f} {unit}"
+    return f"{nbytes} B"

@@ -1,0 +1,266 @@
+"""What is to be planned, and the plan: frozen records, and the plan's JSON.
+
+Sizes are bytes, times seconds. A tensor is local in a prefix and remote in the rest; its `split` is
+the length of the prefix, and `splits` of a plan maps each tensor to its REMOTE bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
+from typing import Any
+
+from dak_inductor.errors import PlanError
+from dak_inductor.refusal import Refusal
+
+VERSION = 1
+STRATEGIES = ("direct", "staged")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor whose bytes the plan divides.
+
+    Its split may be 0, `nbytes`, or any multiple of `granularity`. A live tensor moves by pages:
+    with `page` set, the splits are 0, `nbytes` and `first_page_split` + k * `page`.
+    """
+
+    name: str
+    nbytes: int
+    min_remote: int = 0
+    max_remote: int | None = None  # None: all of it
+    granularity: int = 256
+    current_remote: int | None = None  # None: not placed yet
+    page: int | None = None
+    first_page_split: int | None = None  # None: the tensor starts on a page boundary
+
+
+@dataclass(frozen=True, slots=True)
+class OpUse:
+    """One operator of one graph reading one tensor. `tensor` is "" where it reads none of ours.
+
+    An operator that reads two tensors is two uses of the same `op`; its floor counts once.
+    """
+
+    op: str
+    graph: str
+    tensor: str
+    kind: str
+    touched_bytes: float  # of the tensor, per call; a remote share x makes x of them remote
+    other_bytes: float  # activations, always local, per call
+    flops: float  # per call
+    calls: float  # weight of this use in the objective
+    dtype: str = "bfloat16"
+    module: str = ""
+    source: str = ""
+    m: int = 0  # rows of the activation, 0 where it has no meaning
+    strategy: str = "direct"
+
+
+@dataclass(frozen=True, slots=True)
+class PlanProblem:
+    """`remote_bytes` of the `tensors` have to be remote; which bytes is the planner's to say."""
+
+    tensors: tuple[TensorSpec, ...]
+    uses: tuple[OpUse, ...]
+    remote_bytes: int
+    remote: str
+    refusals: tuple[Refusal, ...] = ()
+    model: str = ""  # fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class OpPlan:
+    """One use as planned. `limit` names what bounds its time: "hbm", "link" or "compute"."""
+
+    op: str
+    graph: str
+    tensor: str
+    kind: str
+    strategy: str
+    remote_share: float  # of the tensor, 0 to 1
+    local_bytes: float  # read per call from HBM, activations included
+    remote_bytes: float  # read per call from the remote tier
+    time: float  # predicted, one call
+    calls: float
+    limit: str = "hbm"
+    module: str = ""
+    source: str = ""
+    m: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where every byte goes, and what that is predicted to cost."""
+
+    model: str
+    hardware: str
+    remote: str
+    asked_bytes: int  # had to be remote
+    splits: Mapping[str, int]  # remote bytes by tensor
+    sizes: Mapping[str, int]  # all bytes by tensor
+    ops: tuple[OpPlan, ...]
+    refusals: tuple[Refusal, ...]
+    step_times: Mapping[str, float]  # by graph, every operator called once
+    bound: Mapping[str, float]  # by graph, no schedule of these bytes is faster
+    objective: float  # sum over uses of calls x time
+    objective_bound: float  # of the best plan that could split a tensor anywhere
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("splits", "sizes", "step_times", "bound"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def __reduce__(self) -> tuple[Callable[[str], Plan], tuple[str]]:
+        return Plan.from_json, (self.to_json(),)
+
+    @property
+    def remote_bytes(self) -> int:
+        """Bytes that this plan puts into the remote tier; at least `asked_bytes`."""
+        return sum(self.splits.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all planned tensors."""
+        return sum(self.sizes.values())
+
+    @property
+    def gap(self) -> float:
+        """Cost above the bound, as a share of the bound."""
+        return self.objective / self.objective_bound - 1 if self.objective_bound > 0 else 0.0
+
+    def check_model(self, model: str, sizes: Mapping[str, int]) -> None:
+        """Raise PlanError where this is not a plan for `model` with tensors of these `sizes`."""
+        if self.model and model and self.model != model:
+            raise PlanError(
+                f"this is a plan of model {self.model!r}, the model here is {model!r}: plan again "
+                "with `dak plan`, or leave the plan out"
+            )
+        if self.sizes == sizes:
+            return
+        missing = sorted(sizes.keys() - self.sizes.keys())
+        unknown = sorted(self.sizes.keys() - sizes.keys())
+        other = sorted(n for n in self.sizes.keys() & sizes.keys() if self.sizes[n] != sizes[n])
+        raise PlanError(
+            f"this plan is of another model: {_some(missing)} not in the plan, {_some(unknown)} "
+            f"not in the model, {_some(other)} of another size; plan again with `dak plan`"
+        )
+
+    def to_json(self) -> str:
+        """Versioned JSON, one operator a line, which `from_json` reads back to an equal plan."""
+        head: dict[str, Any] = {"version": self.version}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("version", "ops", "refusals"):
+                head[field.name] = dict(value) if isinstance(value, Mapping) else value
+        text = json.dumps(head, indent=2, allow_nan=False).removesuffix("\n}")
+        for name in ("ops", "refusals"):
+            rows = ",\n".join(
+                "    " + json.dumps(asdict(row), allow_nan=False) for row in getattr(self, name)
+            )
+            text += f',\n  "{name}": [\n{rows}\n  ]' if rows else f',\n  "{name}": []'
+        return text + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan in `text`. Raises PlanError where it is damaged or of another version."""
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"the plan is not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise PlanError(f"the plan is a JSON {type(record).__name__}, not an object")
+        if record.get("version") != VERSION or isinstance(record.get("version"), bool):
+            raise PlanError(
+                f"a plan of version {record.get('version')!r}; this release reads version "
+                f"{VERSION}: plan again with `dak plan`"
+            )
+        _check_types("the plan", cls, record)
+        plan = cls(
+            **{
+                **record,
+                "ops": tuple(_rows("ops", OpPlan, record["ops"])),
+                "refusals": tuple(_rows("refusals", Refusal, record["refusals"])),
+            }
+        )
+        _check_values(plan)
+        return plan
+
+
+def _some(names: list[str]) -> str:
+    if not names:
+        return "none"
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _rows(where: str, kind: type, rows: list[Any]) -> list[Any]:
+    read = []
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise PlanError(f"{where}[{number}] must be an object")
+        _check_types(f"{where}[{number}]", kind, row)
+        read.append(kind(**row))
+    return read
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return 0 <= value < math.inf
+
+
+def _maps_to(check: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
+
+
+# by the annotation of the field: what a value from disk must be
+_CHECKS: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "str": ("a text", lambda value: isinstance(value, str)),
+    "int": ("a whole number of zero or more", _is_whole),
+    "float": ("a finite number of zero or more", _is_number),
+    "Mapping[str, int]": ("an object of whole numbers of zero or more", _maps_to(_is_whole)),
+    "Mapping[str, float]": ("an object of finite numbers", _maps_to(_is_number)),
+    "tuple[OpPlan, ...]": ("a list", lambda value: isinstance(value, list)),
+    "tuple[Refusal, ...]": ("a list", lambda value: isinstance(value, list)),
+}
+
+
+def _check_types(where: str, record_type: type, record: Mapping[str, Any]) -> None:
+    annotations = {f.name: str(f.type) for f in fields(record_type)}
+    missing = sorted(annotations.keys() - record.keys())
+    unknown = sorted(record.keys() - annotations.keys())
+    if missing or unknown:
+        raise PlanError(f"{where}: missing {_some(missing)}; unknown {_some(unknown)}")
+    for name, annotation in annotations.items():
+        wanted, check = _CHECKS[annotation]
+        if not check(record[name]):
+            raise PlanError(f"{where}: {name} is {record[name]!r:.60}; {wanted} is needed")
+
+
+def _check_values(plan: Plan) -> None:
+    if plan.splits.keys() != plan.sizes.keys():
+        differing = sorted(plan.splits.keys() ^ plan.sizes.keys())
+        raise PlanError(f"the plan has a split or a size but not both for {_some(differing)}")
+    for name, remote in plan.splits.items():
+        if remote > plan.sizes[name]:
+            raise PlanError(f"{name}: {remote} bytes remote of {plan.sizes[name]}")
+    if plan.remote_bytes < plan.asked_bytes:
+        raise PlanError(
+            f"the splits make {plan.remote_bytes} bytes remote, {plan.asked_bytes} are needed"
+        )
+    for op in plan.ops:
+        if op.tensor and op.tensor not in plan.sizes:
+            raise PlanError(f"operator {op.op} reads {op.tensor!r}, which the plan does not hold")
+        if op.strategy not in STRATEGIES:
+            raise PlanError(
+                f"operator {op.op}: strategy {op.strategy!r} is none of {', '.join(STRATEGIES)}"
+            )
+        if op.remote_share > 1:
+            raise PlanError(f"operator {op.op}: a remote share of {op.remote_share} is above 1")

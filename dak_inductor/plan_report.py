@@ -1,0 +1,271 @@
+"""A plan as tables: what goes where, what bounds it, what it costs, what was refused and why."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from dak_inductor.plan import OpPlan, Plan
+from dak_inductor.refusal import Refusal
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_LIMITS = {"hbm": "HBM", "link": "link", "compute": "compute"}
+_REFUSALS_SHOWN = 12
+
+
+@dataclass(frozen=True, slots=True)
+class OpGroup:
+    """Operators of one graph that repeat from layer to layer, summed."""
+
+    label: str  # "model.layers.*.mlp.up_proj"
+    kind: str
+    m: int
+    count: int
+    lowest_share: float
+    highest_share: float
+    local_bytes: float  # read per step
+    remote_bytes: float
+    time: float  # of all of them
+    limits: str
+    source: str
+
+    @classmethod
+    def of(cls, label: str, ops: Sequence[OpPlan]) -> OpGroup:
+        """The sums over `ops`, of which there is at least one."""
+        shares = [op.remote_share for op in ops]
+        return cls(
+            label=label,
+            kind=ops[0].kind,
+            m=ops[0].m,
+            count=len(ops),
+            lowest_share=min(shares),
+            highest_share=max(shares),
+            local_bytes=sum(op.local_bytes for op in ops),
+            remote_bytes=sum(op.remote_bytes for op in ops),
+            time=sum(op.time for op in ops),
+            limits=", ".join(
+                name for key, name in _LIMITS.items() if key in {o.limit for o in ops}
+            ),
+            source=ops[0].source.rsplit("/", 1)[-1],
+        )
+
+
+def group_ops(ops: Iterable[OpPlan], *, all_ops: bool = False) -> list[OpGroup]:
+    """Rows of the report, in order of first appearance; one operator each with `all_ops`."""
+    groups: dict[tuple[object, ...], list[OpPlan]] = {}
+    for number, op in enumerate(ops):
+        name = op.module or op.tensor.removesuffix(".weight") or op.op
+        label = name if all_ops else _NUMBER.sub("*", name)
+        key = (label, op.kind, op.m, number if all_ops else -1)
+        groups.setdefault(key, []).append(op)
+    return [OpGroup.of(str(key[0]), members) for key, members in groups.items()]
+
+
+def seconds_text(seconds: float) -> str:
+    """Three digits with the unit that fits: "1.24 ms"."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}" if seconds < 1000 else f"{seconds:.0f} s"
+    return f"{seconds / 1e-9:.3g} ns" if seconds else "0 s"
+
+
+def bytes_text(size: float) -> str:
+    """Decimal bytes, as vendors count: "16.1 GB"."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:,.1f} {unit}"
+    return f"{size:.0f} B"
+
+
+def render(
+    plan: Plan,
+    *,
+    title: str = "",
+    all_ops: bool = False,
+    measured: Mapping[str, float] | None = None,
+) -> RenderableType:
+    """The whole report for a rich console.
+
+    Args:
+        plan: what to report.
+        title: first line; by default model, hardware and tier.
+        all_ops: one row per operator instead of one per group of equal layers.
+        measured: seconds of a step by graph, shown beside the prediction.
+    """
+    parts: list[RenderableType] = [Text(title or _title(plan), style="bold"), Text(_placed(plan))]
+    for graph in plan.step_times:
+        parts += [Text(), _GraphTable(plan, graph, all_ops, (measured or {}).get(graph))]
+    if plan.refusals:
+        parts += [Text(), _refusal_table(plan.refusals, all_ops)]
+    parts += [Text(), Text("\n".join(_summary(plan, measured or {})))]
+    return Group(*parts)
+
+
+def to_text(
+    plan: Plan,
+    *,
+    title: str = "",
+    all_ops: bool = False,
+    measured: Mapping[str, float] | None = None,
+    width: int = 150,
+) -> str:
+    """The report as plain text of at most `width` columns."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+    console.print(render(plan, title=title, all_ops=all_ops, measured=measured))
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def _title(plan: Plan) -> str:
+    return f"{plan.model or 'model'} on {plan.hardware}, remote tier {plan.remote}"
+
+
+def _placed(plan: Plan) -> str:
+    total, remote = plan.total_bytes, plan.remote_bytes
+    sizes = plan.sizes
+    split = sum(0 < part < sizes[name] for name, part in plan.splits.items())
+    whole = sum(0 < part == sizes[name] for name, part in plan.splits.items())
+    share = remote / total if total else 0.0
+    return (
+        f"{bytes_text(remote)} of {bytes_text(total)} planned bytes remote ({share:.1%}): of "
+        f"{len(sizes)} tensors {whole} whole, {split} in part"
+    )
+
+
+def _share_text(group: OpGroup) -> str:
+    low, high = f"{group.lowest_share:.1%}", f"{group.highest_share:.1%}"
+    return low if low == high else f"{low[:-1]}-{high}"
+
+
+class _GraphTable:
+    """The operators of one graph; a narrow console gets fewer columns."""
+
+    def __init__(self, plan: Plan, graph: str, all_ops: bool, measured: float | None) -> None:
+        self.step = plan.step_times[graph]
+        self.title = f"{graph}: {seconds_text(self.step)} predicted"
+        self.title += f", {seconds_text(plan.bound[graph])} bound"
+        if measured is not None:
+            self.title += f", {seconds_text(measured)} measured"
+        self.groups = group_ops((op for op in plan.ops if op.graph == graph), all_ops=all_ops)
+        self.all_ops = all_ops
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        local = sum(group.local_bytes for group in self.groups)
+        remote = sum(group.remote_bytes for group in self.groups)
+        total = _Row(
+            "total",
+            "",
+            str(sum(group.count for group in self.groups)),
+            "",
+            f"{remote / (local + remote):.1%}" if local + remote else "",
+            bytes_text(local),
+            bytes_text(remote),
+            seconds_text(self.step),
+            "",
+            "",
+            "",
+        )
+        rows = [_row(group, self.step) for group in self.groups]
+        names = _NARROW if options.max_width < _WIDE_COLUMNS else _ROW_FIELDS[:-1]
+        if self.all_ops:
+            names = (*names, "source")
+        table = Table(
+            title=self.title,
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            show_footer=True,
+            padding=(0, 1, 0, 0),
+        )
+        for name in names:
+            folds = name in ("operator", "source")
+            table.add_column(
+                "count" if name == "operators" else name.replace("_", " "),
+                Text(getattr(total, name)),
+                justify="left" if folds or name in ("kind", "bound_by") else "right",
+                no_wrap=not folds,
+                overflow="fold" if folds else "ellipsis",
+                min_width=16 if folds else None,
+            )
+        for row in rows:
+            table.add_row(*(Text(getattr(row, name)) for name in names))
+        yield table
+
+
+class _Row(NamedTuple):
+    operator: str
+    kind: str
+    operators: str
+    rows: str
+    remote: str
+    HBM: str
+    link: str
+    time: str
+    share: str
+    bound_by: str
+    source: str
+
+
+_ROW_FIELDS = _Row._fields
+_NARROW = ("operator", "operators", "rows", "remote", "link", "time", "bound_by")
+_WIDE_COLUMNS = 106
+
+
+def _row(group: OpGroup, step: float) -> _Row:
+    return _Row(
+        operator=group.label,
+        kind=group.kind,
+        operators=str(group.count),
+        rows=str(group.m or ""),
+        remote=_share_text(group),
+        HBM=bytes_text(group.local_bytes),
+        link=bytes_text(group.remote_bytes),
+        time=seconds_text(group.time),
+        share=f"{group.time / step:.1%}" if step else "",
+        bound_by=group.limits,
+        source=group.source,
+    )
+
+
+def _refusal_table(refusals: Sequence[Refusal], all_ops: bool) -> Table:
+    count = len(refusals)
+    title = f"not offloaded: {count} operator{'' if count == 1 else 's'}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("operator", "count", "where", "reason"):
+        table.add_column(name, overflow="fold", justify="right" if name == "count" else "left")
+    groups: dict[tuple[str, str, str], list[Refusal]] = {}
+    for refusal in refusals:
+        where = refusal.module or refusal.node
+        where = where if all_ops else _NUMBER.sub("*", where)
+        groups.setdefault((refusal.target, where, refusal.reason), []).append(refusal)
+    rows = list(groups.items())
+    for (target, where, reason), members in rows if all_ops else rows[:_REFUSALS_SHOWN]:
+        source = members[0].source.rsplit("/", 1)[-1]
+        place = f"{where} ({source})" if source else where
+        table.add_row(*map(Text, (target, str(len(members)), place, reason)))
+    hidden = 0 if all_ops else len(rows) - _REFUSALS_SHOWN
+    if hidden > 0:
+        table.add_row(Text(f"and {hidden} more kinds"), "", "", "")
+    return table
+
+
+def _summary(plan: Plan, measured: Mapping[str, float]) -> list[str]:
+    names = {"prefill": "TTFT (prefill)", "decode": "TPOT (decode step)"}
+    lines = []
+    for graph, step in plan.step_times.items():
+        line = f"{names.get(graph, graph)}: predicted {seconds_text(step)}"
+        if graph in measured:
+            line += f", measured {seconds_text(measured[graph])}"
+        bound = plan.bound[graph]
+        if bound:
+            line += f"; {step / bound:.2f}x of what HBM, link and cores could do with these bytes"
+        lines.append(line)
+    lines.append(f"plan: {max(plan.gap, 0.0):.3%} above the best possible split of the same bytes")
+    return lines

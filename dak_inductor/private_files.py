@@ -1,0 +1,55 @@
+"""Files for what may be measured or compiled again: profiles and cubins.
+
+They are trusted when they are read back, so their folder belongs to the user alone (mode 0700,
+owner checked). A file is written beside its place and renamed into it: a reader sees the old file,
+the new one, or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+
+def is_private(folder: Path) -> bool:
+    """Whether `folder` is a real folder of this user that nobody else can write to or read."""
+    try:
+        found = os.lstat(folder)
+    except OSError:
+        return False
+    return (
+        stat.S_ISDIR(found.st_mode)
+        and found.st_uid == os.geteuid()
+        and stat.S_IMODE(found.st_mode) & 0o077 == 0
+    )
+
+
+def private_folder(folder: Path) -> Path | None:
+    """Create `folder` with mode 0700 if need be; None if it cannot be had, or is not ours alone."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+    except OSError:
+        return None
+    return folder if is_private(folder) else None
+
+
+def publish(path: Path, content: bytes) -> bool:
+    """Put `content` at `path` by an atomic rename; False where the file system refuses."""
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError:
+        return False
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        return False
+    return True

@@ -1,0 +1,160 @@
+"""The time of an operator: the formula, its slopes, its limits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dak_inductor.cost_model import (
+    LIMITS,
+    OpCost,
+    balance_share,
+    op_cost,
+    op_time,
+    peak_flops,
+    step_bound,
+)
+from dak_inductor.errors import PlanError
+from dak_inductor.hardware import HardwareProfile, load
+from dak_inductor.plan import OpPlan, OpUse
+
+H200 = load("h200")
+HOST = H200.link("cpu")
+WEIGHT = 117_440_512  # bytes of a 4096 x 14336 bf16 linear
+
+sizes = st.floats(0, 1e11)
+shares = st.floats(0, 1)
+seconds = st.floats(0, 10)
+costs = st.builds(  # link and weight are the same bytes over two bandwidths
+    lambda weight, activations, slower, compute: OpCost(
+        weight, activations, weight * slower, compute
+    ),
+    st.just(0.0) | st.floats(1e-9, 10),
+    seconds,
+    st.floats(0.5, 1000),
+    seconds,
+)
+
+
+def linear(rows: int, touched: float = WEIGHT) -> OpUse:
+    flops = touched * rows  # two per element of two bytes
+    return OpUse("op", "decode", "w", "linear", touched, 0.0, flops, 1.0, m=rows)
+
+
+def scaled(profile: HardwareProfile, factor: float) -> HardwareProfile:
+    return replace(
+        profile,
+        hbm_bandwidth=profile.hbm_bandwidth * factor,
+        matmul_flops={k: v * factor for k, v in profile.matmul_flops.items()},
+        operator_floor=profile.operator_floor / factor,
+        links={
+            k: replace(
+                v,
+                direct_bandwidth=v.direct_bandwidth * factor,
+                copy_bandwidth=v.copy_bandwidth * factor,
+            )
+            for k, v in profile.links.items()
+        },
+    )
+
+
+@given(sizes, sizes, sizes, shares)
+def test_op_time_is_the_formula(touched: float, other: float, flops: float, share: float) -> None:
+    use = OpUse("op", "g", "w", "linear", touched, other, flops, 1.0)
+    expected = max(
+        ((1 - share) * touched + other) / H200.hbm_bandwidth,
+        share * touched / HOST.direct_bandwidth,
+        flops / H200.matmul_flops["bfloat16"],
+    )
+    time = op_time(use, share, H200, HOST)
+    assert time == pytest.approx(expected + H200.operator_floor, rel=1e-12)
+
+
+@given(costs, shares, shares, shares)
+def test_time_is_convex(cost: OpCost, left: float, right: float, weight: float) -> None:
+    between = weight * left + (1 - weight) * right
+    chord = weight * cost.time(left) + (1 - weight) * cost.time(right)
+    assert cost.time(between) <= chord * (1 + 1e-9) + 1e-12
+
+
+@given(costs, shares)
+def test_slopes_rebuild_the_time(cost: OpCost, share: float) -> None:
+    slope, kinks = cost.slopes()
+    time = cost.time(0.0) + slope * share
+    time += sum(jump * (share - kink) for kink, jump in kinks if kink < share)
+    assert time == pytest.approx(cost.time(share), rel=1e-7, abs=1e-9)
+    assert all(0 < kink < 1 and jump > 0 for kink, jump in kinks)
+
+
+@given(costs, shares)
+def test_limit_names_the_line_that_is_on_top(cost: OpCost, share: float) -> None:
+    lines = dict(
+        zip(
+            LIMITS,
+            (
+                cost.weight * (1 - share) + cost.activations,
+                cost.link * share,
+                cost.compute,
+            ),
+            strict=True,
+        )
+    )
+    assert lines[cost.limit(share)] == max(lines.values())
+
+
+def test_a_memory_bound_operator_is_fastest_at_the_balance_share() -> None:
+    balance = balance_share(H200, HOST)
+    assert 0.010 < balance < 0.012  # 1.1% on an H200 behind PCIe
+    use = linear(rows=8)
+    best = op_time(use, balance, H200, HOST)
+    assert best < op_time(use, 0.0, H200, HOST)
+    assert best < op_time(use, balance * 0.9, H200, HOST)
+    assert best < op_time(use, balance * 1.1, H200, HOST)
+
+
+def test_a_compute_bound_operator_is_free_up_to_its_kink() -> None:
+    use = linear(rows=16384)
+    free = use.flops / H200.matmul_flops["bfloat16"] * HOST.direct_bandwidth / WEIGHT
+    assert 0.5 < free <= 1 or free > 1
+    share = min(free, 1.0)
+    resident = op_time(use, 0.0, H200, HOST)
+    assert op_time(use, share * 0.999, H200, HOST) == pytest.approx(resident)
+    slow = linear(rows=1024)
+    free = slow.flops / H200.matmul_flops["bfloat16"] * HOST.direct_bandwidth / WEIGHT
+    assert op_time(slow, free * 2, H200, HOST) > 1.9 * op_time(slow, free, H200, HOST) - 1e-5
+
+
+@given(st.integers(1, 20000), shares, st.floats(0.1, 10))
+def test_k_times_the_bandwidth_takes_a_kth_of_the_time(
+    rows: int, share: float, factor: float
+) -> None:
+    fast = scaled(H200, factor)
+    time = op_time(linear(rows), share, fast, fast.link("cpu"))
+    assert time * factor == pytest.approx(op_time(linear(rows), share, H200, HOST), rel=1e-9)
+
+
+def test_peak_rate_of_a_dtype_that_was_not_measured() -> None:
+    profile = replace(H200, matmul_flops={"bfloat16": 8e14, "float32": 1e14})
+    assert peak_flops(profile, "bfloat16") == 8e14
+    assert peak_flops(profile, "float16") == 8e14
+    assert peak_flops(profile, "float64") == 1e14
+
+
+def test_another_strategy_than_direct_is_refused_by_name() -> None:
+    with pytest.raises(PlanError, match="staged"):
+        op_cost(replace(linear(8), strategy="staged"), H200, HOST)
+
+
+def test_step_bound_takes_the_slowest_resource() -> None:
+    def op(local: float, remote: float) -> OpPlan:
+        return OpPlan("o", "g", "w", "linear", "direct", 0.5, local, remote, 1.0, 1.0)
+
+    best = max(HOST.direct_bandwidth, HOST.copy_bandwidth)
+    ops = [op(1e9, 1e9), op(2e9, 3e9)]
+    assert step_bound(ops, {"g": 0.0}, H200, HOST)["g"] == pytest.approx(4e9 / best)
+    assert step_bound(ops, {"g": 7.0}, H200, HOST)["g"] == 7.0
+    resident = step_bound([op(48e9, 0.0)], {"g": 0.0}, H200, HOST)
+    assert resident["g"] == pytest.approx(48e9 / H200.hbm_bandwidth)

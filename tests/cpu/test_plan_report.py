@@ -1,0 +1,82 @@
+"""The report of a plan: every operator and byte appears, at any width."""
+
+from __future__ import annotations
+
+import pytest
+
+from dak_inductor.hardware import load
+from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
+from dak_inductor.plan_report import bytes_text, group_ops, render, seconds_text, to_text
+from dak_inductor.planner import make_plan
+from dak_inductor.refusal import Refusal
+
+LAYERS = 4
+
+
+def example() -> Plan:
+    tensors = [TensorSpec(f"model.layers.{i}.up.weight", 1 << 26) for i in range(LAYERS)]
+    uses = [
+        OpUse(f"linear_{i}", graph, spec.name, "linear", spec.nbytes, 0.0, spec.nbytes * rows, 1.0,
+              module=f"model.layers.{i}.up", source=f"/lib/[model].py:{i}", m=rows)
+        for i, spec in enumerate(tensors)
+        for graph, rows in (("prefill", 8192), ("decode", 8))
+    ]  # fmt: skip
+    refusals = tuple(
+        Refusal(f"conv_{i}", "aten.convolution", "no [bold]template", f"model.layers.{i}.conv")
+        for i in range(LAYERS)
+    )
+    problem = PlanProblem(tuple(tensors), tuple(uses), 3 << 25, "cpu", refusals, "Toy-1")
+    return make_plan(problem, load("h200"))
+
+
+PLAN = example()
+
+
+def test_equal_layers_are_one_row_with_their_sums() -> None:
+    (group,) = group_ops(op for op in PLAN.ops if op.graph == "decode")
+    assert (group.label, group.count, group.m) == ("model.layers.*.up", LAYERS, 8)
+    assert group.remote_bytes == pytest.approx(PLAN.remote_bytes)
+    assert group.local_bytes == pytest.approx(PLAN.total_bytes - PLAN.remote_bytes)
+    assert group.time == pytest.approx(PLAN.step_times["decode"])
+    assert group.lowest_share < 0.02 and group.highest_share > 0.5
+
+
+def test_all_ops_gives_every_operator_a_row_with_its_source() -> None:
+    text = to_text(PLAN, all_ops=True)
+    for layer in range(LAYERS):
+        assert text.count(f"model.layers.{layer}.up ") == 2
+        assert f"[model].py:{layer}" in text
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_nothing_essential_is_lost_at_any_width(width: int) -> None:
+    text = to_text(PLAN, width=width)
+    assert max(map(len, text.splitlines())) <= width
+    for wanted in ("prefill", "decode", "link", "bound by", "compute", "TTFT", "TPOT", "Toy-1"):
+        assert wanted in text
+    assert seconds_text(PLAN.step_times["decode"]) in text
+    assert bytes_text(PLAN.remote_bytes) in text
+
+
+def test_refusals_are_grouped_with_their_reason_and_no_markup_is_read() -> None:
+    text = to_text(PLAN)
+    assert "not offloaded: 4 operators" in text
+    assert "model.layers.*.conv" in text and "no [bold]template" in text
+
+
+def test_measured_times_stand_beside_predictions() -> None:
+    text = to_text(PLAN, measured={"decode": 0.123})
+    assert text.count("123 ms measured") == 1 and "measured 123 ms" in text
+    assert "measured" not in to_text(PLAN)
+
+
+def test_a_title_replaces_the_first_line() -> None:
+    assert to_text(PLAN, title="my title").splitlines()[0] == "my title"
+    assert render(PLAN) is not None
+
+
+def test_units() -> None:
+    assert [seconds_text(s) for s in (0.0, 2.5e-9, 3.4e-5, 0.00124, 2.0, 5000.0)] == [
+        "0 s", "2.5 ns", "34 us", "1.24 ms", "2 s", "5000 s",
+    ]  # fmt: skip
+    assert [bytes_text(b) for b in (0, 999, 1500, 16.06e9)] == ["0 B", "999 B", "1.5 kB", "16.1 GB"]

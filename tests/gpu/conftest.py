@@ -1,0 +1,64 @@
+"""GPU tests: skipped, with what the machine lacks, where there is no Hopper card."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpus(count): needs that many GPUs of one host")
+
+
+def missing(gpus: int = 1) -> str | None:
+    """What this machine lacks for a test that needs `gpus` Hopper cards, None for nothing."""
+    if not torch.cuda.is_available():
+        return "needs an NVIDIA GPU: torch finds none here"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 9:
+        name = torch.cuda.get_device_name()
+        return f"needs a Hopper GPU (sm_90): {name} is sm_{major}{minor}"
+    count = torch.cuda.device_count()
+    if count < gpus:
+        return f"needs {gpus} GPUs: this machine has {count}"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if FOLDER not in item.path.parents:
+            continue
+        marker = item.get_closest_marker("gpus")
+        reason = missing(marker.args[0] if marker else 1)
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The GPU that models run on."""
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda:1", marks=pytest.mark.gpus(2))])
+def remote(request: pytest.FixtureRequest) -> str:
+    """Both remote tiers; the peer only where there is one."""
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _clean_gpu() -> Iterator[None]:
+    """A fixed seed before; afterwards no compiled code, no garbage and no cached memory."""
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
