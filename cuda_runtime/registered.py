@@ -49,7 +49,9 @@ class RegisteredTier(Tier):
         address_table.register(buffer)
         return buffer
 
-    def reserve(self, remote_bytes: int, *, peak_bytes: int | None = None) -> None:
+    def reserve(
+        self, remote_bytes: int, *, peak_bytes: int | None = None, prepare: bool = True
+    ) -> None:
         """Checks capacity only: registered memory is made fast enough on demand."""
         peak = remote_bytes if peak_bytes is None else peak_bytes
         self._check(peak, f"offloading {remote_bytes / 1e9:.2f} GB to host memory")

@@ -97,7 +97,9 @@ class SimulatedTier(Tier):
         address_table.register(buffer)
         return buffer
 
-    def reserve(self, remote_bytes: int, *, peak_bytes: int | None = None) -> None:
+    def reserve(
+        self, remote_bytes: int, *, peak_bytes: int | None = None, prepare: bool = True
+    ) -> None:
         check_host_memory(
             remote_bytes if peak_bytes is None or self.host_memory is not None else peak_bytes,
             self.host_memory,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import os
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -238,13 +239,25 @@ class Tier(abc.ABC):
         """
 
     @abc.abstractmethod
-    def reserve(self, remote_bytes: int, *, peak_bytes: int | None = None) -> None:
+    def reserve(
+        self, remote_bytes: int, *, peak_bytes: int | None = None, prepare: bool = True
+    ) -> None:
         """Announce that `remote_bytes` will be allocated: check capacity and start preparing pages.
 
-        `peak_bytes` is the most host memory taken beyond today's at any moment, where originals
-        are released while tensors move (default: `remote_bytes`). Raises HostMemoryError; takes
-        nothing that a failure would leave behind.
+        With `prepare=False` capacity is checked only. `peak_bytes` is the most host memory taken
+        beyond today's at any moment, where originals are released while tensors move (default:
+        `remote_bytes`). Raises HostMemoryError; takes nothing that a failure would leave behind.
         """
+
+    def allocate_each(
+        self, requests: Sequence[tuple[int, int]]
+    ) -> Generator[TieredBuffer, None, None]:
+        """A buffer for each (nbytes, split), in order; a tier may make the next one meanwhile.
+
+        Raises what `allocate` raises, at the buffer concerned. Close the iterator to stop early.
+        """
+        for nbytes, split in requests:
+            yield self.allocate(nbytes, split=split)
 
     def trim(self) -> None:
         """Give back what `reserve` has prepared and no buffer has taken."""

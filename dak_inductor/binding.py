@@ -1,13 +1,13 @@
 """One compiled graph bound to one set of weights, and the bytes that its calls read.
 
 A graph may serve many weights (equal blocks compiled once, two models of one class). A binding is
-found at call
-time by the addresses of the parameters, and keeps what the planner needs of them: names, calls,
-sizes.
+found at call time by the addresses of the parameters, and keeps what the planner needs of them:
+names, calls, sizes. It keeps no weight alive.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ import torch
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
 from dak_inductor.lowering import counters
-from dak_inductor.offloaded import offloaded_models
+from dak_inductor.offloaded import changes, offloaded_models
 from dak_inductor.op_table import OpTable
 from dak_inductor.plan import OpUse
 from dak_inductor.sizes import Evaluator
@@ -27,22 +27,33 @@ class Binding:
     """`names` and `buffers` are by index of graph input.
 
     `values` are the symbols' values of the last call, `largest` the largest of each so far, and
-    `grew` says that
-    one of them grew since the last plan.
+    `grew` says that one of them grew since the last plan. `seen_changes` is the state of the
+    registry of models for which the binding is known to hold.
     """
 
     graph: str
     table: OpTable
     names: Mapping[int, str]
-    buffers: Mapping[int, TieredBuffer]
+    buffers: Mapping[int, weakref.ref[TieredBuffer]]
     values: Mapping[str, int]
     counts_itself: bool
+    seen_changes: int
     calls: int = 0
     largest: dict[str, int] = field(default_factory=dict)
     grew: bool = False
     _uncounted: int = 0
     _counted_at: tuple[int, ...] = ()
     _reads: list[tuple[str, str, TierBytes]] = field(default_factory=list)
+
+    @property
+    def alive(self) -> bool:
+        """False once any of the weights is gone."""
+        return all(reference() is not None for reference in self.buffers.values())
+
+    def live_buffers(self) -> dict[int, TieredBuffer]:
+        """The buffers that are still there, by index of graph input."""
+        found = ((index, reference()) for index, reference in self.buffers.items())
+        return {index: buffer for index, buffer in found if buffer is not None}
 
     @property
     def rows(self) -> int:
@@ -82,13 +93,14 @@ class Binding:
         return sum((read for _, _, read in self._reads_per_call()), TierBytes())
 
     def _reads_per_call(self) -> list[tuple[str, str, TierBytes]]:
-        state = tuple(buffer.generation for buffer in self.buffers.values())
+        buffers = self.live_buffers()
+        state = tuple(buffer.generation for buffer in buffers.values())
         if self._reads and state == self._counted_at:
             return self._reads
         evaluate = Evaluator({**self.table.hints, **self.values})
         self._reads = []
         for op in self.table.ops:
-            buffer = self.buffers.get(op.operand)
+            buffer = buffers.get(op.operand)
             if buffer is None:
                 continue
             touched = min(evaluate(op.touched), buffer.nbytes)
@@ -103,6 +115,7 @@ class Binding:
 
 def bind(graph: str, table: OpTable, arguments: Sequence[object]) -> Binding:
     """Look up which operands of a call are tiered."""
+    seen_changes = changes()
     known = {
         id(weight.buffer): weight.name
         for model in offloaded_models()
@@ -123,7 +136,8 @@ def bind(graph: str, table: OpTable, arguments: Sequence[object]) -> Binding:
         graph=graph,
         table=table,
         names=names,
-        buffers=buffers,
+        buffers={index: weakref.ref(buffer) for index, buffer in buffers.items()},
         values=table.symbol_values(arguments),
         counts_itself=simulated,
+        seen_changes=seen_changes,
     )

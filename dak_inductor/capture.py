@@ -61,7 +61,8 @@ def capture_generation(
         decoder = {"decoder_input_ids": _tokens(batch, 1)}
         tables = _capture_step(model, input_ids=_tokens(batch, prompt), **decoder)
         return [("forward", table) for table in tables]
-    if config is None or not model.can_generate():
+    can_generate: Any = getattr(model, "can_generate", None)
+    if config is None or can_generate is None or not can_generate():
         tables = _capture_step(model, input_ids=_tokens(batch, prompt))
         return [("forward", table) for table in tables]
     try:

@@ -148,9 +148,9 @@ class ModelLoad:
     def _late(self, entry: Entry) -> OffloadedWeight:
         """An entry that is still an ordinary tensor; one that was not planned goes all remote."""
         spec = self._spec(entry)
-        return self._transfer.divide(
-            entry, spec, self._first.plan.splits.get(spec.name, spec.nbytes)
-        )
+        remote = self._first.plan.splits.get(spec.name, spec.nbytes)
+        buffer = self._transfer.tier.allocate(entry.nbytes, split=entry.nbytes - remote)
+        return self._transfer.divide(entry, spec, buffer)
 
     def _spec(self, entry: Entry) -> TensorSpec:
         spec = self._first.specs.get(entry.name)

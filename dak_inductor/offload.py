@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -92,7 +92,8 @@ def offload_now(
         first = make_first_plan(model, inventory, request, tier, budget)
         transfer = Transfer(tier, target, source)
         try:
-            tier.reserve(first.held.remote, peak_bytes=peak_host_bytes(tier, inventory, first))
+            peak = peak_host_bytes(tier, inventory, first)
+            tier.reserve(first.held.remote, peak_bytes=peak, prepare=False)
             return _carry(model, inventory, first, request, transfer, budget)
         except BaseException:
             transfer.undo()
@@ -113,12 +114,14 @@ def _carry(
     before = transfer.freeze(inventory)
     weights: list[OffloadedWeight] = []
     released = 0
-    with progress_bar(inventory.total_bytes, request.progress) as advance:
-        for entry in inventory.entries:
+    asked = [(e.nbytes, e.nbytes - first.remote_bytes(e.name)) for e in inventory.entries]
+    with (
+        progress_bar(inventory.total_bytes, request.progress) as advance,
+        closing(transfer.tier.allocate_each(asked)) as buffers,
+    ):
+        for entry, buffer in zip(inventory.entries, buffers, strict=True):
             was_on_cuda = entry.device.type == "cuda"
-            weights.append(
-                transfer.divide(entry, first.specs[entry.name], first.remote_bytes(entry.name))
-            )
+            weights.append(transfer.divide(entry, first.specs[entry.name], buffer))
             released += entry.nbytes if was_on_cuda else 0
             if released > _EMPTY_CACHE_BYTES:
                 torch.cuda.empty_cache()  # pages that the caching allocator keeps count as used

@@ -183,6 +183,7 @@ def _lies_at(tensor: torch.Tensor | None, address: int) -> bool:
 
 
 _lock = threading.Lock()
+_changes = 0
 _records: weakref.WeakKeyDictionary[nn.Module, OffloadedModel] = weakref.WeakKeyDictionary()
 
 
@@ -190,6 +191,11 @@ def offloaded_models() -> list[OffloadedModel]:
     """The records of all live offloaded models, oldest first."""
     with _lock:
         return list(_records.values())
+
+
+def changes() -> int:
+    """How often a model was entered or dropped: what was looked up before may be out of date."""
+    return _changes
 
 
 def record_of(model: nn.Module) -> OffloadedModel | None:
@@ -200,15 +206,19 @@ def record_of(model: nn.Module) -> OffloadedModel | None:
 
 def register(model: nn.Module, record: OffloadedModel) -> None:
     """Enter a model's record."""
+    global _changes
     expect_tensors(record)
     with _lock:
+        _changes += 1
         _records[model] = record
     record.budget.models.add(record)
 
 
 def drop(model: nn.Module) -> None:
     """Forget a model's record."""
+    global _changes
     with _lock:
+        _changes += 1
         record = _records.pop(model, None)
     if record is not None:
         record.budget.models.discard(record)

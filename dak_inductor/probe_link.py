@@ -84,9 +84,12 @@ def window_limits(sweep: Sequence[WindowRates]) -> WindowLimits:
     rows = sorted(sweep, key=lambda row: row.window)
     peak = max(row.remote for row in rows)
     floor = next(row.window for row in rows if row.remote >= (1 - TOLERANCE) * peak)
-    # beyond the first window that hurts, a lucky measurement must not count
-    knee, knee_seen = rows[0].window, False
+    # below the floor nothing can be starved, so a loss there is noise; beyond the first window that
+    # hurts, a lucky measurement must not count
+    knee, knee_seen = floor, False
     for row in rows:
+        if row.window <= floor:
+            continue
         if row.local < (1 - TOLERANCE) * row.local_alone:
             knee_seen = True
             break

@@ -50,7 +50,7 @@ def problem_of(model: OffloadedModel, bindings: Iterable[Binding]) -> PlanProble
     for binding in bindings:
         bound = {
             index: names[id(buffer)]
-            for index, buffer in binding.buffers.items()
+            for index, buffer in binding.live_buffers().items()
             if id(buffer) in names
         }
         if not bound:

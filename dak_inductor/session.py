@@ -21,7 +21,7 @@ from dak_inductor.binding import Binding, bind
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
 from dak_inductor.errors import DeviceMemoryError, NothingOffloadedError, ResidentCopyError
-from dak_inductor.offloaded import OffloadedModel, offloaded_models
+from dak_inductor.offloaded import OffloadedModel, changes, offloaded_models
 from dak_inductor.op_table import OpTable
 from dak_inductor.options import BackendOptions
 from dak_inductor.resident_copies import resident_copies
@@ -52,13 +52,13 @@ class Session:
 
     def bindings(self) -> list[Binding]:
         """All bindings whose weights are still offloaded."""
-        live = {name for model in offloaded_models() for name in model.buffer_ids()}
+        offloaded = {key for model in offloaded_models() for key in model.buffer_ids()}
         with self._lock:
             self._bindings = [
                 binding
                 for binding in self._bindings
                 if not binding.buffers
-                or any(id(buffer) in live for buffer in binding.buffers.values())
+                or any(id(buffer) in offloaded for buffer in binding.live_buffers().values())
             ]
             return list(self._bindings)
 
@@ -101,11 +101,13 @@ class CompiledGraph:
         self.run: Callable[..., Any] = _not_compiled
         self._session = session
         self._bindings: dict[tuple[int, ...], Binding] = {}
-        self._parameters = sorted(table.parameters)
+        self._plain: list[int] | None = None  # parameters that are tensors with memory of their own
 
     def __call__(self, *arguments: Any) -> Any:
         with placement.LAUNCH_LOCK:
             binding = self._binding(arguments)
+            if binding.calls == 0:
+                self._make_room(binding)
             try:
                 result = self.run(*arguments)
             except torch.OutOfMemoryError as error:
@@ -133,8 +135,15 @@ class CompiledGraph:
         )
 
     def _binding(self, arguments: Sequence[Any]) -> Binding:
-        key = tuple([arguments[index].data_ptr() for index in self._parameters])
+        if self._plain is None:
+            self._plain = [i for i in self.table.parameters if _has_memory(arguments[i])]
+        key = tuple([arguments[index].data_ptr() for index in self._plain])
         binding = self._bindings.get(key)
+        if binding is not None and binding.seen_changes != changes():
+            # Models came or went, and memory of one that went may be that of one that came.
+            binding.seen_changes = changes()
+            if not binding.alive:
+                binding = None
         if binding is None:
             binding = bind(self.name, self.table, arguments)
             self._check(binding, arguments)
@@ -165,6 +174,12 @@ class CompiledGraph:
                 raise NothingOffloadedError(message)
             self._session.warn_once("nothing", message)
 
+    def _make_room(self, binding: Binding) -> None:
+        """Before the first run: what was allocated since the last plan may have used up the budget."""
+        for model in _models_of(binding):
+            if model.required_remote_bytes() > model.bytes_by_tier().remote:
+                self._replan(binding)
+
     def _replan(self, binding: Binding) -> None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             if self._session.automatic_moves:
@@ -183,7 +198,7 @@ class CompiledGraph:
 
 
 def _models_of(binding: Binding) -> list[OffloadedModel]:
-    bound = {id(buffer) for buffer in binding.buffers.values()}
+    bound = {id(buffer) for buffer in binding.live_buffers().values()}
     return [model for model in offloaded_models() if bound & model.buffer_ids()]
 
 

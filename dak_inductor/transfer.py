@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dak_inductor.checkpoint import Checkpoint
-from dak_inductor.cuda_runtime.tier_buffer import Tier
+from dak_inductor.cuda_runtime.tier_buffer import Tier, TieredBuffer
 from dak_inductor.errors import CheckpointError
 from dak_inductor.inventory import Entry, Inventory, Member, Wrapper
 from dak_inductor.offloaded import OffloadedWeight, WeightPart
@@ -49,9 +49,8 @@ class Transfer:
         self.checkpoint = checkpoint
         self._undo: list[Callable[[], None]] = []
 
-    def divide(self, entry: Entry, spec: TensorSpec, remote_bytes: int) -> OffloadedWeight:
-        """Move an entry into a new tiered buffer with `remote_bytes` of it remote."""
-        buffer = self.tier.allocate(entry.nbytes, split=entry.nbytes - remote_bytes)
+    def divide(self, entry: Entry, spec: TensorSpec, buffer: TieredBuffer) -> OffloadedWeight:
+        """Move an entry into a new tiered buffer of its size."""
         buffer.label = spec.name
         base = buffer.tensor(torch.uint8, (entry.nbytes,))
         parts = parts_of(entry)

@@ -113,18 +113,7 @@ void TieredRange::write(const void* bytes, std::size_t count, std::size_t offset
   std::lock_guard lock(mutex_);
   need_usable();
   DeviceScope scope(tier_->device());
-  const std::size_t page = page_bytes(), start = offset_ + offset, stop = start + count;
-  if (!count) return;
-  for (const PageRun& run : runs(residency_, start / page, (stop + page - 1) / page)) {
-    const std::size_t from = std::max(start, run.first * page), to = std::min(stop, run.last * page);
-    const char* source = static_cast<const char*>(bytes) + (from - start);
-    if (run.remote && tier_->remote_is_host()) {
-      const auto [window, target] = window_over(from, to);
-      write_by_cpu(target, source, to - from);
-    } else {
-      write_by_copy_engine(*tier_, addresses_.address() + from, source, to - from);
-    }
-  }
+  if (count) copy_in(*tier_, address() + offset, static_cast<const char*>(bytes), count);
 }
 
 // `from` and `to` count from the start of the first page.

@@ -3,27 +3,46 @@
 #include <algorithm>
 #include <array>
 #include <mutex>
+#include <optional>
 
 #include "parallel.h"
 
 namespace dak {
 namespace {
 
-constexpr std::size_t BLOCK_BYTES = std::size_t{8} << 20;
-constexpr std::size_t BLOCKS = 4;
+// Large, so that the calls into the driver are few: each waits for the pages (5 ms for 32 MiB) that another
+// thread may be making meanwhile.
+constexpr std::size_t BLOCK_BYTES = std::size_t{64} << 20;
+constexpr std::size_t BLOCKS = 2;
+constexpr std::size_t GRAIN_BYTES = std::size_t{2} << 20;
 
 // Pinned blocks that the copy engine reads while the next is being filled. One for the process: loads of
 // several tiers take turns.
 struct Ring {
   std::mutex mutex;
   std::array<void*, BLOCKS> blocks{};
+  std::size_t block_bytes = 0;
 
-  void need_blocks() {
+  // Blocks of at least `bytes`, so that small writes pin little.
+  void need(std::size_t bytes) {
+    const std::size_t wanted = (bytes + GRAIN_BYTES - 1) / GRAIN_BYTES * GRAIN_BYTES;
+    if (wanted > block_bytes) release();
+    block_bytes = std::max(block_bytes, wanted);
     for (void*& block : blocks) {
       if (block) continue;
-      driver().cuMemHostAlloc(&block, BLOCK_BYTES, cu::MEMHOST_PORTABLE);
-      count_memory("staging", BLOCK_BYTES);
+      driver().cuMemHostAlloc(&block, block_bytes, cu::MEMHOST_PORTABLE);
+      count_memory("staging", static_cast<std::ptrdiff_t>(block_bytes));
     }
+  }
+
+  void release() {
+    for (void*& block : blocks) {
+      if (!block) continue;
+      if (driver().cuMemFreeHost.status(block) == cu::SUCCESS)
+        count_memory("staging", -static_cast<std::ptrdiff_t>(block_bytes));
+      block = nullptr;
+    }
+    block_bytes = 0;
   }
 };
 Ring& ring() {
@@ -49,19 +68,19 @@ class Events {
 
 }  // namespace
 
-void write_by_copy_engine(const Tier& tier, cu::DevicePtr target, const char* source,
-                        std::size_t count) {
+void copy_in(const Tier& tier, cu::DevicePtr target, const char* source, std::size_t count) {
   const Driver& cuda = driver();
   std::lock_guard lock(ring().mutex);
-  ring().need_blocks();
-  Events filled;
+  ring().need(std::min(count, BLOCK_BYTES));
+  std::optional<Events> filled;
+  if (count > BLOCKS * BLOCK_BYTES) filled.emplace();
   try {
     for (std::size_t start = 0, index = 0; start < count; start += BLOCK_BYTES, ++index) {
       const std::size_t bytes = std::min(BLOCK_BYTES, count - start), slot = index % BLOCKS;
-      if (index >= BLOCKS) cuda.cuEventSynchronize(filled[slot]);
+      if (index >= BLOCKS) cuda.cuEventSynchronize((*filled)[slot]);
       parallel_copy(ring().blocks[slot], source + start, bytes);
       cuda.cuMemcpyHtoDAsync(target + start, ring().blocks[slot], bytes, tier.stream());
-      cuda.cuEventRecord(filled[slot], tier.stream());
+      if (filled) cuda.cuEventRecord((*filled)[slot], tier.stream());
     }
     cuda.cuStreamSynchronize(tier.stream());
   } catch (...) {
@@ -70,18 +89,9 @@ void write_by_copy_engine(const Tier& tier, cu::DevicePtr target, const char* so
   }
 }
 
-void write_by_cpu(cu::DevicePtr target, const char* source, std::size_t count) {
-  parallel_copy(reinterpret_cast<void*>(target), source, count);
-}
-
 void release_staging() {
   std::lock_guard lock(ring().mutex);
-  for (void*& block : ring().blocks) {
-    if (!block) continue;
-    if (driver().cuMemFreeHost.status(block) == cu::SUCCESS)
-      count_memory("staging", -static_cast<std::ptrdiff_t>(BLOCK_BYTES));
-    block = nullptr;
-  }
+  ring().release();
 }
 
 }  // namespace dak

@@ -339,3 +339,37 @@ def test_a_second_process_starts_from_the_cache_and_still_counts(tmp_path):
     assert (cold, warm) == ("0", "1")
     assert int(cold_remote) > 0
     assert cold_remote == warm_remote
+
+
+def test_compiled_code_keeps_no_weight_alive():
+    import gc
+
+    from dak_inductor.cuda_runtime import address_table
+
+    gc.collect()
+    before = len(address_table.live_buffers())
+    _, model = offloaded(0.5)
+    x = torch.randn(2, 192)
+    call(torch.compile(model, backend=backend()), x)
+    assert len(address_table.live_buffers()) > before
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert len(address_table.live_buffers()) == before
+    assert not [binding for binding in SESSION.bindings() if binding.names]
+
+
+def test_memory_of_a_model_that_went_is_not_taken_for_the_next_one():
+    import gc
+
+    x = torch.randn(2, 192)
+    compiled = torch.compile(lambda net, y: net(y), backend=backend(), dynamic=False)
+    for ratio in (0.25, 0.75):
+        reference, model = offloaded(ratio)
+        dak.stats(reset=True)
+        torch.testing.assert_close(call(compiled, model, x), call(reference, x), rtol=0, atol=0)
+        record = record_of(model)
+        assert record is not None
+        assert dak.stats().total.remote == record.bytes_by_tier().remote
+        del model, record
+        gc.collect()

@@ -158,6 +158,19 @@ def test_import_needs_no_extension(tmp_path: Path) -> None:
     assert run_without_extension(code, tmp_path).startswith("[] ")
 
 
+def test_submodules_do_not_hide_functions_of_their_name(tmp_path: Path) -> None:
+    """`dak_inductor.offload` is a module and a function; users must get the function."""
+    code = (
+        "import importlib, dak_inductor\n"
+        "for name in ('loading', 'offload', 'restore', 'explain', 'stats'):\n"
+        "    importlib.import_module(f'dak_inductor.{name}')\n"
+        "hidden = [name for name in dak_inductor.__all__\n"
+        "          if name != 'errors' and not callable(getattr(dak_inductor, name))]\n"
+        "print(hidden)\n"
+    )
+    assert run_without_extension(code, tmp_path).strip() == "[]"
+
+
 def test_tiers_say_that_the_extension_is_missing(tmp_path: Path) -> None:
     code = (
         "from dak_inductor.cuda_runtime.tiers import open_tier\n"

@@ -62,3 +62,6 @@ def _clean_gpu() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+        from dak_inductor.cuda_runtime import vmm
+
+        assert vmm.drain(30), "memory that was given up is still held"

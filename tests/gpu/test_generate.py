@@ -216,7 +216,8 @@ def test_two_models_share_one_budget(device: torch.device) -> None:
     gc.collect()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    budget = total - free + (512 << 20) + (900 << 20)  # room for one and a half of the two
+    # too little for both, also once the 512 MiB kept for activations are measured to be less
+    budget = total - free + (512 << 20) + (500 << 20)
     for model in (first, second):
         dak.offload(model, gpu_memory=budget)
         model.compile(backend="dak")

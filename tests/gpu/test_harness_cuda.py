@@ -31,7 +31,7 @@ def test_provider_is_accurate_in_a_graph(device: torch.device, remote: str, name
         return
     assert row["status"] == "ok", row.get("traceback") or row.get("reason")
     wanted = {"reference": 0.0}.get(provider.kind, 0.75 if "charged" in name else 0.25)
-    assert float(str(row["realised"])) == pytest.approx(wanted, abs=0.01)
+    assert float(str(row["realised"])) == pytest.approx(wanted, abs=0.02)
 
 
 def test_ceilings_are_measured_and_in_order(device: torch.device, remote: str) -> None:

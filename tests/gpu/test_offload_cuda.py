@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import dak_inductor as dak
-from dak_inductor.cuda_runtime import address_table
+from dak_inductor.cuda_runtime import address_table, vmm
 from dak_inductor.offloaded import OffloadedModel, record_of
 from dak_inductor.placement import LAUNCH_LOCK
 
@@ -41,8 +41,10 @@ class Stack(nn.Module):
 
 
 def settle() -> None:
+    """Wait for the work queued and for the memory that was given up."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+        assert vmm.drain(30)
 
 
 def record(model: nn.Module) -> OffloadedModel:

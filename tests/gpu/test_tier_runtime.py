@@ -316,7 +316,7 @@ def test_host_pages_are_shared_with_another_process() -> None:
     assert [int(word) for word in done.stdout.split()] == [expected, expected]
     assert remote[7] == 99
     pages = import_host_pages(files, tier)
-    assert torch.equal(pages.tensor(), remote)
+    assert torch.equal(pages.tensor()[: remote.numel()], remote)
     for file in files:
         file.close()
 
