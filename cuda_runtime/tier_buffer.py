@@ -85,6 +85,8 @@ class TieredBuffer(abc.ABC):
         tier: "cpu", "cuda:N" or "simulated".
         generation: counts the moves that changed residency.
         split: bytes [0, split) are local, [split, nbytes) remote.
+        transient_bytes: local bytes, at most, that a move or its preparation holds besides those
+            that it starts and ends with.
         label: the name of the weight it holds, for reports; "" until its owner sets it.
         label: name of what it holds, for plans and messages; set by the owner.
         usable: False in a forked child for memory that does not survive a fork.
@@ -109,6 +111,7 @@ class TieredBuffer(abc.ABC):
         self.generation = 0
         self.usable = True
         self.label = ""
+        self.transient_bytes = 0
         self.label = ""
 
     @property

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 PREPARED_AHEAD_BYTES = 3 << 29
 """The most host memory that is prepared and not owned by a tensor yet."""
 
+_LARGE_ALLOCATION_BYTES = 32 << 20  # LARGE_HANDLE_PAGES of tier.h
 _STREAMS_IN_POOL = 32
 _EXIT_SECONDS = 5.0
 
@@ -200,6 +201,8 @@ class VmmBuffer(TieredBuffer):
             split=split,
         )
         self.last_move: Any = None
+        # What stays local of a large allocation that the split cuts is copied out of it first.
+        self.transient_bytes = _LARGE_ALLOCATION_BYTES
         self._tier = tier
         self._memory = memory
         self._prepared_split: int | None = None

@@ -4,41 +4,27 @@
     model.compile(backend="dak")
     print(dak.explain(model))
 
-The names below are loaded when first used: importing the package costs no more than importing
-torch.
+No compiled extension is needed to import this, nor to plan.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
 
+# Functions named as their modules: importing a module binds its name here, so the functions are
+# bound after all of them, once, and not on demand.
 from dak_inductor import errors
-
-if TYPE_CHECKING:
-    from dak_inductor.explain import Explanation, explain
-    from dak_inductor.loading import loading
-    from dak_inductor.offload import offload
-    from dak_inductor.plan import Plan
-    from dak_inductor.restore import restore
-    from dak_inductor.stats import Stats, stats
+from dak_inductor.explain import Explanation, explain
+from dak_inductor.loading import loading
+from dak_inductor.offload import offload
+from dak_inductor.plan import Plan
+from dak_inductor.restore import restore
+from dak_inductor.stats import Stats, stats
 
 try:
     __version__ = version("dak-inductor")
 except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
-
-_HOMES = {
-    "Explanation": "explain",
-    "Plan": "plan",
-    "Stats": "stats",
-    "explain": "explain",
-    "loading": "loading",
-    "offload": "offload",
-    "restore": "restore",
-    "stats": "stats",
-}
 
 __all__ = [
     "Explanation",
@@ -51,15 +37,3 @@ __all__ = [
     "restore",
     "stats",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

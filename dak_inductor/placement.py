@@ -62,7 +62,8 @@ def apply(plan: Plan, model: OffloadedModel) -> MoveReport:
         if not moves:
             return MoveReport(seconds=time.perf_counter() - start)
         room = _room(plan, model)
-        _prepare({b: split for b, split in moves.items() if split < b.split})
+        demotions = {b: split for b, split in moves.items() if split < b.split}
+        _prepare(demotions, room - model.physical_bytes().local)
         idle_from = time.perf_counter()
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
@@ -78,10 +79,18 @@ def _refuse_capture(device: torch.device) -> None:
         )
 
 
-def _prepare(demotions: dict[TieredBuffer, int]) -> None:
-    """Make the remote pages while the device still works; those of promotions may not fit yet."""
+def _prepare(demotions: dict[TieredBuffer, int], room: int) -> None:
+    """Make the remote pages while the device still works; those of promotions may not fit yet.
+
+    Only for as many moves as `room` bytes of local memory allow: each may hold some beside the old.
+    """
+    pending = []
     try:
-        pending = [buffer.prepare_move(split) for buffer, split in demotions.items()]
+        for buffer, split in demotions.items():
+            room -= buffer.transient_bytes
+            if room < 0:
+                break
+            pending.append(buffer.prepare_move(split))
         for pages in pending:
             if pages is not None:
                 pages.wait()

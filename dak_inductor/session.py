@@ -175,7 +175,7 @@ class CompiledGraph:
             self._session.warn_once("nothing", message)
 
     def _make_room(self, binding: Binding) -> None:
-        """Before the first run: what was allocated since the last plan may have used up the budget."""
+        """Before the first run: allocations since the last plan may have used up the budget."""
         for model in _models_of(binding):
             if model.required_remote_bytes() > model.bytes_by_tier().remote:
                 self._replan(binding)
