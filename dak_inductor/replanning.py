@@ -75,14 +75,20 @@ def problem_of(model: OffloadedModel, bindings: Iterable[Binding]) -> PlanProble
 
 
 def replan(
-    model: OffloadedModel, bindings: Sequence[Binding], *, user_plan: Plan | str | None = None
+    model: OffloadedModel,
+    bindings: Sequence[Binding],
+    *,
+    user_plan: Plan | str | None = None,
+    measured: bool = True,
 ) -> placement.MoveReport | None:
     """Plan again and move, if the budget asks for it or the predicted gain pays for the moves.
 
-    Called at a step boundary. Returns what was moved, or None.
+    Called at a step boundary; `measured` says that a step has run, whose peak of memory then takes
+    the place of the estimate. Returns what was moved, or None.
     """
-    for change in model.budget.measure():
-        log.info("%s", change)
+    if measured:
+        for change in model.budget.measure():
+            log.info("%s", change)
     profile = hardware.current(model.device)
     problem = problem_of(model, bindings)
     plan = load_plan(user_plan, model) if user_plan is not None else make_plan(problem, profile)

@@ -178,9 +178,9 @@ class CompiledGraph:
         """Before the first run: allocations since the last plan may have used up the budget."""
         for model in _models_of(binding):
             if model.required_remote_bytes() > model.bytes_by_tier().remote:
-                self._replan(binding)
+                self._replan(binding, measured=False)
 
-    def _replan(self, binding: Binding) -> None:
+    def _replan(self, binding: Binding, *, measured: bool = True) -> None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             if self._session.automatic_moves:
                 log.info(
@@ -194,7 +194,12 @@ class CompiledGraph:
         binding.grew = False
         for model in _models_of(binding):
             self._session.flush()
-            replanning.replan(model, self._session.bindings(), user_plan=self.settings.plan)
+            replanning.replan(
+                model,
+                self._session.bindings(),
+                user_plan=self.settings.plan,
+                measured=measured,
+            )
 
 
 def _models_of(binding: Binding) -> list[OffloadedModel]:

@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -84,7 +84,7 @@ def make_record(
     return Record(
         benchmark=benchmark,
         environment=environment(),
-        command=(Path(sys.argv[0]).name, *sys.argv[1:]),
+        command=(Path(sys.argv[0]).name, *without_folder(sys.argv[1:])),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         parent_commit=commit or parent_commit(root),
         sources_sha256=sources_sha256(root),
@@ -94,6 +94,20 @@ def make_record(
         verdicts=tuple(verdicts),
         notes=tuple(notes),
     )
+
+
+def without_folder(arguments: Sequence[str]) -> list[str]:
+    """The arguments less `--out FOLDER`: where a record was written is no part of it."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument == "--out":
+            skip = True
+        elif not argument.startswith("--out="):
+            kept.append(argument)
+    return kept
 
 
 def project_root() -> Path:

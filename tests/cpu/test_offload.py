@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import sys
 import weakref
 
 import pytest
@@ -416,7 +417,8 @@ def test_a_long_load_shows_a_bar_and_a_short_one_none(model, monkeypatch, capsys
     on_simulated(model)
     assert capsys.readouterr().err == ""
     restore(model)
-    monkeypatch.setattr("dak_inductor.offload._BAR_FROM_BYTES", 0)
+    # the package's attribute of that name is the function
+    monkeypatch.setattr(sys.modules["dak_inductor.offload"], "_BAR_FROM_BYTES", 0)
     monkeypatch.setenv("FORCE_COLOR", "1")
     on_simulated(model)
     assert "offloading" in capsys.readouterr().err
