@@ -50,8 +50,7 @@ class Explanation:
 
 
 def explain(model: torch.nn.Module) -> Explanation:
-    """Where the bytes of an offloaded model are now, and what each operator is predicted to cost
-    there.
+    """Where the bytes of an offloaded model are now, and what each operator should cost there.
 
     Raises:
         ModelError: the model is not offloaded.

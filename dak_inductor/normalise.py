@@ -1,10 +1,8 @@
 """One spelling per operator: a Dynamo graph becomes a graph of ATen ops before dispatch.
 
 `F.linear`, `nn.Linear`, `x @ w.t()` and `torch.addmm` reach the backend spelled in many ways.
-Tracing the
-graph with `make_fx(pre_dispatch=True)` leaves one spelling each, above autograd and
-decompositions, so that
-`aten.linear` is still one op.
+Tracing the graph with `make_fx(pre_dispatch=True)` leaves one spelling each, above autograd and
+decompositions, so that `aten.linear` is still one op.
 """
 
 from __future__ import annotations
@@ -26,8 +24,7 @@ def normalise(graph_module: GraphModule) -> GraphModule | Refusal:
     """The same graph in ATen ops, or the reason why it cannot be traced again.
 
     The placeholders keep their order, Dynamo sources and metadata, so that caches, guards and CUDA
-    graphs of
-    Inductor work on the result as on the original. The original is not changed.
+    graphs of Inductor work on the result as on the original. The original is not changed.
     """
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     if (reason := _obstacle(graph_module, placeholders)) is not None:

@@ -1,8 +1,7 @@
 """One rule per ATen operator: which operand could be tiered, what it costs, or why it is refused.
 
 A rule sees one node of a normalised graph and returns a `Match`, the reason of a refusal in the
-user's words, or
-None where the op has nothing to do with weights or caches.
+user's words, or None where the op has nothing to do with weights or caches.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 they compute.
 
 Built from a normalised graph; sizes stay in the graph's symbols. Whether an operand is tiered is
-not known
-here: one graph may serve many weights, so tensors are named by graph input, and bound to tiers at
-call time.
+not known here: one graph may serve many weights, so tensors are named by graph input, and bound to
+tiers at call time.
 """
 
 from __future__ import annotations

@@ -38,8 +38,7 @@ def expected_calls(binding: Binding) -> float:
 
 
 def problem_of(model: OffloadedModel, bindings: Iterable[Binding]) -> PlanProblem:
-    """What the planner is asked for one model: its weights, the operators seen so far, and the
-    budget.
+    """What the planner is asked for one model: its weights, operators seen so far, and budget.
 
     A weight that no graph has read yet is taken to be read once per call of the busiest graph:
     blocks that are compiled one by one are seen one by one.

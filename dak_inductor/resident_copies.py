@@ -13,12 +13,10 @@ from dak_inductor.op_table import OpTable
 
 
 def resident_copies(table: OpTable, binding: Binding, arguments: Sequence[object]) -> list[str]:
-    """Names of weights that this call reads from a plain tensor although the same weight is
-    offloaded.
+    """Names of weights that this call reads from a plain tensor although they are offloaded.
 
-    `.half()` and `load_state_dict(assign=True)` show in the offloaded module itself. A deep copy
-    is another
-    module with the same names and shapes; its weights are known by those.
+    `.half()` and `load_state_dict(assign=True)` show in the offloaded module itself. A deep copy is
+    another module with the same names and shapes; its weights are known by those.
     """
     models = offloaded_models()
     copies = [name for model in models for name in find_resident_copies(model)]

@@ -1,8 +1,7 @@
 """ATen ops become dak:: ops, on a copy of the graph.
 
-Every eligible op is rewritten, whatever the plan says: where the bytes live is looked up by
-address when the
-op runs, so the rewritten graph outlives every plan.
+Every eligible op is rewritten, whatever the plan says: where the bytes live is looked up by address
+when the op runs, so the rewritten graph outlives every plan.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """What this process has compiled and offloaded, and when plans are made again.
 
 The first call of each (graph, weights) adds its operators to what the planner knows, and later
-plans are weighted
-by calls. Plans are made at step boundaries, inside our own callable, and `placement` moves the
-pages.
+plans are weighted by calls. Plans are made at step boundaries, inside our own callable, and
+`placement` moves the pages.
 """
 
 from __future__ import annotations
@@ -90,8 +89,7 @@ class CompiledGraph:
     """What the backend returns: runs the compiled graph, and keeps the session informed.
 
     `run` is set once, after compilation. The operands' addresses are compared at each call;
-    everything else
-    happens only when they are new, or at the calls where a plan is due.
+    everything else happens only when they are new, or at the calls where a plan is due.
     """
 
     def __init__(self, table: OpTable, settings: BackendOptions, session: Session) -> None:

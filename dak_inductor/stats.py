@@ -15,10 +15,8 @@ class Stats:
     """Bytes read from tiered tensors since the last reset.
 
     On the simulated tier every op counts what it touches. On CUDA the stock kernels cannot count:
-    the figures
-    are the bytes of the compiled graphs' operators times their calls, by the placement at each
-    call. Work
-    outside compiled graphs is not seen there.
+    the figures are the bytes of the compiled graphs' operators times their calls, by the placement
+    at each call. Work outside compiled graphs is not seen there.
     """
 
     reads: tuple[ReadCount, ...]

@@ -1,8 +1,7 @@
 """Bytes that operators read, by tier: what happened, not what was planned.
 
 On the simulated tier each dak:: op counts what it touches. On CUDA the stock kernels cannot count,
-so the
-compiled graph adds the bytes of its operator table once per call (`dak_inductor.session`).
+so the compiled graph adds the bytes of its operator table once per call (`dak_inductor.session`).
 """
 
 from __future__ import annotations

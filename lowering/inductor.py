@@ -1,10 +1,9 @@
 """What Inductor makes of the dak:: operators.
 
 On the CPU (the simulated tier) they stay calls, because they count. On CUDA an op that no template
-takes expands
-to its stock equivalent while the graph is traced: the expanded graph is the one that Inductor
-would have seen
-without this backend, so its own fusions, pattern matches and GEMM choices still apply.
+takes expands to its stock equivalent while the graph is traced: the expanded graph is the one that
+Inductor would have seen without this backend, so its own fusions, pattern matches and GEMM choices
+still apply.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """The dak:: operators: schema, shape function, CPU reference, and their stock equivalent.
 
 Each operator computes what its stock equivalent computes, bit for bit. On the CPU (the simulated
-tier) it also
-counts the bytes that it reads from each tier. On CUDA the registry may replace it by a template;
-where no
-template fits, the stock equivalent reads the tiered tensor through its address.
+tier) it also counts the bytes that it reads from each tier. On CUDA the registry may replace it by
+a template; where no template fits, the stock equivalent reads the tiered tensor through its
+address.
 
     dak::linear(x [..., K], weight [N, K], bias [N]?)                -> [..., N]
     dak::addmm(bias, a [M, K], b [K, N], beta, alpha)                -> [M, N]
