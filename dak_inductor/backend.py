@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import warnings
@@ -53,10 +54,14 @@ def dak(
 
 
 def _raiser(error: DakError) -> Callable[..., Any]:
-    """Raises `error` when called: Dynamo wraps what a backend raises, not what its code raises."""
+    """Raises `error` when called: Dynamo wraps what a backend raises, not what its code raises.
+
+    A fresh one each time, and no traceback is kept: its frames hold the model's weights.
+    """
+    kept = copy.copy(error)
 
     def raise_error(*_: Any) -> Any:
-        raise error
+        raise copy.copy(kept)
 
     return raise_error
 
