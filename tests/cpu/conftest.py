@@ -37,3 +37,6 @@ def _fresh_compiler() -> Iterator[None]:
     yield
     torch._dynamo.reset()
     gc.collect()
+    from dak_inductor import budget
+
+    budget._budgets.clear()  # a model that a failed test's traceback holds is no one else's burden
