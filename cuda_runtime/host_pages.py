@@ -17,7 +17,8 @@ import torch
 from dak_inductor.cuda_runtime.exported import bytes_tensor
 from dak_inductor.cuda_runtime.nvrtc import extension
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
-from dak_inductor.cuda_runtime.vmm import VmmBuffer, VmmTier
+from dak_inductor.cuda_runtime.vmm import VmmTier
+from dak_inductor.cuda_runtime.vmm_buffer import VmmBuffer
 from dak_inductor.errors import TierError
 
 

@@ -34,12 +34,14 @@ class LoadedKernel:
         shared_bytes: int = 0,
         cluster: Extent = (1, 1, 1),
         stream: int | None = None,
+        overlap: bool = False,
     ) -> None:
         """Launch on `stream` (a CUstream), by default torch's current stream of the device.
 
-        `arguments` are the kernel's parameters as bytes, as `struct.pack` gives them. Raises
-        ValueError where their sizes are not the kernel's, or clusters do not fill the grid, and
-        DriverError where the driver refuses.
+        `arguments` are the kernel's parameters as bytes, as `struct.pack` gives them. With
+        `overlap` the kernel may start before the one ahead of it has ended, and waits for it
+        itself. Raises ValueError where their sizes are not the kernel's, or clusters do not fill
+        the grid, and DriverError where the driver refuses.
         """
         self.prepare(shared_bytes=shared_bytes, cluster=cluster)
         self.function.launch(
@@ -49,6 +51,7 @@ class LoadedKernel:
             shared_bytes=shared_bytes,
             stream=_current_stream(self.device_index) if stream is None else stream,
             cluster=cluster,
+            overlap=overlap,
         )
 
     def prepare(self, *, shared_bytes: int = 0, cluster: Extent = (1, 1, 1)) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from dak_inductor.cuda_runtime import address_table
-from dak_inductor.cuda_runtime.exported import as_bytes, bytes_tensor, check_source, shaped
+from dak_inductor.cuda_runtime import address_table, device_records
+from dak_inductor.cuda_runtime.exported import bytes_tensor
 from dak_inductor.cuda_runtime.host_memory import check_host_memory
 from dak_inductor.cuda_runtime.nvrtc import extension
-from dak_inductor.cuda_runtime.tier_buffer import Tier, TierBytes, TieredBuffer
+from dak_inductor.cuda_runtime.tier import Tier
+from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
 
 KERNEL_PAGE_BYTES = 4096
 
@@ -46,6 +47,7 @@ class RegisteredTier(Tier):
             self._check(self.held_bytes(nbytes, 0).remote, f"a tensor of {nbytes} bytes")
         block = extension().RegisteredBlock(self.device.index or 0, nbytes, remote)
         buffer = RegisteredBuffer(self, block, nbytes, 0 if remote else nbytes)
+        device_records.attach(buffer)
         address_table.register(buffer)
         return buffer
 
@@ -83,34 +85,8 @@ class RegisteredBuffer(TieredBuffer):
         """The current split: registered memory cannot be replaced under its address."""
         return self.split
 
-    def move(self, split: int) -> int:
-        """Changes nothing; returns the current split."""
-        self.check_usable()
-        return self.split
-
-    def tensor(
-        self,
-        dtype: torch.dtype,
-        shape: tuple[int, ...],
-        stride: tuple[int, ...] | None = None,
-        offset_bytes: int = 0,
-    ) -> torch.Tensor:
-        self.check_usable()
-        return shaped(self._bytes(), dtype, shape, stride, offset_bytes)
-
-    def write(self, source: torch.Tensor, offset_bytes: int = 0) -> None:
-        self.check_usable()
-        check_source(source, offset_bytes, self.nbytes)
-        if source.device.type != "cpu":
-            target = self._bytes()[offset_bytes : offset_bytes + source.nbytes]
-            target.copy_(as_bytes(source))
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-        if source.device.type == "cpu":
-            self._block.write(source.data_ptr(), source.nbytes, offset_bytes)
-
-    def _bytes(self) -> torch.Tensor:
-        return bytes_tensor(self, self.address, self.nbytes, self.device)
+    def _fill(self, source: torch.Tensor, offset_bytes: int) -> None:
+        self._block.write(source.data_ptr(), source.nbytes, offset_bytes)
 
     def _remote_bytes(self) -> torch.Tensor:
         self.check_usable()

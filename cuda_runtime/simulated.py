@@ -14,21 +14,11 @@ import numpy as np
 import torch
 
 from dak_inductor.cuda_runtime import address_table
+from dak_inductor.cuda_runtime.exported import as_bytes
 from dak_inductor.cuda_runtime.host_memory import check_host_memory
-from dak_inductor.cuda_runtime.tier_buffer import (
-    Tier,
-    TierBytes,
-    TieredBuffer,
-    creation_split,
-    start_offset,
-)
-from dak_inductor.errors import (
-    DeviceMemoryError,
-    HostMemoryError,
-    MoveError,
-    OptionError,
-    TierError,
-)
+from dak_inductor.cuda_runtime.tier import Tier, creation_split, start_offset
+from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
+from dak_inductor.errors import DeviceMemoryError, HostMemoryError, OptionError
 
 DEFAULT_PAGE_BYTES = 4096
 
@@ -169,11 +159,7 @@ class SimulatedBuffer(TieredBuffer):
             local * self.page_bytes, (len(self._page_is_local) - local) * self.page_bytes
         )
 
-    def move(self, split: int) -> int:
-        self.check_usable()
-        split = self.nearest_split(split)
-        if split == self.split:
-            return split
+    def _move(self, split: int) -> None:
         before, after = self.local_pages(self.split), self.local_pages(split)
         pages = range(before, after) if after > before else range(before - 1, after - 1, -1)
         self._check_room(after - before)
@@ -181,62 +167,20 @@ class SimulatedBuffer(TieredBuffer):
         for page in pages:
             if self._tier._due("page"):
                 self._flip(pages[:moved])
-                raise MoveError(
-                    f"injected failure at page {page}: the split stays at {self.split} of "
-                    f"{self.nbytes} bytes"
-                )
+                raise self._stays(RuntimeError(f"injected failure at page {page}"))
             self._flip(pages[moved : moved + 1])
             moved += 1
-        self.split = split
-        self.generation += 1
         self._tier.counters.pages_moved += moved
         self._tier.counters.bytes_moved += moved * self.page_bytes
-        return split
 
-    def tensor(
-        self,
-        dtype: torch.dtype,
-        shape: tuple[int, ...],
-        stride: tuple[int, ...] | None = None,
-        offset_bytes: int = 0,
-    ) -> torch.Tensor:
-        self.check_usable()
-        if stride is None:
-            stride = torch.empty(shape, dtype=dtype, device="meta").stride()
-        if offset_bytes % dtype.itemsize:
-            raise TierError(
-                f"byte offset {offset_bytes} is not a multiple of {dtype.itemsize} ({dtype})"
-            )
-        last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-        stop = 0 if 0 in shape else offset_bytes + (last + 1) * dtype.itemsize
-        if stop > self.nbytes:
-            raise TierError(
-                f"shape {shape}, strides {stride}, {dtype} at byte {offset_bytes} ends at "
-                f"byte {stop} of a buffer of {self.nbytes}"
-            )
-        storage = self._bytes().untyped_storage()
-        return torch.empty(0, dtype=dtype, device="cpu").set_(
-            storage, offset_bytes // dtype.itemsize, shape, stride
-        )
-
-    def write(self, source: torch.Tensor, offset_bytes: int = 0) -> None:
-        self.check_usable()
-        if not source.is_contiguous():
-            raise TierError("write() takes a contiguous tensor")
-        if offset_bytes < 0 or offset_bytes + source.nbytes > self.nbytes:
-            raise TierError(
-                f"{source.nbytes} bytes at {offset_bytes} do not fit a buffer of {self.nbytes}"
-            )
+    def _fill(self, source: torch.Tensor, offset_bytes: int) -> None:
         if self._tier._due("write"):
             raise HostMemoryError(f"injected failure: {source.nbytes} bytes were not written")
-        if source.nbytes:
-            flat = source.detach().reshape(-1).view(torch.uint8)
-            self._bytes()[offset_bytes : offset_bytes + source.nbytes].copy_(flat)
+        self._bytes()[offset_bytes : offset_bytes + source.nbytes].copy_(as_bytes(source))
 
     def _bytes(self) -> torch.Tensor:
-        """uint8 tensor over the whole range; holds the buffer, as does everything made from it."""
         memory = _Memory(self._block, self.address, self.nbytes, self)
-        return torch.from_numpy(np.asarray(memory))
+        return torch.from_numpy(np.asarray(memory))[: self.nbytes]
 
     def _remote_bytes(self) -> torch.Tensor:
         return self._bytes()[self.split : self.nbytes]
@@ -262,9 +206,7 @@ class SimulatedBuffer(TieredBuffer):
                     taken=self._tier.counters.held.remote,
                 )
         except (DeviceMemoryError, HostMemoryError) as error:
-            raise MoveError(
-                f"the split stays at {self.split} of {self.nbytes} bytes: {error}"
-            ) from error
+            raise self._stays(error) from error
 
 
 def _release(counters: SimulatedCounters, page_is_local: np.ndarray, page_bytes: int) -> None:

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from dak_inductor.errors import StaleViewError, TieredTensorError
-
-SPLIT_ALIGNMENT = 256
-"""Splits at creation are free to this many bytes: the alignment torch wants of an address."""
+from dak_inductor.cuda_runtime.exported import as_bytes, bytes_tensor, check_source, shaped
+from dak_inductor.cuda_runtime.file_bytes import FileBytes
+from dak_inductor.errors import MoveError, StaleViewError, TieredTensorError
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +39,12 @@ class TierBytes:
         return self.remote / self.total if self.total else 0.0
 
 
-def creation_split(split: int, nbytes: int) -> int:
-    """The split a new buffer of `nbytes` gets when `split` bytes are asked to be local.
+class SplitRecord(Protocol):
+    """Where a buffer's split is kept for kernels to read (`device_records`)."""
 
-    Rounded down to 256 bytes, so never more local than asked; `nbytes` stays `nbytes`.
-    """
-    if split >= nbytes:
-        return nbytes
-    return max(0, split) // SPLIT_ALIGNMENT * SPLIT_ALIGNMENT
+    address: int
 
-
-def start_offset(split: int, nbytes: int, page_bytes: int) -> int:
-    """Bytes between the first page's start and byte 0 that put `split` on a page boundary."""
-    return 0 if split >= nbytes else -split % page_bytes
+    def publish(self, split: int) -> None: ...
 
 
 class RemoteView:
@@ -87,9 +78,9 @@ class TieredBuffer(abc.ABC):
         split: bytes [0, split) are local, [split, nbytes) remote.
         transient_bytes: local bytes, at most, that a move or its preparation holds besides those
             that it starts and ends with.
-        label: the name of the weight it holds, for reports; "" until its owner sets it.
-        label: name of what it holds, for plans and messages; set by the owner.
+        label: name of the weight it holds, for plans and messages; "" until its owner sets it.
         usable: False in a forked child for memory that does not survive a fork.
+        record: where kernels read its split; None for memory that no kernel of ours reads.
     """
 
     def __init__(
@@ -107,12 +98,28 @@ class TieredBuffer(abc.ABC):
         self.address = address
         self.device = device
         self.tier = tier
-        self.split = split
+        self._split = split
         self.generation = 0
         self.usable = True
-        self.label = ""
         self.transient_bytes = 0
         self.label = ""
+        self.record: SplitRecord | None = None
+
+    @property
+    def split(self) -> int:
+        return self._split
+
+    @split.setter
+    def split(self, split: int) -> None:
+        """Every change of residency ends here, so that no kernel reads an old split."""
+        self._split = split
+        if self.record is not None:
+            self.record.publish(split)
+
+    @property
+    def device_record(self) -> int:
+        """Device address of the record that kernels read the split from; 0 where there is none."""
+        return self.record.address if self.record is not None else 0
 
     @property
     def start_offset(self) -> int:
@@ -172,13 +179,19 @@ class TieredBuffer(abc.ABC):
                 "there, or keep offloaded models out of forked workers."
             )
 
-    @abc.abstractmethod
     def move(self, split: int) -> int:
         """Move the split to `nearest_split(split)`, keeping address and contents; returns it.
 
         The caller guarantees that no work on the range is in flight and no capture is open. Raises
         MoveError, after which the old state stands.
         """
+        self.check_usable()
+        split = self.nearest_split(split)
+        if split != self.split:
+            self._move(split)
+            self.split = split
+            self.generation += 1
+        return split
 
     def prepare_move(self, split: int) -> Any:
         """Start making the pages that a move to `split` needs, so that the move itself is short.
@@ -191,7 +204,6 @@ class TieredBuffer(abc.ABC):
         """Give back what `prepare_move` has made, if no move has taken it."""
         return
 
-    @abc.abstractmethod
     def tensor(
         self,
         dtype: torch.dtype,
@@ -203,65 +215,49 @@ class TieredBuffer(abc.ABC):
 
         It keeps the buffer alive: memory is freed with the last tensor AND the buffer.
         """
+        self.check_usable()
+        return shaped(self._bytes(), dtype, shape, stride, offset_bytes)
 
-    @abc.abstractmethod
     def write(self, source: torch.Tensor, offset_bytes: int = 0) -> None:
         """Copy a contiguous CPU or CUDA tensor's bytes to [offset_bytes, ...), synchronously."""
+        self.check_usable()
+        check_source(source, offset_bytes, self.nbytes)
+        on_cpu = source.device.type == "cpu"
+        if not on_cpu:
+            target = self._bytes()[offset_bytes : offset_bytes + source.nbytes]
+            target.copy_(as_bytes(source))
+        self._wait_for_readers()
+        if on_cpu:
+            self._fill(source, offset_bytes)
+
+    def write_file(self, source: FileBytes, offset_bytes: int = 0) -> bool:
+        """Copy bytes of a file to [offset_bytes, ...), synchronously.
+
+        False, with nothing done, for memory that takes tensors only. Raises CheckpointError.
+        """
+        return False
+
+    def _bytes(self) -> torch.Tensor:
+        """uint8 tensor over the whole range; holds the buffer, as does everything made from it."""
+        return bytes_tensor(self, self.address, self.nbytes, self.device)
+
+    def _wait_for_readers(self) -> None:
+        """Kernels queued before may still read what is overwritten next."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _move(self, split: int) -> None:
+        """Give the pages between the split and `split` the other memory. Raises MoveError."""
+        raise MoveError(f"a buffer of tier {self.tier!r} stays where it was put")
+
+    def _stays(self, error: Exception) -> MoveError:
+        """The error of a move that `error` prevents."""
+        return MoveError(f"the split stays at {self.split} of {self.nbytes} bytes: {error}")
+
+    @abc.abstractmethod
+    def _fill(self, source: torch.Tensor, offset_bytes: int) -> None:
+        """`write` for a CPU source that has been checked."""
 
     @abc.abstractmethod
     def _remote_bytes(self) -> torch.Tensor:
         """uint8 CPU tensor over [split, nbytes)."""
-
-
-class Tier(abc.ABC):
-    """A remote tier of one device: where its buffers' remote pages come from.
-
-    Attributes:
-        name: "cpu", "cuda:N" or "simulated".
-        page_bytes: granularity of moves.
-        whole_tensors: True where a tensor is all local or all remote (registered host memory).
-    """
-
-    name: str
-    page_bytes: int
-    whole_tensors: bool = False
-
-    def held_bytes(self, nbytes: int, split: int) -> TierBytes:
-        """Pages, in bytes, that a new buffer of `nbytes` with `split` local bytes would hold."""
-        split = creation_split(split, nbytes)
-        offset = start_offset(split, nbytes, self.page_bytes)
-        pages = -(-(offset + nbytes) // self.page_bytes)
-        local = pages if split >= nbytes else (offset + split) // self.page_bytes
-        return TierBytes(local * self.page_bytes, (pages - local) * self.page_bytes)
-
-    @abc.abstractmethod
-    def allocate(self, nbytes: int, *, split: int) -> TieredBuffer:
-        """A buffer with `creation_split(split, nbytes)` local bytes, entered in the address table.
-
-        Contents are undefined. Raises HostMemoryError or DeviceMemoryError before taking anything.
-        """
-
-    @abc.abstractmethod
-    def reserve(
-        self, remote_bytes: int, *, peak_bytes: int | None = None, prepare: bool = True
-    ) -> None:
-        """Announce that `remote_bytes` will be allocated: check capacity and start preparing pages.
-
-        With `prepare=False` capacity is checked only. `peak_bytes` is the most host memory taken
-        beyond today's at any moment, where originals are released while tensors move (default:
-        `remote_bytes`). Raises HostMemoryError; takes nothing that a failure would leave behind.
-        """
-
-    def allocate_each(
-        self, requests: Sequence[tuple[int, int]]
-    ) -> Generator[TieredBuffer, None, None]:
-        """A buffer for each (nbytes, split), in order; a tier may make the next one meanwhile.
-
-        Raises what `allocate` raises, at the buffer concerned. Close the iterator to stop early.
-        """
-        for nbytes, split in requests:
-            yield self.allocate(nbytes, split=split)
-
-    def trim(self) -> None:
-        """Give back what `reserve` has prepared and no buffer has taken."""
-        return

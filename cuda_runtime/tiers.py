@@ -7,7 +7,7 @@ import re
 import torch
 
 from dak_inductor.cuda_runtime.simulated import DEFAULT_PAGE_BYTES, SimulatedTier
-from dak_inductor.cuda_runtime.tier_buffer import Tier
+from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.errors import TierError
 
 REMOTE_NAMES = '"cpu", "cuda:<index>" or "simulated"'

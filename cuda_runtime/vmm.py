@@ -7,25 +7,22 @@ import functools
 import logging
 import sys
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dak_inductor.cuda_runtime import address_table
-from dak_inductor.cuda_runtime.exported import as_bytes, bytes_tensor, check_source, shaped
+from dak_inductor.cuda_runtime import address_table, device_records
 from dak_inductor.cuda_runtime.host_memory import available_host_memory, check_host_memory
 from dak_inductor.cuda_runtime.nvrtc import extension
+from dak_inductor.cuda_runtime.page_pipeline import PagePipeline, PageStages
 from dak_inductor.cuda_runtime.probe_support import host_page_support
 from dak_inductor.cuda_runtime.registered import RegisteredTier
-from dak_inductor.cuda_runtime.tier_buffer import Tier, TierBytes, TieredBuffer, creation_split
+from dak_inductor.cuda_runtime.tier import Tier, creation_split
+from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
+from dak_inductor.cuda_runtime.vmm_buffer import VmmBuffer
 from dak_inductor.errors import (
     DeviceMemoryError,
-    DriverError,
     HostMemoryError,
-    MoveError,
-    TierError,
 )
 
 log = logging.getLogger(__name__)
@@ -33,7 +30,6 @@ log = logging.getLogger(__name__)
 PREPARED_AHEAD_BYTES = 3 << 29
 """The most host memory that is prepared and not owned by a tensor yet."""
 
-_LARGE_ALLOCATION_BYTES = 32 << 20  # LARGE_HANDLE_PAGES of tier.h
 _STREAMS_IN_POOL = 32
 _EXIT_SECONDS = 5.0
 
@@ -63,8 +59,8 @@ def open_device_tier(
 def memory_in_use() -> dict[str, int]:
     """Bytes of physical memory this process holds through its tiers, by place.
 
-    "cuda:N" and "cpu" (prepared pages included); "staging" is pinned memory for copies, "imported"
-    are other processes' pages.
+    "cuda:N" and "cpu" (prepared pages included); "staging" is pinned memory for copies, "records"
+    is device memory for `device_records`, "imported" are other processes' pages.
     """
     return dict(extension().memory_in_use())
 
@@ -105,39 +101,49 @@ class VmmTier(Tier):
         return self.name == "cpu"
 
     def allocate(self, nbytes: int, *, split: int) -> VmmBuffer:
-        split = creation_split(split, nbytes)
-        held = self.held_bytes(nbytes, split)
-        self.check_room(held, f"a tensor of {nbytes} bytes")
-        buffer = VmmBuffer(self, self._tier.allocate(nbytes, split), split)
-        address_table.register(buffer)
-        return buffer
+        self._check_buffer(nbytes, split)
+        return self._entered(self._tier.allocate(nbytes, creation_split(split, nbytes)), split)
 
     def allocate_each(
         self, requests: Sequence[tuple[int, int]]
     ) -> Generator[TieredBuffer, None, None]:
-        """One buffer ahead: making host pages takes longer than filling them (6.5 GB/s on H200)."""
-        with ThreadPoolExecutor(1, thread_name_prefix="dak-pages") as maker:
-            ahead: Future[TieredBuffer] | None = None
-            try:
-                for position, (nbytes, split) in enumerate(requests):
-                    buffer = self._made_ahead(ahead) or self.allocate(nbytes, split=split)
-                    ahead = None
-                    if position + 1 < len(requests):
-                        following, local = requests[position + 1]
-                        ahead = maker.submit(self.allocate, following, split=local)
-                    yield buffer
-                    del buffer
-            finally:
-                if ahead is not None:
-                    self._made_ahead(ahead)
+        """One thread makes pages and one maps them, ahead of the caller who fills them.
 
-    @staticmethod
-    def _made_ahead(ahead: Future[TieredBuffer] | None) -> TieredBuffer | None:
-        """None where it did not fit yet: what it waits for may be released by now."""
+        Up to PREPARED_AHEAD_BYTES ahead where all requests fit beside what is there now; else by
+        one buffer, since what the next waits for is released as the caller goes on.
+        """
+        held = [self.held_bytes(nbytes, split) for nbytes, split in requests]
+        ahead = PREPARED_AHEAD_BYTES if self._fits(sum(held, TierBytes())) else 0
+        stages = PageStages(
+            self._made, self._mapped, lambda nbytes, split: self.allocate(nbytes, split=split)
+        )
+        yield from PagePipeline(stages, requests, ahead_bytes=ahead).buffers()
+
+    def _made(self, nbytes: int, split: int) -> Any:
+        """The pages of a new buffer, not mapped yet."""
+        self._check_buffer(nbytes, split)
+        return self._tier.make(nbytes, creation_split(split, nbytes))
+
+    def _mapped(self, memory: Any, split: int) -> VmmBuffer:
+        memory.map()
+        return self._entered(memory, split)
+
+    def _entered(self, memory: Any, split: int) -> VmmBuffer:
+        """A buffer on pages that are mapped, where kernels and lookups find it."""
+        buffer = VmmBuffer(self, memory, creation_split(split, int(memory.nbytes)))
+        device_records.attach(buffer)
+        address_table.register(buffer)
+        return buffer
+
+    def _check_buffer(self, nbytes: int, split: int) -> None:
+        self.check_room(self.held_bytes(nbytes, split), f"a tensor of {nbytes} bytes")
+
+    def _fits(self, more: TierBytes) -> bool:
         try:
-            return ahead.result() if ahead is not None else None
+            self.check_room(more, "all tensors together")
         except (DeviceMemoryError, HostMemoryError):
-            return None
+            return False
+        return True
 
     def reserve(
         self, remote_bytes: int, *, peak_bytes: int | None = None, prepare: bool = True
@@ -183,124 +189,6 @@ class VmmTier(Tier):
             drain()  # what has been given up does not count
             taken = memory_in_use().get("cpu", 0) - prepared
         check_host_memory(more, self.host_memory, what, taken=taken)
-
-
-class VmmBuffer(TieredBuffer):
-    """A tiered buffer in GPU memory. Made by `VmmTier.allocate`.
-
-    `last_move` holds the times of the last move (seconds by phase, bytes copied), None before it.
-    """
-
-    def __init__(self, tier: VmmTier, memory: Any, split: int) -> None:
-        super().__init__(
-            nbytes=int(memory.nbytes),
-            page_bytes=tier.page_bytes,
-            address=int(memory.address),
-            device=tier.exported_device,
-            tier=tier.name,
-            split=split,
-        )
-        self.last_move: Any = None
-        # What stays local of a large allocation that the split cuts is copied out of it first.
-        self.transient_bytes = _LARGE_ALLOCATION_BYTES
-        self._tier = tier
-        self._memory = memory
-        self._prepared_split: int | None = None
-
-    def physical_bytes(self) -> TierBytes:
-        return TierBytes(*self._memory.physical_bytes())
-
-    def move(self, split: int) -> int:
-        self.check_usable()
-        split = self.nearest_split(split)
-        if split == self.split:
-            return split
-        if split != self._prepared_split:
-            self._check_move(split)
-        self._prepared_split = None
-        self.last_move = self._memory.move(self._residency(split))
-        self.split = split
-        self.generation += 1
-        return split
-
-    def prepare_move(self, split: int) -> PendingPages:
-        """Start making the pages that a move to `split` needs, so that the move itself is short.
-
-        The next move takes them; a move elsewhere, or `cancel_move`, gives them back. Until then
-        both the old and the new pages are held. Raises MoveError where they would not fit.
-        """
-        self.check_usable()
-        split = self.nearest_split(split)
-        self._check_move(split)
-        self._memory.prepare(self._residency(split))
-        self._prepared_split = split
-        return PendingPages(self)
-
-    def cancel_move(self) -> None:
-        """Give back pages made by `prepare_move`."""
-        self._prepared_split = None
-        self._memory.cancel_preparation()
-
-    def tensor(
-        self,
-        dtype: torch.dtype,
-        shape: tuple[int, ...],
-        stride: tuple[int, ...] | None = None,
-        offset_bytes: int = 0,
-    ) -> torch.Tensor:
-        self.check_usable()
-        return shaped(self._bytes(), dtype, shape, stride, offset_bytes)
-
-    def write(self, source: torch.Tensor, offset_bytes: int = 0) -> None:
-        self.check_usable()
-        check_source(source, offset_bytes, self.nbytes)
-        if source.device.type != "cpu":
-            target = self._bytes()[offset_bytes : offset_bytes + source.nbytes]
-            target.copy_(as_bytes(source))
-            torch.cuda.current_stream(self.device).synchronize()
-            return
-        if self.device.type == "cuda":  # kernels queued before may still read what is overwritten
-            torch.cuda.current_stream(self.device).synchronize()
-        self._memory.write(source.data_ptr(), source.nbytes, offset_bytes)
-
-    def _bytes(self) -> torch.Tensor:
-        return bytes_tensor(self, self.address, self.nbytes, self.device)
-
-    def _remote_bytes(self) -> torch.Tensor:
-        self.check_usable()
-        if not self._tier.remote_is_host:
-            raise TierError(f"the remote part lies on {self.tier}, where the CPU cannot read it")
-        nbytes = self.nbytes - self.split
-        if nbytes == 0:
-            return torch.empty(0, dtype=torch.uint8)
-        window, address = self._memory.open_for_cpu(self.split, self.nbytes)
-        return bytes_tensor(window, address, nbytes, torch.device("cpu"))
-
-    def _residency(self, split: int) -> bytes:
-        """One byte per page, 1 where it is remote when the split is `split`."""
-        local = self.local_pages(split)
-        return bytes(local) + b"\1" * (self.page_count - local)
-
-    def _check_move(self, split: int) -> None:
-        pages = self.local_pages(split) - self.local_pages(self.split)
-        more = TierBytes(max(0, pages) * self.page_bytes, max(0, -pages) * self.page_bytes)
-        try:
-            self._tier.check_room(more, f"moving the split of {self.label or 'a tensor'}")
-        except (DeviceMemoryError, HostMemoryError, DriverError) as error:
-            raise MoveError(
-                f"the split stays at {self.split} of {self.nbytes} bytes: {error}"
-            ) from error
-
-
-@dataclass(frozen=True, slots=True)
-class PendingPages:
-    """Pages in the making for a move."""
-
-    buffer: VmmBuffer
-
-    def wait(self) -> None:
-        """Return when they are there. A failure to make them is reported by the move."""
-        self.buffer._memory.finish_preparation()
 
 
 _native_tiers: dict[tuple[int, int, bool], Any] = {}

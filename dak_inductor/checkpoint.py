@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dak_inductor.cuda_runtime.file_bytes import FileBytes
 from dak_inductor.errors import CheckpointError
 from dak_inductor.inventory import Inventory, Member
 
@@ -33,6 +36,7 @@ class Checkpoint:
         self.path = Path(path)
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, Path] = {}
+        self._stored: dict[str, _StoredFile] = {}
         for file, names in _listing(self.path).items():
             handle = self._open(file)
             held = set(handle.keys())
@@ -76,6 +80,18 @@ class Checkpoint:
         for start in range(0, source.numel(), step):
             yield start * dtype.itemsize, source[start : start + step].to(dtype)
 
+    def file_bytes(self, name: str, dtype: torch.dtype) -> FileBytes | None:
+        """Where the tensor's bytes lie in its file; None if they are not of `dtype` there.
+
+        The descriptor is open until `close`.
+        """
+        if self._dtype(name) != dtype:
+            return None
+        file = self._file_of[name]
+        if str(file) not in self._stored:
+            self._stored[str(file)] = _StoredFile(file)
+        return self._stored[str(file)].bytes_of(name)
+
     def name_for(self, member: Member) -> str | None:
         """The first of a tensor's names that the checkpoint holds."""
         return next((name for name in member.names if name in self._file_of), None)
@@ -112,6 +128,8 @@ class Checkpoint:
     def close(self) -> None:
         """Release the files. Tensors that were read keep their map alive."""
         self._files.clear()
+        while self._stored:
+            self._stored.popitem()[1].close()
 
     def _hint(self, missing: list[str]) -> str:
         names = self.names
@@ -150,6 +168,29 @@ class Checkpoint:
     def _dtype(self, name: str) -> torch.dtype:
         piece = self._slice(name)
         return (self.read(name) if not piece.get_shape() else self.read(name)[:0]).dtype
+
+
+class _StoredFile:
+    """A safetensors file's descriptor and the places of its tensors.
+
+    The file begins with the length of its header (u64, little endian) and the header, JSON that
+    gives each tensor's first and last byte behind it; safetensors has checked all that.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._name = str(path)
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            self._header = json.loads(file.read(length))
+            self._data_start = 8 + length
+            self._descriptor = os.dup(file.fileno())
+
+    def bytes_of(self, name: str) -> FileBytes:
+        first, last = self._header[name]["data_offsets"]
+        return FileBytes(self._descriptor, self._data_start + first, last - first, self._name)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from torch import nn
 
 from dak_inductor import hardware
 from dak_inductor.budget import BudgetTerms, DeviceBudget
-from dak_inductor.cuda_runtime.tier_buffer import Tier, TierBytes
+from dak_inductor.cuda_runtime.tier import Tier
+from dak_inductor.cuda_runtime.tier_buffer import TierBytes
 from dak_inductor.default_plan import uses_of
 from dak_inductor.errors import BudgetError, ModelError, PlanError
 from dak_inductor.inventory import Entry, Inventory

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules import module as module_hooks
 
 from dak_inductor.budget import DeviceBudget, asked_budget
-from dak_inductor.cuda_runtime.tier_buffer import Tier
+from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.errors import ModelError
 from dak_inductor.model_checks import check_model
 from dak_inductor.model_load import ModelLoad

@@ -10,7 +10,7 @@ from torch import nn
 
 from dak_inductor.budget import DeviceBudget
 from dak_inductor.cuda_runtime import address_table
-from dak_inductor.cuda_runtime.tier_buffer import Tier
+from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.errors import CheckpointError
 from dak_inductor.first_plan import make_first_plan
 from dak_inductor.inventory import Entry, Inventory, take_inventory

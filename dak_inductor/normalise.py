@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode, maybe_get_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, maybe_get_fake_mode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
@@ -46,6 +46,9 @@ def normalise(graph_module: GraphModule) -> GraphModule | Refusal:
     ) as error:  # any operator may refuse tracing; the graph still runs, un-normalised
         reason = f"tracing to ATen failed: {type(error).__name__}: {str(error).splitlines()[0]}"
         return Refusal(node="graph", target="whole graph", reason=reason)
+    if (constant := _captured_input(traced)) is not None:
+        reason = f"a subclass input is opened by its operators: {constant} would become a constant"
+        return Refusal(node="graph", target="whole graph", reason=reason)
     _copy_metadata(graph_module, placeholders, traced)
     return traced
 
@@ -62,6 +65,18 @@ def _obstacle(graph_module: GraphModule, placeholders: list[Node]) -> str | None
             free_unbacked_symbols(value)
         ):
             return f"{node.name} has a size that depends on data"
+    return None
+
+
+def _captured_input(traced: GraphModule) -> str | None:
+    """A constant of the traced graph that is no data but part of an input.
+
+    The operators of a wrapper subclass (torchao's) that decompose themselves reach for the tensors
+    inside, which the trace has no input for.
+    """
+    for node in traced.graph.nodes:
+        if node.op == "get_attr" and isinstance(getattr(traced, node.target, None), FakeTensor):
+            return str(node.target)
     return None
 
 

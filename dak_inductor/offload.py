@@ -15,7 +15,7 @@ from torch import nn
 
 from dak_inductor.budget import DeviceBudget, asked_budget
 from dak_inductor.checkpoint import open_checkpoint
-from dak_inductor.cuda_runtime.tier_buffer import Tier
+from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.first_plan import FirstPlan, make_first_plan, peak_host_bytes
 from dak_inductor.inventory import Entry, Inventory, take_inventory
 from dak_inductor.make_room import make_room

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dak_inductor.budget import parse_budget
-from dak_inductor.cuda_runtime.tier_buffer import Tier
+from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tiers import check_remote, local_device, open_tier
 from dak_inductor.errors import BudgetError, OptionError, TierError
 from dak_inductor.plan import Plan

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from dak_inductor.cuda_runtime.tier_buffer import Tier, TierBytes, TieredBuffer
+from dak_inductor.cuda_runtime.tier import Tier
+from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
+from dak_inductor.export_refusal import refuse_export
 from dak_inductor.plan import OpUse, Plan, TensorSpec
 from dak_inductor.refusal import Refusal
+from dak_inductor.sharing_refusal import refuse_sharing
 
 if TYPE_CHECKING:
     from dak_inductor.budget import DeviceBudget
@@ -89,6 +93,7 @@ class OffloadedModel:
     plan: Plan | None = None
     default_uses: tuple[OpUse, ...] = ()  # what a decode step is taken to read before it is seen
     refusals: tuple[Refusal, ...] = ()
+    export_hook: RemovableHandle | None = None  # refuses torch.export while the model is offloaded
     _expected: list[tuple[Mapping[str, torch.Tensor | None], str, int, str]] = field(
         default_factory=list
     )
@@ -208,6 +213,8 @@ def register(model: nn.Module, record: OffloadedModel) -> None:
     """Enter a model's record."""
     global _changes
     expect_tensors(record)
+    refuse_sharing()
+    record.export_hook = refuse_export(model)
     with _lock:
         _changes += 1
         _records[model] = record
@@ -222,6 +229,8 @@ def drop(model: nn.Module) -> None:
         record = _records.pop(model, None)
     if record is not None:
         record.budget.models.discard(record)
+        if record.export_hook is not None:
+            record.export_hook.remove()
 
 
 def _places(device: torch.device, remote: str) -> tuple[str, str]:

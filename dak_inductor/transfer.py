@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from dak_inductor.checkpoint import Checkpoint
-from dak_inductor.cuda_runtime.tier_buffer import Tier, TieredBuffer
+from dak_inductor.cuda_runtime.file_bytes import FileBytes
+from dak_inductor.cuda_runtime.tier import Tier
+from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.errors import CheckpointError
 from dak_inductor.inventory import Entry, Inventory, Member, Wrapper
 from dak_inductor.offloaded import OffloadedWeight, WeightPart
@@ -58,6 +60,9 @@ class Transfer:
             for member, part in zip(entry.members, parts, strict=True):
                 if not is_contiguous(part):
                     part_tensor(base, part).copy_(self._stored_whole(member))
+                    continue
+                file = self._stored_bytes(member)
+                if file is not None and buffer.write_file(file, part.offset_bytes):
                     continue
                 for offset, piece in self._stored(member):
                     buffer.write(piece, part.offset_bytes + offset)
@@ -176,6 +181,11 @@ class Transfer:
         """Pieces of a meta tensor's contents, with their byte offsets. Raises CheckpointError."""
         checkpoint, name = self._source(member)
         return checkpoint.pieces(name, member.tensor.dtype)
+
+    def _stored_bytes(self, member: Member) -> FileBytes | None:
+        """Where a meta tensor's contents lie in a file as they are wanted. As `_stored`."""
+        checkpoint, name = self._source(member)
+        return checkpoint.file_bytes(name, member.tensor.dtype)
 
     def _stored_whole(self, member: Member) -> torch.Tensor:
         checkpoint, name = self._source(member)

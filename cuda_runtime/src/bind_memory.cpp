@@ -6,6 +6,7 @@
 #include "dlpack.h"
 #include "range.h"
 #include "reaper.h"
+#include "record_chunk.h"
 #include "registered.h"
 #include "shared_pages.h"
 #include "transfer.h"
@@ -26,6 +27,7 @@ const char* python_name(ErrorKind kind) {
     case ErrorKind::DeviceMemory: return "DeviceMemoryError";
     case ErrorKind::Move: return "MoveError";
     case ErrorKind::Compilation: return "CompilationError";
+    case ErrorKind::Checkpoint: return "CheckpointError";
   }
   return "DakError";
 }
@@ -70,6 +72,11 @@ void bind_ranges(py::module_& m) {
       .def_readonly("bytes_copied", &MoveTimes::bytes_copied)
       .def_readonly("prepared_ahead", &MoveTimes::prepared_ahead);
 
+  py::class_<MakeTimes>(m, "MakeTimes", "What making a range took, in seconds.")
+      .def_readonly("create_seconds", &MakeTimes::create_seconds)
+      .def_readonly("map_seconds", &MakeTimes::map_seconds)
+      .def_readonly("access_seconds", &MakeTimes::access_seconds);
+
   // Residencies cross as bytes, one per page, 1 where the page is remote.
   py::class_<TieredRange, std::shared_ptr<TieredRange>>(m, "TieredRange")
       .def_property_readonly("address", &TieredRange::address)
@@ -100,7 +107,11 @@ void bind_ranges(py::module_& m) {
           Unlocked())
       .def("finish_preparation", &TieredRange::finish_preparation, Unlocked())
       .def("cancel_preparation", &TieredRange::cancel_preparation, Unlocked())
+      .def("map", &TieredRange::map, Unlocked(), "The second step of `Tier.make`.")
+      .def_property_readonly("make_times", &TieredRange::make_times)
       .def("write", write_address<TieredRange>, Unlocked(), "write(source address, bytes, offset)")
+      .def("write_file", &TieredRange::write_file, Unlocked(), py::arg("descriptor"), py::arg("position"),
+           py::arg("count"), py::arg("offset"))
       .def("read", read_bytes<TieredRange>, "read(bytes, offset) -> bytes")
       .def("open_for_cpu", &TieredRange::open_for_cpu, Unlocked(),
            "open_for_cpu(start, stop) -> (window, CPU address of byte start)")
@@ -136,6 +147,33 @@ void bind_ranges(py::module_& m) {
       .def("read", read_bytes<RegisteredBlock>);
 }
 
+void bind_records(py::module_& m) {
+  py::class_<RecordChunk, std::shared_ptr<RecordChunk>>(m, "RecordChunk")
+      .def(py::init(&RecordChunk::create), Unlocked(), py::arg("device"), py::arg("nbytes"))
+      .def_property_readonly("address", &RecordChunk::address)
+      .def_property_readonly("nbytes", &RecordChunk::nbytes)
+      .def(
+          "write",
+          [](RecordChunk& chunk, const std::string& bytes, std::size_t offset) {
+            chunk.write(bytes.data(), bytes.size(), offset);
+          },
+          Unlocked(), py::arg("bytes"), py::arg("offset"))
+      .def("read", read_bytes<RecordChunk>, "read(bytes, offset) -> bytes");
+}
+
+// Runs on the reaper's thread. What is left when the interpreter ends is dropped with the reaper.
+void run_after_work(int device, py::object task) {
+  PyObject* callable = task.release().ptr();
+  reaper::enqueue({device}, [callable] {
+    py::gil_scoped_acquire lock;
+    if (PyObject* result = PyObject_CallNoArgs(callable))
+      Py_DECREF(result);
+    else
+      PyErr_WriteUnraisable(callable);
+    Py_DECREF(callable);
+  });
+}
+
 void bind_tier(py::module_& m) {
   py::class_<Tier, std::shared_ptr<Tier>>(m, "Tier")
       .def(py::init([](int device, int peer, bool host_access_by_node) {
@@ -145,6 +183,8 @@ void bind_tier(py::module_& m) {
            Unlocked(), py::arg("device"), py::arg("peer") = -1, py::arg("host_access_by_node") = true)
       .def_property_readonly("page_bytes", &Tier::page_bytes)
       .def("allocate", &TieredRange::create, Unlocked(), py::arg("nbytes"), py::arg("split"))
+      .def("make", &TieredRange::make, Unlocked(), py::arg("nbytes"), py::arg("split"),
+           "`allocate` without mapping: a range that `map` makes usable.")
       .def(
           "reserve",
           [](Tier& tier, std::size_t bytes) {
@@ -177,6 +217,9 @@ void register_errors() {
 void bind_memory(py::module_& m) {
   bind_tier(m);
   bind_ranges(m);
+  bind_records(m);
+  m.def("run_after_work", &run_after_work, py::arg("device"), py::arg("task"),
+        "Call `task` on another thread once all work now queued on the device is done.");
   m.def("export_bytes", &export_bytes, py::arg("owner"), py::arg("address"), py::arg("nbytes"),
         py::arg("device_type"), py::arg("device_index"));
   m.def("memory_in_use", &memory_in_use, "Bytes held by this process, by place.");

@@ -17,6 +17,7 @@ enum class ErrorKind {
   DeviceMemory,       // DeviceMemoryError
   Move,               // MoveError: the old state stands
   Compilation,        // CompilationError
+  Checkpoint,         // CheckpointError: a file that cannot be read
 };
 
 class Error : public std::runtime_error {

@@ -21,6 +21,7 @@ namespace {
 
 using Extent = std::array<unsigned int, 3>;
 constexpr Extent one{1, 1, 1};
+using LaunchAttributes = std::array<cu::LaunchAttribute, 2>;
 
 // Each argument starts a line of its own, since a CUtensorMap must be aligned to 64 bytes.
 struct alignas(64) ArgumentLine {
@@ -41,6 +42,24 @@ ParameterInfo parameter_info() {
     return reinterpret_cast<ParameterInfo>(symbol);
   }();
   return found;
+}
+
+// Numbers the captures of this process; 0 where none is open on the stream.
+std::uint64_t capture_id(std::uintptr_t stream) {
+  using CaptureInfo = cu::Result (*)(cu::Stream, cu::CaptureStatus*, std::uint64_t*, void**,
+                                     const void**, std::size_t*);
+  static const CaptureInfo info = [] {
+    void* library = dlopen(driver().library.c_str(), RTLD_NOW | RTLD_LOCAL);
+    void* symbol = library ? dlsym(library, "cuStreamGetCaptureInfo_v2") : nullptr;
+    return reinterpret_cast<CaptureInfo>(symbol);
+  }();
+  if (!info) throw Error(ErrorKind::UnsupportedDriver, "this driver has no cuStreamGetCaptureInfo");
+  cu::CaptureStatus status = cu::CAPTURE_NONE;
+  std::uint64_t id = 0;
+  const cu::Result result =
+      info(reinterpret_cast<cu::Stream>(stream), &status, &id, nullptr, nullptr, nullptr);
+  if (result != cu::SUCCESS) throw_driver_error("cuStreamGetCaptureInfo", result);
+  return status == cu::CAPTURE_NONE ? 0 : id;
 }
 
 // One kernel on one device. Its module is never unloaded: captured graphs may hold the function,
@@ -84,7 +103,8 @@ class Kernel {
   }
 
   void launch(const Extent& grid, const Extent& block, const std::vector<py::bytes>& arguments,
-              unsigned int shared_bytes, std::uintptr_t stream, const Extent& cluster) const {
+              unsigned int shared_bytes, std::uintptr_t stream, const Extent& cluster,
+              bool overlap) const {
     check_cluster(grid, cluster);
     std::vector<std::string_view> views(arguments.begin(), arguments.end());
     check_arguments(views);
@@ -100,18 +120,18 @@ class Kernel {
       line += line_count(view);
     }
 
-    cu::LaunchAttribute attribute{};
+    LaunchAttributes attributes{};
     const cu::LaunchConfig config =
-        configuration(grid, block, shared_bytes, stream, cluster, attribute);
+        configuration(grid, block, shared_bytes, stream, cluster, overlap, attributes);
     const DeviceScope scope(device_);
     driver().cuLaunchKernelEx(&config, function_, pointers.data(), nullptr);
   }
 
   int maximum_active_clusters(const Extent& block, unsigned int shared_bytes,
                               const Extent& cluster) const {
-    cu::LaunchAttribute attribute{};
+    LaunchAttributes attributes{};
     const cu::LaunchConfig config =
-        configuration(cluster, block, shared_bytes, 0, cluster, attribute);
+        configuration(cluster, block, shared_bytes, 0, cluster, false, attributes);
     const DeviceScope scope(device_);
     int clusters = 0;
     driver().cuOccupancyMaxActiveClusters(&clusters, function_, &config);
@@ -121,9 +141,19 @@ class Kernel {
  private:
   static cu::LaunchConfig configuration(const Extent& grid, const Extent& block,
                                         unsigned int shared_bytes, std::uintptr_t stream,
-                                        const Extent& cluster, cu::LaunchAttribute& attribute) {
-    attribute.id = cu::LAUNCH_CLUSTER_DIMENSION;
-    attribute.value.clusterDim = {cluster[0], cluster[1], cluster[2]};
+                                        const Extent& cluster, bool overlap,
+                                        LaunchAttributes& attributes) {
+    unsigned int count = 0;
+    if (cluster != one) {
+      cu::LaunchAttribute& attribute = attributes[count++];
+      attribute.id = cu::LAUNCH_CLUSTER_DIMENSION;
+      attribute.value.clusterDim = {cluster[0], cluster[1], cluster[2]};
+    }
+    if (overlap) {
+      cu::LaunchAttribute& attribute = attributes[count++];
+      attribute.id = cu::LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION;
+      attribute.value.programmaticStreamSerializationAllowed = 1;
+    }
     cu::LaunchConfig config{};
     config.gridDimX = grid[0];
     config.gridDimY = grid[1];
@@ -133,8 +163,8 @@ class Kernel {
     config.blockDimZ = block[2];
     config.sharedMemBytes = shared_bytes;
     config.hStream = reinterpret_cast<cu::Stream>(stream);
-    config.attrs = &attribute;
-    config.numAttrs = cluster == one ? 0 : 1;
+    config.attrs = attributes.data();
+    config.numAttrs = count;
     return config;
   }
 
@@ -217,11 +247,14 @@ void bind_launch(py::module_& m) {
            "Permit more dynamic shared memory, or clusters of more than 8 CTAs.")
       .def("launch", &Kernel::launch, py::kw_only(), py::arg("grid"), py::arg("block"),
            py::arg("arguments"), py::arg("shared_bytes") = 0, py::arg("stream") = 0,
-           py::arg("cluster") = one,
-           "Launch on `stream` (a CUstream as an integer). Each argument is given as its bytes.")
+           py::arg("cluster") = one, py::arg("overlap") = false,
+           "Launch on `stream` (a CUstream as an integer). Each argument is given as its bytes. With "
+           "`overlap` it may start before the kernel ahead of it in the stream has ended.")
       .def("maximum_active_clusters", &Kernel::maximum_active_clusters, py::kw_only(),
            py::arg("block"), py::arg("shared_bytes") = 0, py::arg("cluster") = one,
            "How many such clusters the device holds at once.");
+  m.def("capture_id", &capture_id, py::arg("stream"),
+        "Which capture is open on a stream (a CUstream as an integer); 0 where none is.");
   m.def("copy_async", &copy_async, py::kw_only(), py::arg("destination"), py::arg("source"),
         py::arg("nbytes"), py::arg("stream"), py::arg("device"),
         "Copy between addresses of any memory by a copy engine, in the order of `stream`.");

@@ -1,16 +1,21 @@
 #include "mapping.h"
 
+#include "stopwatch.h"
+
 namespace dak {
 
-void map_in_order(const Tier& tier, cu::DevicePtr address,
-                  const std::vector<const Segment*>& segments, Access access) {
+MapTimes map_in_order(const Tier& tier, cu::DevicePtr address,
+                      const std::vector<const Segment*>& segments, Access access) {
   const Driver& cuda = driver();
+  MapTimes times;
+  Stopwatch watch;
   std::size_t mapped = 0;
   try {
     for (const Segment* segment : segments) {
       cuda.cuMemMap(address + mapped, segment->memory.bytes(), 0, segment->memory.handle(), 0);
       mapped += segment->memory.bytes();
     }
+    times.map_seconds = watch.lap();
     std::size_t start = 0;
     for (std::size_t i = 0; i < segments.size();) {
       const bool remote = segments[i]->pages.remote;
@@ -20,6 +25,8 @@ void map_in_order(const Tier& tier, cu::DevicePtr address,
       tier.grant_access(address + start, bytes, access);
       start += bytes;
     }
+    times.access_seconds = watch.lap();
+    return times;
   } catch (...) {
     if (mapped) cuda.cuMemUnmap.status(address, mapped);
     throw;

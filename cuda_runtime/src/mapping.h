@@ -7,10 +7,15 @@
 
 namespace dak {
 
+struct MapTimes {
+  double map_seconds = 0;     // cuMemMap
+  double access_seconds = 0;  // cuMemSetAccess
+};
+
 // Map allocations that follow one another, the first at `address`, and grant access, one call per run of
 // equal tier. After a failure nothing of it is mapped.
-void map_in_order(const Tier& tier, cu::DevicePtr address, const std::vector<const Segment*>& segments,
-                  Access access = Access::Devices);
+MapTimes map_in_order(const Tier& tier, cu::DevicePtr address, const std::vector<const Segment*>& segments,
+                      Access access = Access::Devices);
 
 // The segments, for map_in_order.
 std::vector<const Segment*> pointers(const std::vector<Segment>& segments);

@@ -30,7 +30,8 @@ PYBIND11_MODULE(_driver, m) {
       [](int attribute, int device) {
         return dak::device_attribute(static_cast<dak::cu::DeviceAttribute>(attribute), device);
       },
-      pybind11::arg("attribute"), pybind11::arg("device") = 0);
+      pybind11::call_guard<pybind11::gil_scoped_release>(), pybind11::arg("attribute"),
+      pybind11::arg("device") = 0);
   m.def(
       "memory_info",
       [](int device) {
@@ -39,7 +40,8 @@ PYBIND11_MODULE(_driver, m) {
         dak::driver().cuMemGetInfo(&free, &total);
         return std::pair(free, total);
       },
-      pybind11::arg("device") = 0, "(free, total) bytes of a device, as the driver counts them.");
+      pybind11::call_guard<pybind11::gil_scoped_release>(), pybind11::arg("device") = 0,
+      "(free, total) bytes of a device, as the driver counts them.");
   dak::bind_memory(m);
 #if __has_include("nvrtc.h")
   dak::bind_nvrtc(m);

@@ -7,9 +7,9 @@ namespace {
 
 using namespace std::chrono_literals;
 
-// Single pages need eight threads for 6.2 GB/s; 32 MiB at once reach 6.7 on one, and then more threads
-// only hold up every other call into the driver.
-constexpr std::size_t THREADS = 8;
+// One thread is as fast as the driver gets with large allocations, and more of them only hold up every other
+// call into it; single pages need several threads for that (bench_pages.py --creators).
+constexpr std::size_t SMALL_THREADS = 8, LARGE_THREADS = 1;
 constexpr std::size_t SMALL_STOCK_BYTES = std::size_t{512} << 20;
 constexpr std::size_t LARGE_STOCK_BYTES = std::size_t{1} << 30;
 // An announcement that nobody follows up, because a load failed, must not hold memory for good.
@@ -40,8 +40,9 @@ void PagePool::stop() {
     wake_.notify_all();
   }
   for (std::thread& thread : threads) thread.join();
+  std::vector<PhysicalPages> made_meanwhile;  // released after the lock
   std::lock_guard lock(mutex_);
-  std::vector<PhysicalPages> made_meanwhile = excess();
+  made_meanwhile = excess();
 }
 
 void PagePool::reserve(std::size_t bytes) {
@@ -51,7 +52,7 @@ void PagePool::reserve(std::size_t bytes) {
   outstanding_ = (bytes + page_bytes_ - 1) / page_bytes_ * page_bytes_;
   last_use_ = std::chrono::steady_clock::now();
   if (outstanding_ && threads_.empty() && !stopping_)
-    for (std::size_t i = 0; i < THREADS; ++i) threads_.emplace_back([this] { run(); });
+    for (std::size_t i = 0; i < SMALL_THREADS + LARGE_THREADS; ++i) threads_.emplace_back([this] { run(); });
   released = excess();
   wake_.notify_all();
 }
@@ -59,7 +60,7 @@ void PagePool::reserve(std::size_t bytes) {
 std::vector<PhysicalPages> PagePool::take(const std::vector<std::size_t>& sizes) {
   driver();
   std::vector<PhysicalPages> pages(sizes.size());
-  std::vector<std::size_t> missing, missing_sizes;
+  std::vector<std::size_t> missing;
   std::vector<PhysicalPages> released;
   {
     std::lock_guard lock(mutex_);
@@ -69,7 +70,6 @@ std::vector<PhysicalPages> PagePool::take(const std::vector<std::size_t>& sizes)
       Stock& stock = stock_[sizes[i]];
       if (stock.empty()) {
         missing.push_back(i);
-        missing_sizes.push_back(sizes[i]);
       } else {
         pages[i] = std::move(stock.back());
         stock.pop_back();
@@ -80,8 +80,18 @@ std::vector<PhysicalPages> PagePool::take(const std::vector<std::size_t>& sizes)
     released = excess();
     wake_.notify_all();
   }
-  std::vector<PhysicalPages> made = create_pages(place_, missing_sizes, device_, THREADS);
-  for (std::size_t i = 0; i < missing.size(); ++i) pages[missing[i]] = std::move(made[i]);
+  const auto make = [&](bool large, std::size_t threads) {
+    std::vector<std::size_t> positions, wanted;
+    for (std::size_t i : missing)
+      if ((sizes[i] >= large_bytes_) == large) {
+        positions.push_back(i);
+        wanted.push_back(sizes[i]);
+      }
+    std::vector<PhysicalPages> made = create_pages(place_, wanted, device_, threads);
+    for (std::size_t i = 0; i < positions.size(); ++i) pages[positions[i]] = std::move(made[i]);
+  };
+  make(false, SMALL_THREADS);
+  make(true, LARGE_THREADS);
   return pages;
 }
 
@@ -121,7 +131,7 @@ std::size_t PagePool::next_size() {
   if (room >= page_bytes_ && small < SMALL_STOCK_BYTES &&
       (!large_fits || small < SMALL_STOCK_BYTES / 4 || 2 * small <= large))
     return page_bytes_;
-  return large_fits ? large_bytes_ : 0;
+  return large_fits && in_making_[large_bytes_] < LARGE_THREADS ? large_bytes_ : 0;
 }
 
 void PagePool::run() {

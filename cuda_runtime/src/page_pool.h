@@ -1,5 +1,5 @@
-// Host pages made ahead of need. Clearing and pinning 2 MiB takes 0.63 ms, several times longer than filling
-// it, so a load is as fast as its pages are made: several threads, in the background.
+// Host pages made ahead of need. Clearing and pinning a page takes longer than mapping and filling it
+// (benchmarks/bench_pages.py measures all three), so a load is as fast as its pages are made.
 #pragma once
 
 #include <chrono>

@@ -8,12 +8,20 @@
 #include "mapping.h"
 #include "reaper.h"
 #include "shared_pages.h"
+#include "stopwatch.h"
 #include "transfer.h"
 
 namespace dak {
 
 std::shared_ptr<TieredRange> TieredRange::create(std::shared_ptr<Tier> tier, std::size_t nbytes,
                                                  std::size_t split) {
+  auto range = make(std::move(tier), nbytes, split);
+  range->map();
+  return range;
+}
+
+std::shared_ptr<TieredRange> TieredRange::make(std::shared_ptr<Tier> tier, std::size_t nbytes,
+                                               std::size_t split) {
   const std::vector<int> devices = tier->devices();
   const int device = tier->device();
   DeviceScope scope(device);
@@ -21,6 +29,24 @@ std::shared_ptr<TieredRange> TieredRange::create(std::shared_ptr<Tier> tier, std
   return std::shared_ptr<TieredRange>(
       new TieredRange(std::move(tier), nbytes, split),
       [=](TieredRange* range) { reaper::free_later(devices, device, range); });
+}
+
+void TieredRange::map() {
+  driver();
+  std::lock_guard lock(mutex_);
+  if (mapped_) return;
+  if (!broken_.empty()) throw Error(ErrorKind::Driver, broken_);
+  try {
+    DeviceScope scope(tier_->device());
+    const MapTimes times = map_in_order(*tier_, addresses_.address(), pointers(segments_));
+    make_times_.map_seconds = times.map_seconds;
+    make_times_.access_seconds = times.access_seconds;
+    mapped_ = true;
+  } catch (...) {
+    segments_.clear();  // at once: an exception may keep this object for long
+    broken_ = "the pages of this range could not be mapped";
+    throw;
+  }
 }
 
 TieredRange::TieredRange(std::shared_ptr<Tier> tier, std::size_t nbytes, std::size_t split)
@@ -31,19 +57,23 @@ TieredRange::TieredRange(std::shared_ptr<Tier> tier, std::size_t nbytes, std::si
   const std::size_t local = split < nbytes ? (offset_ + split) / page : page_count_;
   residency_ = prefix(split ? local : 0, page_count_);
   addresses_ = AddressRange(std::max<std::size_t>(page_count_, 1) * page, page);
+  Stopwatch watch;
   segments_ = make_segments(allocations(residency_, 0, page_count_));
-  if (page_count_) map_in_order(*tier_, addresses_.address(), pointers(segments_));
+  make_times_.create_seconds = watch.lap();
 }
 
 TieredRange::~TieredRange() {
   try {
     cancel_preparation();
     DeviceScope scope(tier_->device());
-    if (page_count_ && broken_.empty())
+    if (!mapped_ || !page_count_) {
+      // There is nothing to unmap.
+    } else if (broken_.empty()) {
       driver().cuMemUnmap.status(addresses_.address(), page_count_ * page_bytes());
-    else  // some are mapped and some are not
+    } else {  // some are mapped and some are not
       for (const Segment& segment : segments_)
         driver().cuMemUnmap.status(page_address(segment.pages.first), segment.memory.bytes());
+    }
     segments_.clear();
     addresses_ = {};
   } catch (const Error&) {
@@ -54,6 +84,7 @@ TieredRange::~TieredRange() {
 void TieredRange::need_usable() const {
   driver();
   if (!broken_.empty()) throw Error(ErrorKind::Driver, broken_);
+  if (!mapped_) throw Error(ErrorKind::Tier, "the pages of this range are made and not mapped yet");
 }
 
 Residency TieredRange::residency() {
@@ -105,15 +136,29 @@ std::vector<Segment> TieredRange::make_segments(const std::vector<PageRun>& want
   return segments;
 }
 
-void TieredRange::write(const void* bytes, std::size_t count, std::size_t offset) {
+void TieredRange::check_bytes(std::size_t count, std::size_t offset) const {
   driver();
   if (offset > nbytes_ || count > nbytes_ - offset)
     throw Error(ErrorKind::Tier, std::to_string(count) + " bytes at " + std::to_string(offset) +
                                      " do not fit a buffer of " + std::to_string(nbytes_) + " bytes");
+}
+
+void TieredRange::write(const void* bytes, std::size_t count, std::size_t offset) {
+  check_bytes(count, offset);
   std::lock_guard lock(mutex_);
   need_usable();
   DeviceScope scope(tier_->device());
   if (count) copy_in(*tier_, address() + offset, static_cast<const char*>(bytes), count);
+}
+
+void TieredRange::write_file(int descriptor, std::size_t position, std::size_t count,
+                             std::size_t offset) {
+  check_bytes(count, offset);
+  std::lock_guard lock(mutex_);
+  need_usable();
+  DeviceScope scope(tier_->device());
+  if (count)
+    copy_in_file(*tier_, address() + offset, descriptor, static_cast<off_t>(position), count);
 }
 
 // `from` and `to` count from the start of the first page.
@@ -147,10 +192,7 @@ std::pair<std::shared_ptr<CpuWindow>, cu::DevicePtr> TieredRange::open_for_cpu(s
 }
 
 void TieredRange::read(void* bytes, std::size_t count, std::size_t offset) {
-  driver();
-  if (offset > nbytes_ || count > nbytes_ - offset)
-    throw Error(ErrorKind::Tier, std::to_string(count) + " bytes at " + std::to_string(offset) +
-                                     " do not lie in a buffer of " + std::to_string(nbytes_) + " bytes");
+  check_bytes(count, offset);
   std::lock_guard lock(mutex_);
   need_usable();
   if (!count) return;

@@ -28,6 +28,13 @@ struct MoveTimes {
   bool prepared_ahead = false;
 };
 
+// What making a range took.
+struct MakeTimes {
+  double create_seconds = 0;  // cuMemCreate, or taking from stock
+  double map_seconds = 0;     // cuMemMap
+  double access_seconds = 0;  // cuMemSetAccess
+};
+
 class CpuWindow;
 
 class TieredRange {
@@ -36,6 +43,11 @@ class TieredRange {
   // page boundary so that the split is on one. The range is freed through the reaper.
   static std::shared_ptr<TieredRange> create(std::shared_ptr<Tier> tier, std::size_t nbytes,
                                              std::size_t split);
+  // `create` in two steps, so that one thread can make pages while another maps those made before. Until
+  // map() has returned the range can be destroyed and nothing else.
+  static std::shared_ptr<TieredRange> make(std::shared_ptr<Tier> tier, std::size_t nbytes, std::size_t split);
+  void map();
+  MakeTimes make_times() const { return make_times_; }
   ~TieredRange();
   TieredRange(const TieredRange&) = delete;
 
@@ -62,8 +74,10 @@ class TieredRange {
   // is in flight. Throws Move after any failure; the old state stands.
   MoveTimes move(const Residency& target);
 
-  // Copy bytes in or out, synchronously; `bytes` may be any CPU memory.
+  // Copy bytes in or out, synchronously; `bytes` may be any CPU memory. `position` is the first byte's in the
+  // file.
   void write(const void* bytes, std::size_t count, std::size_t offset);
+  void write_file(int descriptor, std::size_t position, std::size_t count, std::size_t offset);
   void read(void* bytes, std::size_t count, std::size_t offset);
 
   // The CPU's own mapping of the host pages that hold bytes [start, stop), all of them remote, and the
@@ -93,6 +107,7 @@ class TieredRange {
     return addresses_.address() + page * page_bytes();
   }
   void need_usable() const;
+  void check_bytes(std::size_t count, std::size_t offset) const;
   std::vector<Segment> make_segments(const std::vector<PageRun>& wanted) const;
   Preparation prepare(const Residency& target) const;
   std::vector<PageRun> affected(const Residency& target) const;
@@ -114,6 +129,8 @@ class TieredRange {
   std::vector<Segment> segments_;  // in order, covering every page
   Residency residency_;
   std::uint64_t generation_ = 0;
+  bool mapped_ = false;
+  MakeTimes make_times_;
   std::string broken_;  // why the range cannot be used any more; empty while it can
   std::optional<Preparation> prepared_;
   std::mutex preparing_mutex_;  // taken before mutex_

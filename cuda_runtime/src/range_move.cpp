@@ -1,27 +1,11 @@
 #include <algorithm>
-#include <chrono>
 
 #include "mapping.h"
 #include "range.h"
 #include "reaper.h"
+#include "stopwatch.h"
 
 namespace dak {
-namespace {
-
-class Clock {
- public:
-  double lap() {
-    const auto now = std::chrono::steady_clock::now();
-    const double seconds = std::chrono::duration<double>(now - start_).count();
-    start_ = now;
-    return seconds;
-  }
-
- private:
-  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
-};
-
-}  // namespace
 
 std::vector<PageRun> TieredRange::affected(const Residency& target) const {
   std::vector<PageRun> found;
@@ -178,7 +162,7 @@ MoveTimes TieredRange::move(const Residency& target) {
   need_usable();
   MoveTimes times;
   if (target == residency_) return times;
-  Clock clock;
+  Stopwatch clock;
   try {
     DeviceScope scope(tier_->device());
     if (prepared_ && prepared_->target != target) {

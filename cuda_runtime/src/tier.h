@@ -11,7 +11,7 @@
 namespace dak {
 
 inline constexpr std::size_t SMALL_HANDLE_PAGES = 1;
-inline constexpr std::size_t LARGE_HANDLE_PAGES = 16;  // 32 MiB: creation is fastest from here on
+inline constexpr std::size_t LARGE_HANDLE_PAGES = 16;  // 32 MiB: larger ones are made no faster (bench_pages.py)
 inline constexpr std::size_t NEAR_PAGES = 32;          // within 64 MiB of a split, handles are small
 
 enum class Access { Devices, Cpu };

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes, creation_split
+from dak_inductor.cuda_runtime.tier import creation_split
+from dak_inductor.cuda_runtime.tier_buffer import TierBytes
 from dak_inductor.cuda_runtime.tiers import open_tier
 from dak_inductor.errors import (
     DeviceMemoryError,

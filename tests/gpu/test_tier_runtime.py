@@ -28,9 +28,10 @@ from dak_inductor.cuda_runtime import address_table, vmm
 from dak_inductor.cuda_runtime.host_pages import export_host_pages, import_host_pages
 from dak_inductor.cuda_runtime.nvrtc import extension
 from dak_inductor.cuda_runtime.registered import RegisteredTier
-from dak_inductor.cuda_runtime.tier_buffer import Tier
+from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tiers import open_tier
-from dak_inductor.cuda_runtime.vmm import VmmBuffer, VmmTier
+from dak_inductor.cuda_runtime.vmm import VmmTier
+from dak_inductor.cuda_runtime.vmm_buffer import VmmBuffer
 
 PAGE = 2 << 20
 GIB = 1 << 30
@@ -255,10 +256,8 @@ def test_loading_rate_into_host_pages() -> None:
     rates = []
     for _ in range(3):  # the first also makes the machine give the memory
         start = time.perf_counter()
-        tier.reserve(total)
         buffers = []
-        for _ in range(total // source.numel()):
-            buffer = tier.allocate(source.numel(), split=0)
+        for buffer in tier.allocate_each([(source.numel(), 0)] * (total // source.numel())):
             buffer.write(source)
             buffers.append(buffer)
         rates.append(total / (time.perf_counter() - start) / 1e9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from dak_inductor.cuda_runtime import vmm
+from dak_inductor.cuda_runtime import address_table, vmm
 from dak_inductor.cuda_runtime.nvrtc import extension
 from dak_inductor.cuda_runtime.probe_support import host_page_support
 from dak_inductor.cuda_runtime.registered import RegisteredTier
 from dak_inductor.cuda_runtime.vmm import VmmTier, open_device_tier
 from dak_inductor.errors import (
     DeviceMemoryError,
+    DriverError,
     HostMemoryError,
     MoveError,
     TierError,
@@ -190,3 +192,44 @@ def test_driver_errors_say_what_failed(fake: Any) -> None:
     assert caught.value.call == "cuMemMap" and caught.value.status == 999  # type: ignore[attr-defined]
     with pytest.raises(TierError):
         extension().Tier(0).allocate(PAGE, 0).write(0, 2 * PAGE, 0)
+
+
+@pytest.mark.parametrize("room", [3, 100])
+def test_buffers_of_a_load_are_made_within_the_limit(fake: Any, room: int) -> None:
+    """Where not all fit at once, what the caller gives up makes room for the next."""
+    tier = VmmTier("cpu", GPU, room * PAGE)
+    contents = torch.arange(2 * PAGE // 8)
+    seen = 0
+    for buffer in tier.allocate_each([(2 * PAGE, 0)] * 6):
+        assert fake.used(HOST) <= room * PAGE
+        buffer.write(contents)
+        assert torch.equal(buffer.tensor(torch.int64, (contents.numel(),)), contents)
+        assert address_table.lookup(buffer.address) is buffer
+        seen += 1
+        del buffer
+        gc.collect()
+    assert seen == 6
+
+
+def test_a_load_that_stops_early_leaves_nothing(fake: Any) -> None:
+    tier = VmmTier("cpu", GPU, None)
+    buffers = tier.allocate_each([(2 * PAGE, PAGE)] * 20)
+    first = next(buffers)
+    buffers.close()
+    assert vmm.drain()
+    assert fake.used(HOST) == fake.used(0) == PAGE == first.physical_bytes().remote
+    fake.fail("cuMemSetAccess", after=5, lasting=True)
+    with pytest.raises(DriverError):
+        list(tier.allocate_each([(2 * PAGE, PAGE)] * 20))
+    fake.heal()
+    gc.collect()
+    assert vmm.drain() and fake.used(HOST) == PAGE
+
+
+def test_pages_that_are_not_mapped_are_not_used(fake: Any) -> None:
+    pages = extension().Tier(0).make(PAGE, 0)
+    with pytest.raises(TierError, match="not mapped yet"):
+        pages.read(1, 0)
+    pages.map()
+    pages.map()
+    assert len(pages.read(1, 0)) == 1 and pages.make_times.create_seconds > 0

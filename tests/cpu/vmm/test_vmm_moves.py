@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dak_inductor.cuda_runtime import address_table, vmm
-from dak_inductor.cuda_runtime.vmm import VmmBuffer, VmmTier
+from dak_inductor.cuda_runtime.vmm import VmmTier
+from dak_inductor.cuda_runtime.vmm_buffer import VmmBuffer
 from dak_inductor.errors import DakError, DriverError, MoveError
 
 PAGE = 2 << 20
