@@ -1,5 +1,5 @@
 // Times loads of which each waits for the one before: the round trip of one request.
-#include "ptx/load.cuh"
+#include "ptx/memory_order.cuh"
 #include "ptx/timer.cuh"
 #include "types.cuh"
 

@@ -52,6 +52,15 @@ def remote(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="session")
+def linear_kernels() -> None:
+    """All linear kernels in the cache, compiled on all cores: one by one they take minutes."""
+    if missing() is None:
+        from dak_inductor.benchmarks.harness.compile_ahead import compile_ahead
+
+        compile_ahead()
+
+
 @pytest.fixture(autouse=True)
 def _clean_gpu() -> Iterator[None]:
     """A fixed seed before; afterwards no compiled code, no garbage and no cached memory."""

@@ -1,0 +1,99 @@
+// Sizes that follow from a configuration of the linear kernel.
+#pragma once
+
+#include "ptx/mbarrier.cuh"
+#include "schedule/line.cuh"
+#include "tile/operand.cuh"
+#include "types.cuh"
+
+namespace dak {
+
+struct TieredLinearConfiguration {
+  u32 tokens;  // columns of a CTA's tile: 8, 16, 32, 64, 128 or 256
+  u32 blocks;  // of 64 weight rows for each consumer warpgroup: 1 or 2
+  u32 stages;
+  u32 ctas_per_sm;     // 2: the next launch of this kernel starts beside this one
+  bool cluster;        // CTAs of a cluster share the weight tiles, each has tokens of its own
+  bool gated;          // two weights; takes 2 blocks, one of each
+  bool in_out;         // weights are stored [in, out]
+  bool half;           // fp16, else bf16
+  bool bounded_waits;  // barriers that never complete end the kernel with their name
+};
+
+namespace linear {
+
+constexpr u32 consumer_warpgroups = 2;
+constexpr u32 threads = 128 * (consumer_warpgroups + 1);
+constexpr u32 element_bytes = 2;
+constexpr u32 maximum_stages = 16;
+
+// Where the remote part of a weight begins, in elements of its stored rows.
+struct Boundary {
+  u32 row;     // the first row that is not all local
+  u32 column;  // of that row, the first element that is remote
+};
+
+// The head of shared memory; the stages follow at `head_bytes`.
+struct Head {
+  ptx::mbarrier_t full[maximum_stages];
+  ptx::mbarrier_t empty[maximum_stages];
+  ptx::mbarrier_t cluster_empty[maximum_stages];
+  schedule::Line remote;
+  schedule::Line local;
+  Boundary boundaries[2];
+  u32 remote_workers;
+  u32 quota;         // stages that each remote worker may have in flight,
+  u32 last_quota;    // and of the last tile,
+  int last_feature;  // which begins here
+};
+
+constexpr u32 head_bytes = 1024;
+static_assert(sizeof(Head) <= head_bytes);
+
+template <TieredLinearConfiguration configuration>
+struct Layout {
+  static constexpr u32 block_bytes = 64 * tile::row_bytes;
+  static constexpr u32 blocks = consumer_warpgroups * configuration.blocks;
+  static constexpr u32 rows = 64 * blocks;  // of weights in a stage
+  static constexpr u32 weights = configuration.gated ? 2 : 1;
+  static constexpr u32 features = rows / weights;  // output features of a tile
+  static constexpr u32 weight_bytes = blocks * block_bytes;
+  static constexpr u32 token_bytes = configuration.tokens * tile::row_bytes;
+  static constexpr u32 stage_bytes = weight_bytes + token_bytes;
+  // Sums that turn around in the epilogue: some tokens by 64 features, fp32, for each warpgroup.
+  static constexpr u32 turn_most = configuration.gated ? 16 : 32;
+  static constexpr u32 turn_tokens =
+      configuration.tokens < turn_most ? configuration.tokens : turn_most;
+  static constexpr u32 turn_pitch = 68;
+  static constexpr u32 turn_elements = turn_tokens * turn_pitch;  // of one weight
+  static constexpr u32 turn_bytes = weights * turn_elements * 4;
+  static constexpr u32 shared_bytes = head_bytes + configuration.stages * stage_bytes +
+                                      consumer_warpgroups * turn_bytes;
+  // Of a remote worker: with 64 KiB in flight a CTA fills half of a PCIe link, and few
+  // CTAs with much in flight each leave more SMs to the local part.
+  static constexpr u32 wanted_in_flight = 64 * 1024 / weight_bytes;
+  static constexpr u32 stages_in_flight =
+      wanted_in_flight < configuration.stages ? wanted_in_flight : configuration.stages;
+  static constexpr u32 depth = tile::columns;  // of a step along K
+  // fp32 sums of a partial tile of one CTA
+  static constexpr u32 partial_elements = rows * configuration.tokens;
+
+  static_assert(configuration.stages >= 2 && configuration.stages <= maximum_stages);
+  static_assert(configuration.blocks == 1 || configuration.blocks == 2);
+  static_assert(!configuration.gated || configuration.blocks == 2);
+  static_assert(stage_bytes % tile::atom_bytes == 0);
+  // of 228 KiB, 1 for each CTA is the system's
+  static_assert(configuration.ctas_per_sm * (shared_bytes + 1024) <= 228 * 1024);
+};
+
+// Arrivals that complete a phase of each barrier, from who arrives there.
+struct Arrivals {
+  static constexpr u32 full = 1;                      // the producer, which also announces bytes
+  static constexpr u32 empty = consumer_warpgroups;   // one thread of each
+  static __device__ __forceinline__ u32 cluster_empty(u32 ctas) {
+    return consumer_warpgroups * ctas;
+  }
+};
+
+}  // namespace linear
+}  // namespace dak

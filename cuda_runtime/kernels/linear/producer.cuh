@@ -1,0 +1,249 @@
+// The thread that keeps tiles of weights and tokens in flight into shared memory.
+#pragma once
+
+#include "linear/arguments.cuh"
+#include "linear/layout.cuh"
+#include "linear/plan.cuh"
+#include "linear/walk.cuh"
+#include "pipeline/ring.cuh"
+#include "pipeline/wait.cuh"
+#include "ptx/grid_dependency.cuh"
+#include "ptx/tensor_copy.cuh"
+#include "types.cuh"
+
+namespace dak::linear {
+
+constexpr u32 rows_at_least = 8;  // an atom of the swizzle
+constexpr u32 row_boxes = 4;
+
+// A weight in boxes of 8, 16, 32 and 64 rows, for tiles that lack rows. Unused for [in, out].
+struct RowMaps {
+  ptx::TensorMap boxes[row_boxes];
+};
+
+struct TensorMaps {
+  const ptx::TensorMap* weights[2];
+  const RowMaps* few_rows[2];
+  const ptx::TensorMap* tokens;
+};
+
+// The features of a tile that exist: [begin, end), multiples of 8.
+//
+// What lies outside is not copied, although copies fill it with zeros: with 24 of 128 rows inside a
+// remote matrix, copies of whole boxes ran at a fifth of the rate of copies of just these rows. Stale
+// rows end up in results that are not written.
+struct Extent {
+  u32 begin;
+  u32 end;
+
+  template <u32 Features>
+  static __device__ __forceinline__ Extent of_tile(int feature, u32 features) {
+    const int left = static_cast<int>(features) - feature;
+    return {feature < 0 ? static_cast<u32>(-feature) : 0, min(Features, static_cast<u32>(left))};
+  }
+};
+
+template <TieredLinearConfiguration configuration>
+class Producer {
+  using L = Layout<configuration>;
+  static constexpr bool bounded = configuration.bounded_waits;
+
+ public:
+  __device__ __forceinline__ Producer(const Arguments& arguments, const TensorMaps& maps,
+                                      Head& head, u8* stages, u32 rank, u32 ctas)
+      : arguments_(arguments), maps_(maps), head_(head), stages_(stages), rank_(rank), ctas_(ctas) {}
+
+  // All steps of the worker.
+  //
+  // Weights are constant, so the first stages of them are asked for before the kernels that make
+  // the tokens have ended.
+  __device__ __forceinline__ void run(const Assignment& assignment) {
+    const u32 total = assignment.steps();
+    const bool starts_remote = assignment.remote.end > assignment.remote.begin;
+    const u32 ahead = min(total, min(configuration.stages, starts_remote ? head_.quota : total));
+    Walk weights(head_, assignment, L::features);
+    Walk tokens(head_, assignment, L::features);
+    for (u32 i = 0; i < ahead; ++i) {
+      const Step step = weights.next();
+      announce(step, i);
+      take_turn(step, i, i);
+    }
+    ptx::wait_for_predecessors();
+    for (u32 i = 0; i < ahead; ++i) load_tokens(tokens.next(), i);
+
+    pipeline::RingPosition position{ahead % configuration.stages,
+                                    ahead / configuration.stages & 1};
+    for (u32 i = ahead; i < total; ++i) {
+      pipeline::wait<bounded>(&head_.empty[position.stage], position.parity ^ 1, "stage empty");
+      const Step step = weights.next();
+      announce(step, position.stage);
+      take_turn(step, i, position.stage);
+      load_tokens(step, position.stage);
+      position.advance(configuration.stages);
+    }
+    report();
+  }
+
+ private:
+  __device__ __forceinline__ Extent extent(const Step& step) const {
+    return Extent::of_tile<L::features>(step.feature, arguments_.features);
+  }
+
+  // What will arrive in the stage.
+  __device__ __forceinline__ void announce(const Step& step, u32 stage) const {
+    const Extent rows = extent(step);
+    u32 bytes = arguments_.cta_tokens * tile::row_bytes;
+    if constexpr (configuration.in_out) {
+      bytes += L::weights * blocks_in(rows) * L::block_bytes;
+    } else {
+      bytes += L::weights * (rows.end - rows.begin) * tile::row_bytes;
+    }
+    ptx::mbarrier_arrive_expect_tx(&head_.full[stage], bytes);
+  }
+
+  // Of 64 features; [in, out] tiles begin at feature 0, so only the last blocks may be missing.
+  __device__ __forceinline__ static u32 blocks_in(const Extent& rows) {
+    return divide_up(rows.end, 64);
+  }
+
+  // Loads the weights of step `i`, where it is this CTA's turn to load for the cluster.
+  __device__ __forceinline__ void take_turn(const Step& step, u32 i, u32 stage) {
+    if constexpr (configuration.cluster) {
+      const bool mine = turn_ == rank_;
+      if (++turn_ == ctas_) turn_ = 0;
+      if (!mine) return;
+      if (i >= configuration.stages) {
+        pipeline::wait<bounded, pipeline::Scope::cluster>(
+            &head_.cluster_empty[stage], cluster_parities_ >> stage & 1, "stage empty in cluster");
+        cluster_parities_ ^= 1u << stage;
+      }
+    }
+    if (step.remote) keep_window(step, i);
+    load_weights(step, stage);
+    count(step);
+  }
+
+  // Returns when fewer than `quota` stages are on their way. Remote steps are a worker's first.
+  __device__ __forceinline__ void keep_window(const Step& step, u32 i) {
+    const bool last = step.feature >= head_.last_feature;
+    const u32 quota = last ? head_.last_quota : head_.quota;
+    if (i >= quota) {
+      const u32 behind = i - quota;  // must have arrived
+      pipeline::wait<bounded>(&head_.full[behind % configuration.stages],
+                              behind / configuration.stages & 1, "remote stage full");
+    }
+    if (!last || head_.last_quota == head_.quota) {
+      most_in_flight_ = max(most_in_flight_, min(i + 1, quota));
+    }
+  }
+
+  __device__ __forceinline__ u8* stage_of(u32 stage) const {
+    return stages_ + stage * L::stage_bytes;
+  }
+
+  __device__ __forceinline__ void load_tokens(const Step& step, u32 stage) {
+    ptx::tensor_load(stage_of(stage) + L::weight_bytes, maps_.tokens,
+                     static_cast<int>(step.depth),
+                     static_cast<int>(rank_ * arguments_.cta_tokens), &head_.full[stage], ptx::evict_last);
+  }
+
+  __device__ __forceinline__ void load_weights(const Step& step, u32 stage) {
+    u8* weight_tile = stage_of(stage);
+    const int depth = static_cast<int>(step.depth);
+    const Extent rows = extent(step);
+    constexpr u32 bytes_of_weight = L::weight_bytes / L::weights;
+#pragma unroll
+    for (u32 i = 0; i < L::weights; ++i, weight_tile += bytes_of_weight) {
+      if constexpr (configuration.in_out) {
+        for (u32 block = 0; block < blocks_in(rows); ++block) {
+          load(weight_tile + block * L::block_bytes, maps_.weights[i],
+               step.feature + static_cast<int>(block * 64), depth, stage);
+        }
+      } else if (rows.end - rows.begin == L::features) {
+        load(weight_tile, maps_.weights[i], depth, step.feature, stage);
+      } else {
+        load_rows(weight_tile, *maps_.few_rows[i], rows, step, stage);
+      }
+    }
+  }
+
+  // In few boxes, the largest first: an SM has only so many under way.
+  __device__ __forceinline__ void load_rows(u8* weight_tile, const RowMaps& maps,
+                                            const Extent& rows, const Step& step, u32 stage) {
+    u32 row = rows.begin;
+    u32 box = row_boxes - 1;
+    while (row < rows.end) {
+      const u32 box_rows = rows_at_least << box;
+      if (row + box_rows > rows.end) {
+        --box;
+        continue;
+      }
+      load(weight_tile + row * tile::row_bytes, &maps.boxes[box], static_cast<int>(step.depth),
+           step.feature + static_cast<int>(row), stage);
+      row += box_rows;
+    }
+  }
+
+  __device__ __forceinline__ void load(u8* target, const ptx::TensorMap* map, int column, int row,
+                                       u32 stage) {
+    ptx::mbarrier_t* full = &head_.full[stage];
+    if constexpr (configuration.cluster) {
+      ptx::tensor_load_multicast(target, map, column, row, full, ptx::evict_first,
+                                 static_cast<u16>((1u << ctas_) - 1));
+    } else {
+      ptx::tensor_load(target, map, column, row, full, ptx::evict_first);
+    }
+  }
+
+  __device__ __forceinline__ void count(const Step& step) {
+    const u32 depth = step.depth;
+    const u32 depth_end = min(depth + L::depth, arguments_.depth);
+    const Extent rows = extent(step);
+    const u32 feature = static_cast<u32>(step.feature + static_cast<int>(rows.begin));
+    const u32 feature_end = static_cast<u32>(step.feature + static_cast<int>(rows.end));
+    const u32 bytes = (depth_end - depth) * (feature_end - feature) * element_bytes;
+#pragma unroll
+    for (u32 i = 0; i < L::weights; ++i) {
+      u32 far = 0;
+      if (step.remote) {
+        const Boundary& edge = head_.boundaries[i];
+        far = element_bytes *
+              (configuration.in_out
+                   ? remote_elements(edge, depth, depth_end, feature, feature_end)
+                   : remote_elements(edge, feature, feature_end, depth, depth_end));
+      }
+      remote_bytes_[i] += far;
+      local_bytes_[i] += bytes - far;
+    }
+  }
+
+  // Adds what this CTA has asked for to the records of the buffers.
+  __device__ __forceinline__ void report() const {
+#pragma unroll
+    for (u32 i = 0; i < L::weights; ++i) {
+      TierRecord* record = arguments_.weights[i].record;
+      if (blockIdx.x == 0) atomicAdd(&record->calls, 1ull);
+      if (local_bytes_[i] > 0) atomicAdd(&record->local_bytes, local_bytes_[i]);
+      if (remote_bytes_[i] > 0) atomicAdd(&record->remote_bytes, remote_bytes_[i]);
+      if (most_in_flight_ > 0) {
+        // as if all remote workers had their most at once
+        const u64 window = static_cast<u64>(most_in_flight_) * L::weight_bytes;
+        atomicMax(&record->peak_window, window * head_.remote_workers);
+      }
+    }
+  }
+
+  const Arguments& arguments_;
+  const TensorMaps& maps_;
+  Head& head_;
+  u8* const stages_;
+  const u32 rank_;
+  const u32 ctas_;
+  u32 turn_ = 0;              // rank of the CTA that loads the weights of the next step
+  u32 cluster_parities_ = 0;  // of cluster_empty, a bit for each stage
+  u32 most_in_flight_ = 0;    // remote stages
+  u64 local_bytes_[2] = {0, 0};
+  u64 remote_bytes_[2] = {0, 0};
+};
+
+}  // namespace dak::linear

@@ -1,0 +1,81 @@
+// The steps of one worker in their order: its remote run, then its local run.
+#pragma once
+
+#include "linear/layout.cuh"
+#include "schedule/line.cuh"
+#include "types.cuh"
+
+namespace dak::linear {
+
+struct Step {
+  int feature;  // first of the tile
+  u32 depth;    // first of the step
+  bool remote;
+};
+
+// The runs of a worker. `order` is its place on both lines.
+struct Assignment {
+  u32 order;
+  schedule::Run remote{0, 0};
+  schedule::Run local;
+
+  __device__ __forceinline__ Assignment(const Head& head, u32 worker, u32 workers)
+      : order(workers - 1 - worker), local(head.local.run(order)) {
+    if (order < head.remote_workers) remote = head.remote.run(order);
+  }
+
+  __device__ __forceinline__ u32 steps() const {
+    return remote.end - remote.begin + local.end - local.begin;
+  }
+};
+
+class Walk {
+ public:
+  // `features`: of a tile.
+  __device__ __forceinline__ Walk(const Head& head, const Assignment& assignment, u32 features)
+      : head_(head),
+        features_(features),
+        local_begin_(assignment.local.begin),
+        remote_left_(assignment.remote.end - assignment.remote.begin),
+        remote_(remote_left_ > 0) {
+    enter(remote_ ? assignment.remote.begin : local_begin_);
+  }
+
+  // At most as many times as the assignment has steps.
+  __device__ __forceinline__ Step next() {
+    if (remote_ && remote_left_ == 0) {
+      remote_ = false;
+      enter(local_begin_);
+    }
+    const Step step{feature_, step_ * tile::columns, remote_};
+    if (remote_) --remote_left_;
+    if (++step_ == end_step_) {
+      step_ = first_step_;
+      feature_ += static_cast<int>(features_);
+    }
+    return step;
+  }
+
+ private:
+  __device__ __forceinline__ void enter(u32 position) {
+    const schedule::Line& line = remote_ ? head_.remote : head_.local;
+    if (line.total() == 0) return;
+    const schedule::Place place = line.place(position);
+    feature_ = line.origin + static_cast<int>(place.tile * features_);
+    step_ = place.step;
+    first_step_ = line.first_step;
+    end_step_ = line.first_step + line.steps;
+  }
+
+  const Head& head_;
+  const u32 features_;
+  u32 local_begin_;
+  u32 remote_left_;
+  bool remote_;
+  int feature_ = 0;
+  u32 step_ = 0;
+  u32 first_step_ = 0;
+  u32 end_step_ = 0;
+};
+
+}  // namespace dak::linear

@@ -1,0 +1,47 @@
+"""Words of device memory that the CTAs of a launch share: queue positions, steps done per tile.
+
+A launch finds them at zero and leaves them at zero. Two launches that may run at once must not
+share them. Launches on one stream run one after the other, and so do the launches that one stream
+has captured into one graph; so words belong to a stream and to the capture that is open on it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from dak_inductor.cuda_runtime.nvrtc import extension
+
+_CHUNK_WORDS = 1 << 17
+_LEAST_WORDS = 4096
+
+_lock = threading.Lock()
+_words: dict[tuple[int, int, int], tuple[int, int]] = {}  # device, capture, stream: address, count
+_chunks: dict[int, tuple[Any, int]] = {}  # device: the chunk in use, its words given out
+_kept: list[Any] = []
+
+
+def words_for(device: int, count: int, stream: int) -> int:
+    """The device address of `count` zero words for a launch on `stream` (a CUstream) of a GPU.
+
+    Raises DeviceMemoryError.
+    """
+    key = (device, extension().capture_id(stream), stream)
+    with _lock:
+        address, there = _words.get(key, (0, 0))
+        if there < count:
+            # what was given out before is still in use by launches in flight: it is left alone
+            there = max(count, _LEAST_WORDS)
+            address = _take(device, there)
+            _words[key] = (address, there)
+        return address
+
+
+def _take(device: int, words: int) -> int:
+    """Words that nobody has used; a captured graph may hold them, so they are never given back."""
+    chunk, used = _chunks.get(device, (None, 0))
+    if chunk is None or 4 * (used + words) > chunk.nbytes:
+        chunk, used = extension().RecordChunk(device, 4 * max(words, _CHUNK_WORDS)), 0
+        _kept.append(chunk)
+    _chunks[device] = (chunk, used + words)
+    return int(chunk.address) + 4 * used

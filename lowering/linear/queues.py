@@ -1,0 +1,69 @@
+"""Two queues of work on a device and the order between them: streams, behind what tests replace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+
+
+class Queue(Protocol):
+    """Work runs in the order in which it was given."""
+
+    def run(self, work: Callable[[], object]) -> None:
+        """Queue what `work` launches."""
+
+    def record(self) -> Any:
+        """A mark behind all work so far."""
+
+    def wait(self, mark: Any) -> None:
+        """Work from here on starts after what is before `mark`, of any queue."""
+
+
+class StreamQueue:
+    """A CUDA stream. While it is being captured, or waits for one that is, it queues nodes."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+
+    def run(self, work: Callable[[], object]) -> None:
+        with torch.cuda.stream(self._stream):
+            work()
+
+    def record(self) -> torch.cuda.Event:
+        return self._stream.record_event()
+
+    def wait(self, mark: torch.cuda.Event) -> None:
+        self._stream.wait_event(mark)
+
+
+class InlineQueue:
+    """The CPU: work is done when it is queued."""
+
+    def run(self, work: Callable[[], object]) -> None:
+        work()
+
+    def record(self) -> None:
+        return None
+
+    def wait(self, mark: None) -> None:
+        return None
+
+
+def main_and_side(device: torch.device) -> tuple[Queue, Queue]:
+    """The current stream of `device`, and a stream beside it that belongs to it alone."""
+    if device.type == "cpu":
+        return InlineQueue(), InlineQueue()
+    main = torch.cuda.current_stream(device)
+    return StreamQueue(main), StreamQueue(_side(main.device_index, main.cuda_stream))
+
+
+@lru_cache(maxsize=256)
+def _side(device_index: int, main: int) -> torch.cuda.Stream:
+    """One for each main stream: a capture on one stream must not meet copies for another.
+
+    Of torch's pool of high priority, which exists before any capture starts.
+    """
+    return torch.cuda.Stream(device_index, priority=-1)

@@ -1,0 +1,241 @@
+"""Products of many tokens with weights of which a part is remote, staged in device memory.
+
+Remote bytes cross the link once, by copy engine on a stream of their own, into the slots of a ring;
+the stock GEMM multiplies slot after slot, and between them the local part in place, each into its
+columns of the result (`ring_plan` says in which parts). The order is kept by events alone: nothing
+waits on the host, and under capture the side stream forks from and joins the capturing one.
+
+A captured graph keeps the parts of the split at capture. After a move its results stay right, since
+copies and products read through addresses; only the speed suffers. Each replay counts one read of
+each byte, by the split of that moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+
+from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.lowering import reads
+from dak_inductor.lowering.linear import ring_plan
+from dak_inductor.lowering.linear.copy_engine import copy
+from dak_inductor.lowering.linear.launch import profile_of
+from dak_inductor.lowering.linear.problem import DTYPES, LinearProblem
+from dak_inductor.lowering.linear.queues import Queue, main_and_side
+from dak_inductor.lowering.linear.ring_plan import Part, Residency, RingPlan
+
+_aten = torch.ops.aten
+
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "silu": _aten.silu_.default,
+    "gelu": _aten.gelu_.default,
+    "gelu_tanh": lambda y: _aten.gelu_.default(y, approximate="tanh"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """out_w [M, N] = x [M, K] times weight w (+ bias w), in parts."""
+
+    x: Tensor
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    outputs: tuple[Tensor, ...]
+    residency: tuple[Residency, ...]
+    in_out: bool
+
+    def stage(self, part: Part, slot: Tensor) -> None:
+        """Copy the part of its weight: what is local, a row that is cut, what is remote.
+
+        The driver takes a copy for what its first byte is, so the three do not mix.
+        """
+        source, target = self._stored(part), self._held(part, slot)
+        first = 0 if self.in_out else part.start
+        rows, where = source.shape[0], self.residency[part.weight]
+        cuts = [min(max(cut - first, 0), rows) for cut in (where.local, where.remote)]
+        for start, stop in zip((0, *cuts), (*cuts, rows), strict=True):
+            if start < stop:
+                copy(target[start:stop], source[start:stop])
+
+    def multiply(self, part: Part, slot: Tensor | None) -> None:
+        """From its slot, or where it lies.
+
+        Columns of a matrix with contiguous rows are an output that cuBLAS writes directly.
+        """
+        matrix = self._stored(part) if slot is None else self._held(part, slot)
+        factor = matrix if self.in_out else matrix.t()
+        out = self.outputs[part.weight][:, part.start : part.stop]
+        bias = self.biases[part.weight]
+        if bias is None:
+            torch.mm(self.x, factor, out=out)
+        else:
+            torch.addmm(bias[part.start : part.stop], self.x, factor, out=out)
+
+    def _stored(self, part: Part) -> Tensor:
+        weight = self.weights[part.weight]
+        if self.in_out:
+            return weight[:, part.start : part.stop]
+        return weight[part.start : part.stop]
+
+    def _held(self, part: Part, slot: Tensor) -> Tensor:
+        k, features = self.x.shape[1], part.features
+        shape = (k, features) if self.in_out else (features, k)
+        return slot[: k * features].view(shape)
+
+
+def issue(
+    plan: RingPlan, products: Products, slots: tuple[Tensor, ...], main: Queue, side: Queue
+) -> None:
+    """Queue copies on `side` and products on `main`, which has all results behind it.
+
+    `main` ends behind the last copy too: the last product waits for it.
+    """
+    staged = plan.staged
+    ahead = min(len(slots), len(staged))
+    multiplied: list[object] = []
+    copied: list[object] = []
+
+    def fetch(position: int) -> None:
+        if position >= len(slots):
+            side.wait(multiplied[position - len(slots)])
+        side.run(partial(products.stage, staged[position], slots[position % len(slots)]))
+        copied.append(side.record())
+
+    if staged:
+        side.wait(main.record())  # earlier work on main may still use the slots' memory
+    for position in range(ahead):
+        fetch(position)
+    for part in plan.parts:
+        if not part.staged:
+            main.run(partial(products.multiply, part, None))
+            continue
+        position = len(multiplied)
+        main.wait(copied[position])
+        main.run(partial(products.multiply, part, slots[position % len(slots)]))
+        multiplied.append(main.record())
+        if len(copied) < len(staged):
+            fetch(len(copied))
+
+
+@torch.no_grad()
+def run(
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    buffers: tuple[TieredBuffer | None, ...],
+    *,
+    biases: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    activation: str,
+    layout: str,
+) -> Tensor:
+    """activation(x W^T + bias) (* (x up^T + bias)) + residual, [..., N], on the current stream.
+
+    Rounds where the stock composition does. `refusal` must have found none.
+
+    Args:
+        x: [..., K].
+        weights: one, or gate and up; [N, K] for layout "out_in", [K, N] for "in_out".
+        buffers: of each weight the buffer that holds it; None: it is all local.
+        biases: [N] or None for each weight.
+        residual: [..., N] or None.
+
+    Raises DriverError where a copy cannot be queued.
+    """
+    in_out = layout == "in_out"
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1 or rows.stride(0) < rows.shape[1]:
+        rows = rows.contiguous()  # once, not in each product
+    n = weights[0].shape[1 if in_out else 0]
+    gated = len(weights) == 2
+    problem = LinearProblem(rows.shape[0], n, rows.shape[1], x.dtype, gated, in_out)
+    residency = tuple(map(_residency, weights, buffers))
+    tiers = frozenset(buffer.tier for buffer in buffers if buffer is not None)
+    plan = _plan(problem, residency, x.device.index, tiers)
+    outputs = tuple(x.new_empty((problem.m, n)) for _ in weights)
+    slots = tuple(x.new_empty(plan.slot_features * problem.k) for _ in range(plan.slots))
+    products = Products(rows, weights, biases, outputs, residency, in_out)
+    issue(plan, products, slots, *main_and_side(x.device))
+    reads.count_dense("linear", *_counted(weights))
+    result = _IN_PLACE[activation](outputs[0])
+    if gated:
+        result.mul_(outputs[1])
+    if residual is not None:
+        result.add_(residual.reshape(-1, n))
+    return result.view(*x.shape[:-1], n)
+
+
+def _counted(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The weights; two column ranges of one matrix as one, since their extents overlap."""
+    first = min(weights, key=Tensor.data_ptr)
+    last = max(weights, key=Tensor.data_ptr)
+    apart = (last.data_ptr() - first.data_ptr()) // first.element_size()
+    rows, columns = first.shape
+    if not 0 < apart < first.stride(0) or first.stride() != last.stride() or rows == 1:
+        return weights
+    return (first.as_strided((rows, apart + columns), first.stride()),)
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    problem: LinearProblem,
+    residency: tuple[Residency, ...],
+    device_index: int,
+    tiers: frozenset[str],
+) -> RingPlan:
+    profile = profile_of(device_index)
+    links = (profile.link(tier) for tier in tiers or {"cpu"})
+    slowest = min(links, key=lambda link: link.copy_bandwidth)
+    return ring_plan.choose(problem, residency, profile, slowest)
+
+
+def _residency(weight: Tensor, buffer: TieredBuffer | None) -> Residency:
+    rows, columns = weight.shape
+    if buffer is None:
+        return Residency(rows, rows)
+    size = weight.element_size()
+    pitch, width = weight.stride(0) * size, columns * size
+    local = buffer.split - (weight.data_ptr() - buffer.address)
+    if rows == 1:
+        pitch = width
+    first_cut = (local - width) // pitch + 1  # the first row that does not end in the local part
+    first_remote = -(-local // pitch)  # the first that does not start there
+    return Residency(min(max(first_cut, 0), rows), min(max(first_remote, 0), rows))
+
+
+def refusal(
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    *,
+    biases: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    layout: str,
+) -> str | None:
+    """Why the ring does not take this call; None where it does."""
+    tensors = [x, *weights, *(bias for bias in biases if bias is not None)]
+    if residual is not None:
+        tensors.append(residual)
+    if x.dtype not in DTYPES or any(tensor.dtype != x.dtype for tensor in tensors):
+        return f"its operands are not all bfloat16 or all float16 (x is {x.dtype})"
+    if any(tensor.device != x.device for tensor in tensors):
+        return "its operands are on different devices"
+    if x.dim() == 0 or x.numel() == 0:
+        return "it has no tokens"
+    for weight in weights:
+        if weight.dim() != 2 or weight.shape != weights[0].shape or weight.numel() == 0:
+            return "its weights are not matrices of one shape"
+        if weight.stride(1) != 1 or weight.stride(0) < weight.shape[1]:
+            return "the weight's rows are not contiguous"
+    k_axis = 0 if layout == "in_out" else 1
+    n = weights[0].shape[1 - k_axis]
+    if weights[0].shape[k_axis] != x.shape[-1]:
+        return f"x has {x.shape[-1]} columns, the weight {weights[0].shape[k_axis]}"
+    if any(bias is not None and bias.shape != (n,) for bias in biases):
+        return f"a bias is no vector of {n}"
+    if residual is not None and residual.shape != (*x.shape[:-1], n):
+        return f"a residual of shape {tuple(residual.shape)}"
+    return None

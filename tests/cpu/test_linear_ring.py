@@ -1,0 +1,470 @@
+"""The staged path: its parts, their order under any interleaving of two queues, values, counts."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dak_inductor import hardware
+from dak_inductor.cuda_runtime.simulated import SimulatedTier
+from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.lowering import counters, ops_linear
+from dak_inductor.lowering.linear import copy_engine, dispatch, ring, ring_plan
+from dak_inductor.lowering.linear.configuration import MAXIMUM_TOKENS
+from dak_inductor.lowering.linear.problem import LinearProblem
+from dak_inductor.lowering.linear.ring_plan import Residency
+
+H200 = hardware.load("h200")
+HOST, PEER = H200.link("cpu"), H200.link("cuda:1")
+WHOLE_RING = ring_plan.RING_BYTES
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _no_counts():
+    counters.reset()
+    yield
+    counters.reset()
+
+
+@pytest.fixture
+def small_ring(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Rings and parts so small that little weights take many turns."""
+    monkeypatch.setattr(ring_plan, "RING_BYTES", 12 * 1024)
+    monkeypatch.setattr(ring_plan, "UNIT", 16)
+    ring._plan.cache_clear()
+    yield
+    ring._plan.cache_clear()
+
+
+# --- the plan ---
+
+
+@st.composite
+def planned(draw: st.DrawFn):
+    """A problem, where its weights lie, and the plan for it."""
+    gated, in_out = draw(st.booleans()), draw(st.booleans())
+    m = draw(st.sampled_from([129, 512, 4097, 8192, 20000]))
+    n = draw(st.integers(1, 5000)) * draw(st.sampled_from([1, 8]))
+    k = draw(st.sampled_from([8, 520, 4096, 8192, 28672, 1 << 20]))
+    problem = LinearProblem(m, n, k, BF16, gated, in_out)
+    rows = k if in_out else n
+    residency = []
+    for _ in range(1 + gated):
+        local = draw(st.integers(0, rows))
+        residency.append(Residency(local, min(rows, local + draw(st.integers(0, 1)))))
+    link = draw(st.sampled_from([HOST, PEER]))
+    where = tuple(residency)
+    return problem, where, ring_plan.choose(problem, where, H200, link)
+
+
+@settings(deadline=None, max_examples=150)
+@given(planned())
+def test_parts_cover_each_feature_once_and_fit_the_ring(found) -> None:
+    problem, residency, plan = found
+    for weight, where in enumerate(residency):
+        covered = sorted((part.start, part.stop) for part in plan.parts if part.weight == weight)
+        ends = [0, *(stop for _, stop in covered)]
+        assert [start for start, _ in covered] == ends[:-1] and ends[-1] == problem.n
+        for part in plan.parts:
+            if part.weight != weight:
+                continue
+            needed = problem.k if problem.in_out else part.stop
+            assert part.staged or where.local >= needed, "remote rows multiplied in place"
+            whole = ring_plan.UNIT if problem.k <= 28672 else ring_plan.LEAST_FEATURES
+            assert part.start % whole == 0, "an output that starts inside a tile"
+    assert plan.slots <= min(len(plan.staged), max(ring_plan.SLOTS))
+    assert bool(plan.slots) == bool(plan.staged)
+    assert plan.slots * plan.slot_features * problem.k * 2 <= WHOLE_RING
+    assert plan.seconds > 0
+
+
+def test_nothing_remote_is_one_product_for_each_weight() -> None:
+    for gated in (False, True):
+        problem = LinearProblem(8192, 4096, 4096, BF16, gated)
+        residency = ring_plan.residencies(problem, (0,) * (1 + gated))
+        plan = ring_plan.choose(problem, residency, H200, HOST)
+        assert [part.features for part in plan.parts] == [4096] * (1 + gated)
+        assert plan.slots == 0 and not plan.staged
+
+
+def test_all_remote_multiplies_nothing_in_place() -> None:
+    problem = LinearProblem(8192, 28672, 8192, BF16)
+    plan = ring_plan.choose(problem, (Residency(0, 0),), H200, HOST)
+    assert all(part.staged for part in plan.parts)
+    assert all(part.start % 256 == 0 for part in plan.parts)
+
+
+def test_local_rows_below_a_unit_are_copied_with_the_rest() -> None:
+    problem = LinearProblem(8192, 4096, 4096, BF16)
+    plan = ring_plan.choose(problem, (Residency(1000, 1001),), H200, HOST)
+    assert min(part.start for part in plan.staged) == 768
+
+
+def test_over_a_fast_link_the_first_chunk_is_small_where_nothing_hides_it() -> None:
+    problem = LinearProblem(8192, 28672, 8192, BF16)
+    plan = ring_plan.choose(problem, (Residency(0, 0),), H200, PEER)
+    assert plan.staged[0].features < plan.slot_features
+
+
+def test_copies_that_take_as_long_as_the_products_are_hidden_behind_local_parts() -> None:
+    problem = LinearProblem(4352, 28672, 8192, BF16)
+    remote = round(0.3 * problem.weight_bytes)
+    seconds = ring_plan.estimate(problem, (remote,), H200, HOST)
+    bound = max(remote / HOST.copy_bandwidth, problem.flops / H200.matmul_flops["bfloat16"])
+    assert bound < seconds < 1.15 * bound
+
+
+@pytest.mark.parametrize("in_out", [False, True])
+@pytest.mark.parametrize("link", [HOST, PEER], ids=["host", "peer"])
+def test_the_estimate_lies_between_the_bounds_and_grows_with_the_remote_share(link, in_out) -> None:
+    problem = LinearProblem(8192, 28672, 8192, BF16, False, in_out)
+    compute = problem.flops / H200.matmul_flops["bfloat16"]
+    before = 0.0
+    for fraction in (0.0, 0.02, 0.1, 0.3, 0.6, 1.0):
+        remote = round(fraction * problem.weight_bytes)
+        seconds = ring_plan.estimate(problem, (remote,), H200, link)
+        bound = max(compute, remote / link.copy_bandwidth)
+        assert bound <= seconds < 1.12 * bound, fraction
+        assert seconds > 0.999 * before
+        before = seconds
+
+
+def test_the_copy_overhead_is_what_pieces_of_4_mib_cost() -> None:
+    overhead = ring_plan.piece_overhead(H200, HOST)
+    assert 2.3e-6 < overhead < 2.7e-6
+    assert (1 << 20) / (overhead + (1 << 20) / HOST.copy_bandwidth) == pytest.approx(49.2e9, 0.01)
+    assert ring_plan.piece_overhead(H200, PEER) == H200.operator_floor
+
+
+def test_the_ring_is_preferred_where_it_is_clearly_faster() -> None:
+    problem = LinearProblem(8192, 28672, 8192, BF16)
+    remote = (problem.weight_bytes // 2,)
+    seconds = ring_plan.estimate(problem, remote, H200, HOST)
+    assert ring_plan.prefers_ring(problem, remote, H200, HOST, 2 * seconds)
+    assert not ring_plan.prefers_ring(problem, remote, H200, HOST, 1.01 * seconds)
+    assert not ring_plan.prefers_ring(problem, remote, H200, HOST, 0.5 * seconds)
+
+
+def test_residencies_of_a_cut_row_and_of_whole_rows() -> None:
+    problem = LinearProblem(129, 64, 32, BF16)
+    assert ring_plan.residencies(problem, (0, 64 * 64, 10 * 64, 10 * 64 + 2)) == (
+        Residency(64, 64),
+        Residency(0, 0),
+        Residency(54, 54),
+        Residency(53, 54),
+    )
+
+
+# --- the order ---
+
+
+@dataclass
+class Scheduler:
+    """Two queues whose work runs in any order that their marks allow, chosen by `random`."""
+
+    random: random.Random
+    queues: list[FakeQueue] = field(default_factory=list)
+    reached: set[int] = field(default_factory=set)
+    marks: int = 0
+
+    def queue(self) -> FakeQueue:
+        self.queues.append(FakeQueue(self))
+        return self.queues[-1]
+
+    def drain(self) -> None:
+        while any(queue.entries for queue in self.queues):
+            able = [queue for queue in self.queues if queue.able()]
+            assert able, "the queues wait for each other"
+            self.random.choice(able).step()
+
+
+class FakeQueue:
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.entries: deque = deque()
+
+    def run(self, work) -> None:
+        self.entries.append(("run", work))
+
+    def record(self) -> int:
+        self.scheduler.marks += 1
+        self.entries.append(("record", self.scheduler.marks))
+        return self.scheduler.marks
+
+    def wait(self, mark: int) -> None:
+        assert any(("record", mark) in queue.entries for queue in self.scheduler.queues), (
+            "a mark that was not recorded yet is waited for in vain"
+        )
+        self.entries.append(("wait", mark))
+
+    def able(self) -> bool:
+        if not self.entries:
+            return False
+        kind, what = self.entries[0]
+        return kind != "wait" or what in self.scheduler.reached
+
+    def step(self) -> None:
+        kind, what = self.entries.popleft()
+        if kind == "run":
+            what()
+        elif kind == "record":
+            self.scheduler.reached.add(what)
+
+
+@pytest.mark.parametrize("in_out", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_any_interleaving_gives_the_products(small_ring, gated: bool, in_out: bool) -> None:
+    m, n, k = 33, 400, 64
+    problem = LinearProblem(m, n, k, BF16, gated, in_out)
+    rows = k if in_out else n
+    x = torch.randn(m, k, dtype=BF16)
+    shape = (k, n) if in_out else (n, k)
+    weights = tuple(torch.randn(shape, dtype=BF16) for _ in range(1 + gated))
+    expected = [x @ (weight if in_out else weight.t()) for weight in weights]
+    for seed in range(40):
+        pick = random.Random(seed)
+        residency = tuple(
+            Residency(local, min(rows, local + 1))
+            for local in (pick.choice([0, rows // 3, rows // 2]) for _ in weights)
+        )
+        plan = ring_plan.choose(problem, residency, H200, pick.choice([HOST, PEER]))
+        assert len(plan.staged) > plan.slots > 0
+        slots = tuple(
+            torch.full((plan.slot_features * k,), float("nan"), dtype=BF16)
+            for _ in range(plan.slots)
+        )
+        outputs = tuple(torch.full((m, n), float("nan"), dtype=BF16) for _ in weights)
+        scheduler = Scheduler(pick)
+        main, side = scheduler.queue(), scheduler.queue()
+        products = ring.Products(x, weights, (None,) * len(weights), outputs, residency, in_out)
+        earlier = torch.zeros(1)
+        main.run(lambda seen=earlier: seen.add_(1))
+        ring.issue(plan, products, slots, main, Checked(side, earlier))
+        joined: list[bool] = []
+        main.run(lambda seen=joined, queue=side: seen.append(not pending_work(queue)))
+        scheduler.drain()
+        assert joined == [True], "the main queue went on before the last copy"
+        for output, exact in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(output, exact, rtol=2e-2, atol=2e-2)
+
+
+def pending_work(queue: FakeQueue) -> bool:
+    return any(kind == "run" for kind, _ in queue.entries)
+
+
+class Checked:
+    """A side queue whose work comes after what main had queued before."""
+
+    def __init__(self, queue: FakeQueue, earlier: torch.Tensor) -> None:
+        self._queue, self._earlier = queue, earlier
+        self.record, self.wait = queue.record, queue.wait
+
+    def run(self, work) -> None:
+        def checked() -> None:
+            assert self._earlier.item() == 1, "a copy overtook earlier work on the main queue"
+            work()
+
+        self._queue.run(checked)
+
+
+@pytest.mark.parametrize("lost", ["side waits", "main waits"])
+def test_a_lost_wait_is_found(small_ring, lost: str) -> None:
+    """The interleavings above can fail: without waits on one side, values are wrong."""
+    m, n, k = 9, 400, 64
+    problem = LinearProblem(m, n, k, BF16)
+    residency = (Residency(0, 0),)
+    plan = ring_plan.choose(problem, residency, H200, HOST)
+    x, weight = torch.randn(m, k, dtype=BF16), torch.randn(n, k, dtype=BF16)
+    wrong = 0
+    for seed in range(20):
+        scheduler = Scheduler(random.Random(seed))
+        main, side = scheduler.queue(), scheduler.queue()
+        (side if lost == "side waits" else main).wait = lambda mark: None
+        output = torch.full((m, n), float("nan"), dtype=BF16)
+        slots = tuple(
+            torch.full((plan.slot_features * k,), float("nan"), dtype=BF16)
+            for _ in range(plan.slots)
+        )
+        products = ring.Products(x, (weight,), (None,), (output,), residency, False)
+        ring.issue(plan, products, slots, main, side)
+        scheduler.drain()
+        wrong += not torch.allclose(output, x @ weight.t(), rtol=2e-2, atol=2e-2)
+    assert wrong
+
+
+# --- values and counts ---
+
+
+def tiered(values: torch.Tensor, label: str, split: int):
+    buffer = SimulatedTier(page_bytes=256).allocate(values.nbytes, split=split)
+    buffer.label = label
+    tensor = buffer.tensor(values.dtype, tuple(values.shape))
+    tensor.copy_(values)
+    return buffer, tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+@pytest.mark.parametrize("activation", ["none", "silu", "gelu", "gelu_tanh"])
+def test_epilogues_round_where_the_stock_composition_does(
+    small_ring, activation: str, layout: str, dtype: torch.dtype
+) -> None:
+    n, k = 400, 64
+    x = torch.randn(3, 11, k, dtype=dtype)
+    values = torch.randn((n, k) if layout == "out_in" else (k, n), dtype=dtype) / 8
+    bias, residual = torch.randn(n, dtype=dtype), torch.randn(3, 11, n, dtype=dtype)
+    for split in (0, 256, values.nbytes // 3, values.nbytes - 256, values.nbytes):
+        buffer, weight = tiered(values, "w", split)
+        for used_bias, used_residual in ((bias, residual), (None, None)):
+            counters.reset()
+            result = ring.run(
+                x, (weight,), (buffer,), biases=(used_bias,), residual=used_residual,
+                activation=activation, layout=layout,
+            )  # fmt: skip
+            expected = ops_linear._linear_epilogue(
+                x, values, used_bias, used_residual, activation, layout
+            )
+            torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
+            (read,) = counters.snapshot()
+            assert read.calls == 1 and read.bytes == buffer.bytes_by_tier()
+
+
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+def test_gated_with_two_splits_and_with_one_weight_that_is_not_tiered(
+    small_ring, layout: str
+) -> None:
+    n, k = 400, 64
+    x = torch.randn(33, k, dtype=BF16)
+    shape = (n, k) if layout == "out_in" else (k, n)
+    values = [torch.randn(shape, dtype=BF16) / 8 for _ in range(2)]
+    biases = tuple(torch.randn(n, dtype=BF16) for _ in range(2))
+    expected = ops_linear._gated_linear(x, *values, *biases, "silu", layout)
+    nbytes = values[0].nbytes
+    for splits in ((nbytes // 3, nbytes * 2 // 3), (0, nbytes), (nbytes, 0), (0, None), (None, 0)):
+        buffers, weights = [], []
+        for label, value, split in zip("gu", values, splits, strict=True):
+            buffer, weight = (None, value) if split is None else tiered(value, label, split)
+            buffers.append(buffer)
+            weights.append(weight)
+        counters.reset()
+        result = ring.run(
+            x, tuple(weights), tuple(buffers), biases=biases, residual=None,
+            activation="silu", layout=layout,
+        )  # fmt: skip
+        torch.testing.assert_close(result, expected, rtol=3e-2, atol=3e-2)
+        held = [buffer.bytes_by_tier() for buffer in buffers if buffer is not None]
+        assert counters.total() == sum(held, TierBytes())
+
+
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+def test_halves_of_a_fused_weight_are_one_read_of_it(small_ring, layout: str) -> None:
+    n, k = 208, 64
+    x = torch.randn(17, k, dtype=BF16)
+    axis = 0 if layout == "out_in" else 1
+    values = torch.randn((2 * n, k) if layout == "out_in" else (k, 2 * n), dtype=BF16) / 8
+    for split in (0, 256, values.nbytes // 2 + 256, values.nbytes - 256):
+        buffer, fused = tiered(values, "gate_up", split)
+        counters.reset()
+        result = ring.run(
+            x, tuple(fused.chunk(2, axis)), (buffer, buffer), biases=(None, None),
+            residual=None, activation="gelu", layout=layout,
+        )  # fmt: skip
+        gate, up = values.chunk(2, axis)
+        expected = ops_linear._gated_linear(x, gate, up, None, None, "gelu", layout)
+        torch.testing.assert_close(result, expected, rtol=3e-2, atol=3e-2)
+        (read,) = counters.snapshot()
+        assert read.calls == 1 and read.bytes == buffer.bytes_by_tier()
+
+
+def test_the_rows_of_a_view_are_placed_by_its_buffer() -> None:
+    buffer, weight = tiered(torch.randn(64, 32, dtype=BF16), "w", 20 * 64 + 256)
+    assert ring._residency(weight, buffer) == Residency(24, 24)
+    assert ring._residency(weight[10:30], buffer) == Residency(14, 14)
+    assert ring._residency(weight[:16], buffer) == Residency(16, 16)
+    assert ring._residency(weight[40:], buffer) == Residency(0, 0)
+    assert ring._residency(weight, None) == Residency(64, 64)
+    buffer.split = 24 * 64 + 32  # in the middle of row 24
+    assert ring._residency(weight, buffer) == Residency(24, 25)
+    assert ring._residency(weight[:, :16], buffer) == Residency(25, 25)
+    assert ring._residency(weight[:, 16:], buffer) == Residency(24, 24)
+
+
+def test_inputs_of_any_stride_and_weights_that_require_gradients(small_ring) -> None:
+    n, k = 96, 64
+    values = torch.randn(n, k, dtype=BF16) / 8
+    buffer, weight = tiered(values, "w", values.nbytes // 2)
+    weight.requires_grad_()
+    for x in (
+        torch.randn(k, 20, dtype=BF16).t(),
+        torch.randn(1, k, dtype=BF16).expand(20, k),
+        torch.randn(20, 2 * k, dtype=BF16)[:, ::2],
+        torch.randn(2, 5, k, dtype=BF16).transpose(0, 1),
+        torch.randn(k, dtype=BF16),
+    ):
+        result = ring.run(
+            x, (weight,), (buffer,), biases=(None,), residual=None,
+            activation="none", layout="out_in",
+        )  # fmt: skip
+        assert result.shape == (*x.shape[:-1], n) and not result.requires_grad
+        torch.testing.assert_close(result, F.linear(x, values), rtol=2e-2, atol=2e-2)
+
+
+def test_more_tokens_than_clusters_hold_go_through_the_ring() -> None:
+    m, n, k = MAXIMUM_TOKENS + 1, 16, 8
+    values = torch.randn(n, k, dtype=BF16)
+    buffer, weight = tiered(values, "w", 0)
+    options = {"biases": (None,), "residual": None, "activation": "none", "layout": "out_in"}
+    x = torch.randn(m, k, dtype=BF16)
+    result = dispatch.run(x, (weight,), **options)
+    torch.testing.assert_close(result, F.linear(x, values), rtol=2e-2, atol=2e-2)
+    assert counters.total() == buffer.bytes_by_tier()
+    assert dispatch.run(x.float(), (weight,), **options) is None
+
+
+def test_refusals_have_reasons() -> None:
+    x, weight = torch.randn(5, 32, dtype=BF16), torch.randn(16, 32, dtype=BF16)
+    taken = {"biases": (None,), "residual": None, "layout": "out_in"}
+    assert ring.refusal(x, (weight,), **taken) is None
+    assert ring.refusal(x, (weight.t().contiguous(),), **{**taken, "layout": "in_out"}) is None
+    refused = {
+        "float32": ring.refusal(x.float(), (weight.float(),), **taken),
+        "not all": ring.refusal(x, (weight.half(),), **taken),
+        "no tokens": ring.refusal(x[:0], (weight,), **taken),
+        "one shape": ring.refusal(x, (weight, weight[:8]), **{**taken, "biases": (None, None)}),
+        "not contiguous": ring.refusal(x, (weight.t().contiguous().t(),), **taken),
+        "columns": ring.refusal(x[:, :16], (weight,), **taken),
+        "no vector": ring.refusal(x, (weight,), **{**taken, "biases": (x[0],)}),
+        "residual": ring.refusal(x, (weight,), **{**taken, "residual": x}),
+    }
+    for words, reason in refused.items():
+        assert reason is not None and words in reason, (words, reason)
+
+
+def test_an_estimate_needs_no_piece_bandwidth() -> None:
+    problem = LinearProblem(512, 4096, 4096, torch.float16)
+    unknown = replace(HOST, piece_copy_bandwidth=0.0)
+    assert ring_plan.estimate(problem, (1 << 20,), H200, unknown) > 0
+
+
+def test_the_record_of_a_strided_copy_is_laid_out_as_in_cuda_h() -> None:
+    driver = pytest.importorskip("cuda.bindings.driver", reason="needs the package cuda-bindings")
+    theirs = driver.CUDA_MEMCPY2D()
+    theirs.srcMemoryType = theirs.dstMemoryType = driver.CUmemorytype.CU_MEMORYTYPE_UNIFIED
+    theirs.srcDevice, theirs.srcPitch = driver.CUdeviceptr(1 << 40), 4096
+    theirs.dstDevice, theirs.dstPitch = driver.CUdeviceptr(1 << 41), 512
+    theirs.WidthInBytes, theirs.Height = 500, 77
+    ours = copy_engine._Copy2D(
+        source_type=copy_engine._UNIFIED, source=1 << 40, source_pitch=4096,
+        target_type=copy_engine._UNIFIED, target=1 << 41, target_pitch=512, width=500, height=77,
+    )  # fmt: skip
+    assert bytes(ours) == ctypes.string_at(theirs.getPtr(), ctypes.sizeof(ours))
