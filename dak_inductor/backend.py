@@ -15,6 +15,7 @@ import torch
 from torch.fx import GraphModule
 
 from dak_inductor import options as option_parser
+from dak_inductor.epilogues import fuse_epilogues
 from dak_inductor.errors import DakError, TieredTensorError
 from dak_inductor.normalise import normalise
 from dak_inductor.op_table import OpTable, build_op_table
@@ -22,6 +23,7 @@ from dak_inductor.options import BackendOptions
 from dak_inductor.refusal import Refusal
 from dak_inductor.rewrite import rewrite
 from dak_inductor.session import SESSION, CompiledGraph
+from dak_inductor.templates import with_templates
 
 log = logging.getLogger(__name__)
 
@@ -82,10 +84,12 @@ def compile_graph(
             "Export the model after dak.restore(model)."
         )
     graph, table = _read_operators(graph_module)
-    rewritten = rewrite(graph, table) if table.ops else graph
+    if table.ops:
+        graph = rewrite(graph, table)
+        table = with_templates(graph, fuse_epilogues(graph, table))
     compiled = CompiledGraph(table, settings, SESSION)
     compiled.log_placement(example_inputs)
-    compiled.run = executor(rewritten, example_inputs)
+    compiled.run = executor(graph, example_inputs)
     return compiled
 
 
@@ -122,16 +126,25 @@ def _inductor(patches: Mapping[str, Any]) -> Executor:
         # padding takes HBM for a full-size copy of each weight.
         chosen = {"shape_padding": False, **patches}
         config: Any = torch.compiler.config
-        with config.patch(cache_key_tag=f"{config.cache_key_tag}dak:{source_hash()}"):
+        with config.patch(cache_key_tag=f"{config.cache_key_tag}{cache_key()}"):
             compiled: Any = compile_fx(graph, example_inputs, config_patches=chosen)
         return compiled
 
     return executor
 
 
+def cache_key() -> str:
+    """What decides the lowerings and is not part of Inductor's own cache key: this package's
+    sources, and what the registry asks of the installation."""
+    from dak_inductor.lowering.op_facts import extension_importable, triton_importable
+
+    has = f"extension={extension_importable()},triton={triton_importable()}"
+    return f"dak:{source_hash()},{has};"
+
+
 @lru_cache(maxsize=1)
 def source_hash() -> str:
-    """A hash of this package's sources: lowerings are not part of Inductor's own cache key."""
+    """A hash of this package's sources."""
     root = Path(__file__).parent
     digest = hashlib.sha256()
     for folder in (root, root / "lowering", root / "cuda_runtime"):

@@ -17,7 +17,7 @@ from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
 from dak_inductor.lowering import counters
 from dak_inductor.offloaded import changes, offloaded_models
-from dak_inductor.op_table import OpTable
+from dak_inductor.op_table import Op, OpTable
 from dak_inductor.plan import OpUse
 from dak_inductor.sizes import Evaluator
 
@@ -28,7 +28,8 @@ class Binding:
 
     `values` are the symbols' values of the last call, `largest` the largest of each so far, and
     `grew` says that one of them grew since the last plan. `seen_changes` is the state of the
-    registry of models for which the binding is known to hold.
+    registry of models for which the binding is known to hold. `window` is the backend's option, in
+    bytes.
     """
 
     graph: str
@@ -38,12 +39,13 @@ class Binding:
     values: Mapping[str, int]
     counts_itself: bool
     seen_changes: int
+    window: int | None = None
     calls: int = 0
     largest: dict[str, int] = field(default_factory=dict)
     grew: bool = False
     _uncounted: int = 0
     _counted_at: tuple[int, ...] = ()
-    _reads: list[tuple[str, str, TierBytes]] = field(default_factory=list)
+    _reads: list[tuple[Op, TierBytes]] = field(default_factory=list)
 
     @property
     def alive(self) -> bool:
@@ -81,18 +83,21 @@ class Binding:
         self._uncounted += 1
 
     def flush(self) -> None:
-        """Hand the bytes of the calls since the last flush to the counters."""
+        """Hand the bytes of the calls since the last flush to the counters, less those of operators
+        that count themselves."""
         calls, self._uncounted = self._uncounted, 0
         if not calls or self.counts_itself:
             return
-        for kind, tensor, read in self._reads_per_call():
-            counters.record(kind, tensor, TierBytes(read.local * calls, read.remote * calls), calls)
+        for op, read in self._reads_per_call():
+            if not op.counts_itself:
+                bytes_read = TierBytes(read.local * calls, read.remote * calls)
+                counters.record(op.kind, self.names[op.operand], bytes_read, calls)
 
     def bytes_per_call(self) -> TierBytes:
         """Bytes that one call reads from tiered operands, by tier, as they are placed now."""
-        return sum((read for _, _, read in self._reads_per_call()), TierBytes())
+        return sum((read for _, read in self._reads_per_call()), TierBytes())
 
-    def _reads_per_call(self) -> list[tuple[str, str, TierBytes]]:
+    def _reads_per_call(self) -> list[tuple[Op, TierBytes]]:
         buffers = self.live_buffers()
         state = tuple(buffer.generation for buffer in buffers.values())
         if self._reads and state == self._counted_at:
@@ -106,14 +111,14 @@ class Binding:
             touched = min(evaluate(op.touched), buffer.nbytes)
             held = buffer.bytes_by_tier()
             remote = round(touched * held.remote_share)
-            self._reads.append(
-                (op.kind, self.names[op.operand], TierBytes(touched - remote, remote))
-            )
+            self._reads.append((op, TierBytes(touched - remote, remote)))
         self._counted_at = state
         return self._reads
 
 
-def bind(graph: str, table: OpTable, arguments: Sequence[object]) -> Binding:
+def bind(
+    graph: str, table: OpTable, arguments: Sequence[object], *, window: int | None = None
+) -> Binding:
     """Look up which operands of a call are tiered."""
     seen_changes = changes()
     known = {
@@ -140,4 +145,5 @@ def bind(graph: str, table: OpTable, arguments: Sequence[object]) -> Binding:
         values=table.symbol_values(arguments),
         counts_itself=simulated,
         seen_changes=seen_changes,
+        window=window,
     )

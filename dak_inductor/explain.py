@@ -1,26 +1,33 @@
-"""`dak.explain(model)`: what went where, why, what it costs, and what was refused."""
+"""`dak.explain(model)`: what went where, why, what it costs, what serves it, what was refused."""
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from rich.console import Console, Group
 
-from dak_inductor import hardware, plan_report
+from dak_inductor import hardware, plan_report, template_report
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
 from dak_inductor.errors import ModelError
+from dak_inductor.link_window import LinkWindow, window_in_force
 from dak_inductor.offloaded import OffloadedModel, record_of
 from dak_inductor.plan import Plan
 from dak_inductor.plan_report import bytes_text
 from dak_inductor.planner import make_plan
 from dak_inductor.replanning import problem_of
 from dak_inductor.session import SESSION
+from dak_inductor.template_report import OpTemplate, templates_of
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The plan as it stands. `str()` gives the report; rich renders it as tables."""
+    """The plan as it stands, and what serves each operator of the graphs seen.
+
+    `str()` gives the report; rich renders it as tables.
+    """
 
     label: str
     device: str
@@ -29,12 +36,20 @@ class Explanation:
     resident_bytes: int
     graphs: int
     plan: Plan
+    templates: tuple[OpTemplate, ...] = ()
+    window: LinkWindow | None = None
 
     def __str__(self) -> str:
-        return plan_report.to_text(self.plan, title=self._title())
+        console = Console(file=io.StringIO(), width=150, color_system=None, force_terminal=False)
+        console.print(self)
+        assert isinstance(console.file, io.StringIO)
+        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
     def __rich__(self) -> Any:
-        return plan_report.render(self.plan, title=self._title())
+        parts = [plan_report.render(self.plan, title=self._title())]
+        if self.templates:
+            parts.append(template_report.render(self.templates))
+        return Group(*parts, *([str(self.window)] if self.window else []))
 
     def _title(self) -> str:
         seen = (
@@ -60,15 +75,24 @@ def explain(model: torch.nn.Module) -> Explanation:
         raise ModelError(
             f"{type(model).__name__} is not offloaded; call dak.offload(model, ...) first"
         )
-    bindings = [binding for binding in SESSION.bindings() if binding.names]
+    ours = record.buffer_ids()
+    bindings = [
+        binding
+        for binding in SESSION.bindings()
+        if any(id(buffer) in ours for buffer in binding.live_buffers().values())
+    ]
+    tables = {binding.graph: binding.table for binding in bindings}
+    asked = [binding.window for binding in bindings if binding.window is not None]
     return Explanation(
         label=record.label,
         device=str(record.device),
         remote=record.remote,
         placed=sum((w.buffer.bytes_by_tier() for w in record.weights.values()), TierBytes()),
         resident_bytes=record.resident_bytes,
-        graphs=len({binding.graph for binding in bindings}),
+        graphs=len(tables),
         plan=_as_placed(record),
+        templates=tuple(op for item in tables.items() for op in templates_of(*item)),
+        window=window_in_force(record.device, record.remote, asked),
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
+from dak_inductor.lowering.registry import TemplateRefusal
 from dak_inductor.normalise import value_of
 from dak_inductor.op_rules import RULES, Match, Read
 from dak_inductor.plan import OpUse
@@ -27,15 +28,19 @@ from dak_inductor.views import input_behind
 class Op:
     """One operator and one graph input that it reads.
 
-    kind: linear, addmm, matmul, bmm, attention, embedding, gather, grouped_mm, or stock (an
-    operator
-             that is not rewritten and reads the input through its address).
+    kind:    linear, addmm, matmul, linear_epilogue, gated_linear, attention, embedding, gather,
+             grouped_mm, or stock (an operator that is not rewritten and reads the input through
+             its address).
     operand: index of the graph input.
     m:       rows of the activation side.
     touched: bytes of the operand read per call.
     other:   bytes of all further operands and of the result.
     flops:   floating-point operations per call, counted once per operator.
     rewrite: True where the operator becomes a dak:: op.
+    epilogue: what was fused into the product, for reports; "" for nothing.
+    template: what serves the operator on CUDA: "cuda", "triton" or "stock"; "" on the CPU, and for
+             an operator that is not rewritten.
+    passed_over: the templates that do not serve it, each with the reason.
     """
 
     node: str
@@ -49,6 +54,14 @@ class Op:
     module: str
     source: str
     rewrite: bool
+    epilogue: str = ""
+    template: str = ""
+    passed_over: tuple[TemplateRefusal, ...] = ()
+
+    @property
+    def counts_itself(self) -> bool:
+        """On CUDA: the kernel adds what it reads to a record on the device."""
+        return self.template in ("cuda", "triton")
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ class BackendOptions:
     """What the user may ask of the backend.
 
     strategy: how remote bytes reach the SMs: "auto" or "direct"; this version has no "staged".
-    window:   bytes in flight per link; the stock kernels of this version take none.
+    window:   bytes in flight per link; None leaves a link's window as it is.
     strict:   raise instead of warn where nothing is offloaded or a weight became resident.
     plan:     a plan, or the path of a plan file, that is applied instead of the planner's own.
     """
@@ -105,13 +105,21 @@ def _check(options: BackendOptions) -> BackendOptions:
             "or 'direct'"
         )
     if options.window is not None:
-        raise OptionError(
-            f"window={options.window!r}: the stock kernels of this version take no window; "
-            "leave it out"
-        )
+        _check_window(options.window)
     if not isinstance(options.strict, bool):
         raise OptionError(f"strict={options.strict!r}: use True or False")
     return options
+
+
+def _check_window(window: object) -> None:
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise OptionError(f"window={window!r}: use a whole number of bytes")
+    if window == 0:
+        raise OptionError(
+            "window=0 would let no remote byte be read; leave it out for the link's own window"
+        )
+    if not 0 < window < 2**31:
+        raise OptionError(f"window={window}: from 1 to {2**31 - 1} bytes are possible")
 
 
 def _mode_patches(mode: str | None) -> dict[str, Any]:

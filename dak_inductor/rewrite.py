@@ -48,8 +48,8 @@ _TARGETS: dict[Any, tuple[Any, Callable[[Node], Arguments]]] = {
 
 
 def rewrite(graph_module: GraphModule, table: OpTable) -> GraphModule:
-    """A copy of the graph with the eligible ops of `table` replaced; metadata and placeholders are
-    kept."""
+    """A copy of the graph with the eligible ops of `table` replaced; names, metadata and
+    placeholders are kept."""
     eligible = {op.node for op in table.ops if op.rewrite}
     graph = Graph()
     copies: dict[Node, Node] = {}
@@ -59,7 +59,7 @@ def rewrite(graph_module: GraphModule, table: OpTable) -> GraphModule:
         graph.output(value).meta.update(original.meta)
     for node in list(graph.nodes):
         if node.name in eligible and node.target in _TARGETS:
-            _replace(graph, node)
+            _retarget(node)
     result = GraphModule(graph_module, graph)
     copy_graph_attributes(graph_module, result)
     for old, new in copies.items():
@@ -68,11 +68,8 @@ def rewrite(graph_module: GraphModule, table: OpTable) -> GraphModule:
     return result
 
 
-def _replace(graph: Graph, node: Node) -> None:
+def _retarget(node: Node) -> None:
+    """In place: the node keeps its name, by which the operator table knows it, and its users."""
     target, arguments_of = _TARGETS[node.target]
-    arguments, keywords = arguments_of(node)
-    with graph.inserting_before(node):
-        replacement = graph.create_node("call_function", target, arguments, keywords)
-    replacement.meta.update(node.meta)
-    node.replace_all_uses_with(replacement)
-    graph.erase_node(node)
+    node.args, node.kwargs = arguments_of(node)
+    node.target = target

@@ -20,6 +20,7 @@ from dak_inductor.binding import Binding, bind
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
 from dak_inductor.errors import DeviceMemoryError, NothingOffloadedError, ResidentCopyError
+from dak_inductor.link_window import set_windows
 from dak_inductor.offloaded import OffloadedModel, changes, offloaded_models
 from dak_inductor.op_table import OpTable
 from dak_inductor.options import BackendOptions
@@ -65,6 +66,18 @@ class Session:
         """Bring the counters up to date."""
         for binding in self.bindings():
             binding.flush()
+
+    def readers(self) -> dict[int, tuple[str, tuple[str, ...]]]:
+        """By id of its buffer: a tensor's name, and the kinds of operators that read it and count
+        themselves."""
+        kinds: dict[int, tuple[str, set[str]]] = {}
+        for binding in self.bindings():
+            buffers = binding.live_buffers()
+            for op in binding.table.ops:
+                if op.counts_itself and (buffer := buffers.get(op.operand)) is not None:
+                    name = binding.names[op.operand]
+                    kinds.setdefault(id(buffer), (name, set()))[1].add(op.kind)
+        return {key: (name, tuple(sorted(found))) for key, (name, found) in kinds.items()}
 
     def warn_once(self, key: str, message: str) -> None:
         """Warn, once per key and process."""
@@ -143,8 +156,10 @@ class CompiledGraph:
             if not binding.alive:
                 binding = None
         if binding is None:
-            binding = bind(self.name, self.table, arguments)
+            binding = bind(self.name, self.table, arguments, window=self.settings.window)
             self._check(binding, arguments)
+            if binding.window is not None:
+                set_windows(binding.window, binding.live_buffers().values())
             self._bindings[key] = binding
             self._session.add(binding)
         return binding

@@ -1,7 +1,8 @@
 """Bytes that operators read, by tier: what happened, not what was planned.
 
-On the simulated tier each dak:: op counts what it touches. On CUDA the stock kernels cannot count,
-so the compiled graph adds the bytes of its operator table once per call (`dak_inductor.session`).
+Kept on the host, for reads that no kernel counts on the device (`device_counters`): on the
+simulated tier each dak:: op counts what it touches; on CUDA stock kernels cannot count, so the
+compiled graph adds the bytes of its operator table once per call (`dak_inductor.binding`).
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ from dak_inductor.cuda_runtime.tier_buffer import TierBytes
 
 @dataclass(frozen=True, slots=True)
 class ReadCount:
-    """Reads of one tensor by one kind of op since the last reset. `bytes` are summed over
-    `calls`."""
+    """Reads of one tensor by one kind of op since the last reset.
+
+    `bytes` are summed over `calls`. `peak_window` is the most remote bytes that one kernel had
+    requested and not yet received; 0 where no kernel measured it.
+    """
 
     kind: str
     tensor: str
     calls: int
     bytes: TierBytes
+    peak_window: int = 0
 
 
 _lock = threading.Lock()

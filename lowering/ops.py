@@ -1,13 +1,12 @@
 """The dak:: operators: schema, shape function, CPU reference, and their stock equivalent.
 
-Each operator computes what its stock equivalent computes, bit for bit. On the CPU (the simulated
-tier) it also counts the bytes that it reads from each tier. On CUDA the registry may replace it by
-a template; where no template fits, the stock equivalent reads the tiered tensor through its
-address.
+Each operator computes what its stock equivalent computes, bit for bit on the CPU. On the CPU (the
+simulated tier) it also counts the bytes that it reads from each tier. On CUDA a product with a
+tiered weight goes to a kernel that counts on the device; the others, and what no kernel takes, run
+as their stock equivalent, which reads the tiered tensor through its address.
 
-    dak::linear(x [..., K], weight [N, K], bias [N]?)                -> [..., N]
-    dak::addmm(bias, a [M, K], b [K, N], beta, alpha)                -> [M, N]
-    dak::matmul(a, b)                                                -> as torch.matmul
+The products are in `ops_linear`; here are the rest:
+
     dak::embedding(weight [V, D], indices, padding_idx, ...)         -> [..., D]
     dak::gather(table [E, ...], indices) -> indices.shape + table.shape[1:]
     dak::grouped_mm(a, b [E, K, N], offs, bias, out_dtype)           -> as torch._grouped_mm
@@ -16,39 +15,17 @@ address.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dak_inductor.lowering import reads
+from dak_inductor.lowering.operator_record import Operator
+from dak_inductor.lowering.ops_linear import LINEAR_OPERATORS
 
 _aten = torch.ops.aten
 _library = torch.library.Library("dak", "DEF")
-
-
-@dataclass(frozen=True, slots=True)
-class Operator:
-    """One dak:: operator. `stock` computes it on any device; `count` records its reads on the
-    CPU."""
-
-    name: str
-    schema: str
-    stock: Callable[..., Tensor]
-    count: Callable[..., None]
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _aten.linear.default(x, weight, bias)
-
-
-def _addmm(bias: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
-    return _aten.addmm.default(bias, a, b, beta=beta, alpha=alpha)
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    return _aten.matmul.default(a, b)
 
 
 def _embedding(
@@ -84,24 +61,7 @@ def _count_grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any)
 
 
 OPERATORS: tuple[Operator, ...] = (
-    Operator(
-        "linear",
-        "linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
-        _linear,
-        lambda x, weight, bias=None: reads.count_dense("linear", weight),
-    ),
-    Operator(
-        "addmm",
-        "addmm(Tensor bias, Tensor a, Tensor b, Scalar beta=1, Scalar alpha=1) -> Tensor",
-        _addmm,
-        lambda bias, a, b, beta=1, alpha=1: reads.count_dense("addmm", a, b),
-    ),
-    Operator(
-        "matmul",
-        "matmul(Tensor a, Tensor b) -> Tensor",
-        _matmul,
-        lambda a, b: reads.count_dense("matmul", a, b),
-    ),
+    *LINEAR_OPERATORS,
     Operator(
         "embedding",
         "embedding(Tensor weight, Tensor indices, SymInt padding_idx=-1, "
@@ -127,18 +87,32 @@ OPERATORS: tuple[Operator, ...] = (
 
 def _register(operator: Operator) -> None:
     _library.define(operator.schema, tags=(torch.Tag.pt2_compliant_tag,))
-    stock, count = operator.stock, operator.count
+
+    def stock(*args: Any, **kwargs: Any) -> Tensor:
+        return _unaliased(operator.stock(*args, **kwargs), args)
 
     def cpu(*args: Any, **kwargs: Any) -> Tensor:
-        count(*args, **kwargs)
-        return _unaliased(stock(*args, **kwargs), args)
-
-    def device(*args: Any, **kwargs: Any) -> Tensor:
-        return _unaliased(stock(*args, **kwargs), args)
+        operator.count(*args, **kwargs)
+        return stock(*args, **kwargs)
 
     _library.impl(operator.name, cpu, "CPU")
-    _library.impl(operator.name, device, "CUDA")
-    torch.library.register_fake(f"dak::{operator.name}", device, lib=_library)
+    _library.impl(operator.name, _on_device(operator, stock), "CUDA")
+    torch.library.register_fake(f"dak::{operator.name}", stock, lib=_library)
+
+
+def _on_device(operator: Operator, stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    kernel = operator.kernel
+    if kernel is None:
+        return stock
+
+    def device(*args: Any, **kwargs: Any) -> Tensor:
+        served = kernel(*args, **kwargs)
+        if served is not None:
+            return served
+        operator.count(*args, **kwargs)
+        return stock(*args, **kwargs)
+
+    return device
 
 
 def _unaliased(result: Tensor, args: tuple[Any, ...]) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+import dak_inductor.lowering.residency  # noqa: F401  (registers torch.ops.dak.residency)
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
 from dak_inductor.lowering import counters
@@ -38,11 +41,42 @@ def row_read(buffer: TieredBuffer, table: torch.Tensor, rows: torch.Tensor) -> T
 
 
 def count_dense(kind: str, *operands: torch.Tensor) -> None:
-    """Count a full read of those operands that are tiered. Called by the CPU implementations."""
+    """Count a full read of those operands that are tiered, those of one buffer as one call.
+
+    Called by the CPU implementations, and on CUDA where no kernel that counts took the call: the
+    counts then go to the buffer's record on the device.
+    """
+    found: dict[int, tuple[TieredBuffer, list[torch.Tensor]]] = {}
     for operand in operands:
         buffer = address_table.lookup(operand.data_ptr())
         if buffer is not None:
-            counters.record(kind, buffer.label, dense_read(buffer, operand))
+            found.setdefault(id(buffer), (buffer, []))[1].append(operand)
+    for buffer, read in found.values():
+        if buffer.device_record:
+            add_reads(_words(read[0]), [(r.data_ptr() - buffer.address, extent(r)) for r in read])
+        else:
+            count = sum((dense_read(buffer, operand) for operand in read), TierBytes())
+            counters.record(kind, buffer.label, count)
+
+
+def _words(operand: torch.Tensor) -> torch.Tensor:
+    words: torch.Tensor = torch.ops.dak.residency.default(operand)
+    return words
+
+
+def add_reads(words: torch.Tensor, reads: Sequence[tuple[int, int]]) -> None:
+    """Add one call that reads these (start, size) bytes of a buffer to its record.
+
+    `words` is the record (`dak_inductor.cuda_runtime.device_records`) as int64. Only launches work:
+    each replay of a graph captured over it counts by the split of that moment. Not atomic, so two
+    streams that read one weight through stock kernels at once may lose a call.
+    """
+    split, local, remote, calls = (words[index : index + 1] for index in range(4))
+    for start, size in reads:
+        in_local = (split - start).clamp_(0, size)
+        local.add_(in_local)
+        remote.sub_(in_local).add_(size)
+    calls.add_(1)
 
 
 def count_rows(kind: str, table: torch.Tensor, rows: torch.Tensor) -> None:

@@ -166,3 +166,46 @@ def test_generate_gives_eagers_tokens(name):
         result = model.generate(**inputs, **options, **static)
         torch.testing.assert_close(result, reference)
     assert dak.stats().total.remote > 0
+
+
+_KINDS = ("linear_epilogue", "gated_linear")
+# of two layers: products with an epilogue, and gates
+FUSED = {
+    "llama": (4, 2),
+    "qwen2": (4, 2),
+    "qwen3": (4, 2),
+    "mistral": (4, 2),
+    "phi3": (4, 2),  # gate and up are halves of one weight
+    "gemma2": (0, 2),  # a norm stands before each residual
+    "opt": (4, 0),
+    "gpt2": (6, 0),  # its GELU is written out, its weights are [in, out]
+    "gpt_neox": (4, 0),
+    "falcon": (4, 0),
+    "bert": (6, 0),
+}
+
+
+@pytest.mark.parametrize("name", sorted(FUSED))
+def test_epilogues_are_fused_in_bfloat16_without_losing_accuracy(name):
+    SESSION.reset()
+    model = build(name)
+    inputs = inputs_of(name, 2, 7)
+    exact = output_of(model.double(), inputs)
+    eager = output_of(model.bfloat16(), inputs)
+    dak.offload(model, offload_ratio=0.5, remote="simulated")
+    graphs = []
+    backend = functools.partial(
+        compile_graph,
+        settings=BackendOptions(),
+        executor=lambda graph, _: graphs.append(graph) or graph.forward,
+    )
+    dak.stats(reset=True)
+    result = output_of(torch.compile(model, backend=backend), inputs)
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    found = tuple(targets.count(f"dak.{kind}.default") for kind in _KINDS)
+    assert found == FUSED[name]
+    read = {count.kind: count.bytes for count in dak.stats().reads}
+    assert all(read[kind].total > 0 for kind, n in zip(_KINDS, found, strict=True) if n)
+    error, eager_error = ((value.double() - exact).norm() for value in (result, eager))
+    assert error <= 1.25 * eager_error
+    assert eager_error < 0.05 * exact.norm(), "the reference is meaningful"

@@ -41,7 +41,11 @@ def test_a_mode_may_stand_among_the_options():
         ({"no_such_option_at_all": 1}, "unknown option"),
         ({"strategy": "prefetch"}, "auto"),
         ({"strategy": "staged"}, "directly only"),
-        ({"window": 4096}, "no window"),
+        ({"window": 0}, "no remote byte"),
+        ({"window": -1}, "from 1 to"),
+        ({"window": 2**31}, "from 1 to"),
+        ({"window": True}, "whole number of bytes"),
+        ({"window": "1MB"}, "whole number of bytes"),
         ({"strict": "yes"}, "True or False"),
     ],
 )
@@ -57,6 +61,18 @@ def test_the_environment_mirrors_options_and_the_call_wins(monkeypatch):
     monkeypatch.setenv("DAK_STRICT", "maybe")
     with pytest.raises(OptionError, match="DAK_STRICT"):
         options.parse(None, None)
+
+
+def test_a_window_is_a_number_of_bytes(monkeypatch):
+    assert options.parse(None, None).backend.window is None
+    assert options.parse(None, {"window": 4096}).backend.window == 4096
+    monkeypatch.setenv("DAK_WINDOW", "8192")
+    assert options.parse(None, None).backend.window == 8192
+    assert options.parse(None, {"window": 1}).backend.window == 1
+    for value, message in (("0", "no remote byte"), ("1MB", "DAK_WINDOW"), ("-4", "DAK_WINDOW")):
+        monkeypatch.setenv("DAK_WINDOW", value)
+        with pytest.raises(OptionError, match=message):
+            options.parse(None, None)
 
 
 @given(st.dictionaries(st.text(max_size=12), st.integers(), min_size=1, max_size=3))

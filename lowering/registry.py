@@ -1,0 +1,214 @@
+"""Which template serves an op of the compiled graph: CUDA, else Triton, else the stock op.
+
+Decided while the graph is traced, from shapes, dtypes and the device alone. Where the weight lives
+plays no part: that is looked up by address when the op runs. Rules are data, each with the reason
+that a user reads when it does not hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from dak_inductor.lowering.op_facts import OpFacts, facts_of
+
+Template = Literal["cuda", "triton", "stock"]
+
+LINEAR_OPS = ("linear", "addmm", "matmul", "linear_epilogue", "gated_linear")
+"""Operators of dak:: that multiply by one or two 2-D weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateRefusal:
+    """A template passed over. `reason` is a sentence without a full stop, in the user's words."""
+
+    template: Template
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Who serves an op, and why each template before it in the order cuda, triton does not."""
+
+    template: Template
+    refusals: tuple[TemplateRefusal, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    holds: Callable[[OpFacts], bool]
+    reason: Callable[[OpFacts], str]
+
+
+_HALF = (torch.bfloat16, torch.float16)
+
+_COMMON = (
+    _Rule(
+        lambda f: f.layout is not None,
+        lambda f: "the weight is not a plain 2-D matrix, or not contiguous along either dimension",
+    ),
+    _Rule(
+        lambda f: f.k is not None and f.n is not None,
+        lambda f: "the weight has a dynamic shape",
+    ),
+    _Rule(
+        lambda f: f.uniform,
+        lambda f: "the operands differ in dtype or device, or gate and up in shape or layout",
+    ),
+    _Rule(
+        lambda f: not f.scaled,
+        lambda f: "alpha or beta of addmm is not 1",
+    ),
+    _Rule(
+        lambda f: all(bias is None or bias == (f.n,) for bias in f.biases),
+        lambda f: f"a bias of shape {_first_odd_bias(f)} instead of ({f.n},)",
+    ),
+)
+
+_CUDA = (
+    _Rule(
+        lambda f: f.capability == (9, 0),
+        lambda f: f"it is written for Hopper (compute capability 9.0); {_gpu(f)}",
+    ),
+    _Rule(
+        lambda f: f.extension,
+        lambda f: "the compiled extension of dak_inductor cannot be loaded",
+    ),
+    _Rule(
+        lambda f: f.dtype in _HALF,
+        lambda f: f"it takes bfloat16 and float16, the weight is {_name(f.dtype)}",
+    ),
+    *_COMMON,
+    _Rule(
+        lambda f: _multiple(f.k, 8) and _multiple(f.n, 8),
+        lambda f: f"N and K must be multiples of 8; the weight has N = {f.n}, K = {f.k}",
+    ),
+    _Rule(
+        lambda f: all(_multiple(pitch, 8) for pitch in f.pitches),
+        lambda f: f"rows must start every multiple of 8 elements; they start every {f.pitches[0]}",
+    ),
+)
+
+_TRITON = (
+    _Rule(
+        lambda f: f.capability is not None and f.capability >= (8, 0),
+        lambda f: f"it needs compute capability 8.0 or newer; {_gpu(f)}",
+    ),
+    _Rule(lambda f: f.triton, lambda f: "triton is not installed"),
+    _Rule(
+        lambda f: f.dtype in (*_HALF, torch.float32),
+        lambda f: f"it takes bfloat16, float16 and float32, the weight is {_name(f.dtype)}",
+    ),
+    *_COMMON,
+    _Rule(
+        lambda f: f.k != 0 and f.n != 0 and f.m != 0,
+        lambda f: "the product is empty",
+    ),
+)
+
+_TEMPLATES: tuple[tuple[Template, tuple[_Rule, ...]], ...] = (("cuda", _CUDA), ("triton", _TRITON))
+
+_lock = threading.Lock()
+_choices: dict[tuple[str, OpFacts], Choice] = {}
+_forced: Template | None = None
+
+
+def select(op_name: str, facts: OpFacts) -> Choice:
+    """The first template whose rules all hold, "stock" where there is none. Pure.
+
+    `op_name` is the operator's name without its namespace: "linear".
+    """
+    refusals: list[TemplateRefusal] = []
+    for template, rules in _TEMPLATES:
+        reason = _refusal(op_name, facts, rules)
+        if reason is None:
+            return Choice(template, tuple(refusals))
+        refusals.append(TemplateRefusal(template, reason))
+    return Choice("stock", tuple(refusals))
+
+
+def choose(op_name: str, *args: Any, **kwargs: Any) -> Choice:
+    """The choice for a call with these (fake) arguments on a CUDA device, kept for `choices()`."""
+    facts = facts_of(op_name, args, kwargs)
+    choice = _within(_forced, op_name, facts)
+    with _lock:
+        _choices[op_name, facts] = choice
+    return choice
+
+
+def choices() -> tuple[tuple[str, OpFacts, Choice], ...]:
+    """Every choice made in this process since `forget()`, in order of first appearance.
+
+    A graph that Inductor takes from its cache is not traced, so it makes no choice here; apply
+    `choose` to the ops of the rewritten graph to know them always.
+    """
+    with _lock:
+        return tuple((name, facts, choice) for (name, facts), choice in _choices.items())
+
+
+def forget() -> None:
+    """Drop the choices kept."""
+    with _lock:
+        _choices.clear()
+
+
+@contextlib.contextmanager
+def only(template: Template) -> Iterator[None]:
+    """For tests and benchmarks: inside, no other template than this one is chosen at trace time.
+
+    Its own rules still apply; an op that they refuse goes to "stock". Process-wide, and part of
+    Inductor's cache key, since it changes what is compiled.
+    """
+    global _forced
+    config: Any = torch.compiler.config
+    previous, _forced = _forced, template
+    try:
+        with config.patch(cache_key_tag=f"{config.cache_key_tag}dak.only={template};"):
+            yield
+    finally:
+        _forced = previous
+
+
+def _within(forced: Template | None, op_name: str, facts: OpFacts) -> Choice:
+    if forced is None:
+        return select(op_name, facts)
+    refusals: list[TemplateRefusal] = []
+    for template, rules in _TEMPLATES:
+        reason = f"only {forced!r} is allowed here"
+        if template == forced:
+            own = _refusal(op_name, facts, rules)
+            if own is None:
+                return Choice(template, tuple(refusals))
+            reason = own
+        refusals.append(TemplateRefusal(template, reason))
+    return Choice("stock", tuple(refusals))
+
+
+def _refusal(op_name: str, facts: OpFacts, rules: tuple[_Rule, ...]) -> str | None:
+    if op_name not in LINEAR_OPS:
+        return f"there is no template for {op_name}"
+    return next((rule.reason(facts) for rule in rules if not rule.holds(facts)), None)
+
+
+def _multiple(value: int | None, of: int) -> bool:
+    return value is not None and value > 0 and value % of == 0
+
+
+def _first_odd_bias(facts: OpFacts) -> str:
+    odd = next(bias for bias in facts.biases if bias is not None and bias != (facts.n,))
+    return "(" + ", ".join("?" if size is None else str(size) for size in odd) + ")"
+
+
+def _gpu(facts: OpFacts) -> str:
+    if facts.capability is None:
+        return "there is no such GPU here"
+    return "this GPU has {}.{}".format(*facts.capability)
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return "unknown" if dtype is None else str(dtype).removeprefix("torch.")
