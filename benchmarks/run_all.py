@@ -43,9 +43,11 @@ SUITES: Mapping[str, Suite] = {
     "move": Suite("bench_move", "move", limit=120),
     "decode_step": Suite("bench_decode_step", "decode_step", limit=420),
     "load": Suite("bench_load", "load", limit=240),
+    "pages": Suite("bench_pages", "pages", limit=300),
     "over_budget": Suite("generate_over_budget", "over_budget", limit=420),
     "compile": Suite("bench_compile", "compile", limit=540),
     "compile_cpu": Suite("bench_compile", "compile_cpu", ("--cpu",), limit=900),
+    "linear": Suite("bench_linear", "linear", ("--limit-seconds", "480"), limit=560),
     "planner": Suite("bench_planner", "planner", limit=900, alone=True),
 }
 DEFAULT = ("move", "decode_step", "load", "over_budget", "compile")
