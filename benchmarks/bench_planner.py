@@ -22,6 +22,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dak_inductor.benchmarks.harness.record import (
+    parent_commit,
+    project_root,
+    sources_sha256,
+    without_folder,
+)
 from dak_inductor.hardware import HardwareProfile, load, shipped
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
 from dak_inductor.planner import make_plan
@@ -292,7 +298,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     record = {
         "benchmark": "planner",
-        "command": " ".join(sys.argv),
+        "command": " ".join([Path(sys.argv[0]).name, *without_folder(sys.argv[1:])]),
+        "parent_commit": parent_commit(project_root()),
+        "sources_sha256": sources_sha256(project_root()),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "planning": planning,
