@@ -1,4 +1,4 @@
-"""Words of device memory that the CTAs of a launch share: queue positions, steps done per tile.
+"""Words of device memory by which the CTAs of a launch tell each other that sums are there.
 
 A launch finds them at zero and leaves them at zero. Two launches that may run at once must not
 share them. Launches on one stream run one after the other, and so do the launches that one stream

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ from dak_inductor.lowering.operator_record import Operator
 log = logging.getLogger(__name__)
 
 _aten = torch.ops.aten
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 LAYOUTS = ("out_in", "in_out")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -54,7 +56,8 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     return _aten.matmul.default(a, b)
 
 
-def _linear_epilogue(
+def linear_epilogue_of(
+    product: Product,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -62,7 +65,8 @@ def _linear_epilogue(
     activation: str,
     layout: str,
 ) -> Tensor:
-    y = _activation(activation)(_linear(x, _out_in(weight, layout), bias))
+    """The composition of dak::linear_epilogue from a product (x, weight [N, K], bias or None)."""
+    y = _activation(activation)(product(x, _out_in(weight, layout), bias))
     if residual is None:
         return y
     if residual.shape != y.shape:
@@ -73,7 +77,8 @@ def _linear_epilogue(
     return _aten.add.Tensor(y, residual)
 
 
-def _gated_linear(
+def gated_linear_of(
+    product: Product,
     x: Tensor,
     gate: Tensor,
     up: Tensor,
@@ -82,8 +87,13 @@ def _gated_linear(
     activation: str,
     layout: str,
 ) -> Tensor:
-    act = _activation(activation)(_linear(x, _out_in(gate, layout), gate_bias))
-    return _aten.mul.Tensor(act, _linear(x, _out_in(up, layout), up_bias))
+    """The composition of dak::gated_linear, likewise."""
+    act = _activation(activation)(product(x, _out_in(gate, layout), gate_bias))
+    return _aten.mul.Tensor(act, product(x, _out_in(up, layout), up_bias))
+
+
+_linear_epilogue = partial(linear_epilogue_of, _linear)
+_gated_linear = partial(gated_linear_of, _linear)
 
 
 def _activation(name: str) -> Callable[[Tensor], Tensor]:

@@ -6,13 +6,14 @@ Inductor fuses those ops into the template as its epilogue, and computes them in
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dak_inductor.lowering import residency  # noqa: F401  (registers the operators)
-from dak_inductor.lowering.ops_linear import ACTIVATIONS
+from dak_inductor.lowering.ops_linear import gated_linear_of, linear_epilogue_of
 
 _aten = torch.ops.aten
 
@@ -28,58 +29,25 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return _aten.reshape.default(result, [*x.shape[:-1], weight.shape[0]])
 
 
-def _biased(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     result = product(x, weight)
     return result if bias is None else _aten.add.Tensor(result, bias)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _biased(x, weight, bias)
-
-
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
-    return _biased(a, b.t(), bias)
+    return _linear(a, b.t(), bias)
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     return product(a, b.t())
 
 
-def _linear_epilogue(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    layout: str,
-) -> Tensor:
-    y = ACTIVATIONS[activation](_biased(x, _out_in(weight, layout), bias))
-    return y if residual is None else _aten.add.Tensor(y, residual)
-
-
-def _gated_linear(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    activation: str,
-    layout: str,
-) -> Tensor:
-    activated = ACTIVATIONS[activation](_biased(x, _out_in(gate, layout), gate_bias))
-    return _aten.mul.Tensor(activated, _biased(x, _out_in(up, layout), up_bias))
-
-
-def _out_in(weight: Tensor, layout: str) -> Tensor:
-    return weight if layout == "out_in" else weight.t()
-
-
 _EXPANSIONS: dict[str, Callable[..., Tensor]] = {
     "linear": _linear,
     "addmm": _addmm,
     "matmul": _matmul,
-    "linear_epilogue": _linear_epilogue,
-    "gated_linear": _gated_linear,
+    "linear_epilogue": partial(linear_epilogue_of, _linear),
+    "gated_linear": partial(gated_linear_of, _linear),
 }
 
 
