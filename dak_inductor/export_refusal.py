@@ -16,7 +16,7 @@ from dak_inductor.errors import TieredTensorError
 class ExportRefusal:
     """A forward pre-hook of one model. A copy of the model is not offloaded, and may be exported.
 
-    Dynamo takes `is_exporting()` for a constant, so a compiled model carries none of this.
+    The flag is read itself: Dynamo of torch 2.11 takes `is_exporting()` for True in every compile.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
@@ -25,7 +25,7 @@ class ExportRefusal:
         )
 
     def __call__(self, module: nn.Module, _: tuple[Any, ...]) -> None:
-        if torch.compiler.is_exporting() and self._model() is module:
+        if torch.compiler._is_exporting_flag and self._model() is module:
             raise TieredTensorError(
                 "an offloaded model cannot be exported (torch.export, AOTInductor, ONNX): its "
                 "weights lie in this process's two memories, and an exported program would hold "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
 import dak_inductor.lowering.residency  # noqa: F401  (registers torch.ops.dak.residency)
 from dak_inductor.cuda_runtime import address_table
+from dak_inductor.cuda_runtime.read_count import queue_count
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
 from dak_inductor.lowering import counters
 
@@ -40,6 +42,53 @@ def row_read(buffer: TieredBuffer, table: torch.Tensor, rows: torch.Tensor) -> T
     return count
 
 
+def token_read(
+    buffer: TieredBuffer, operand: torch.Tensor, spans: Sequence[tuple[int, int]]
+) -> TierBytes:
+    """Bytes by tier when some tokens of keys or values [B, H, S, D] are read once each.
+
+    `spans` holds for each sequence the first token and the one past the last. Any memory order will
+    do whose elements along D are adjacent; heads or sequences that are one memory (stride 0) count
+    once; of another order, all is read.
+    """
+    if operand.stride(3) != 1 or operand.stride(2) <= 0:
+        return dense_read(buffer, operand)
+    size = operand.element_size()
+    width = operand.shape[3] * size
+    step = operand.stride(2) * size
+    heads = operand.shape[1] if operand.stride(1) else min(operand.shape[1], 1)
+    base = operand.data_ptr() - buffer.address
+    count = TierBytes()
+    for sequence, (first, last) in enumerate(spans):
+        first, last = max(first, 0), min(last, operand.shape[2])
+        if last <= first or (sequence and not operand.stride(0)):
+            continue
+        for head in range(heads):
+            start = base + (sequence * operand.stride(0) + head * operand.stride(1)) * size
+            # Tokens [0, whole) lie before the split with their last byte; one may lie across it.
+            whole = min(max((buffer.split - start - width) // step + 1, first), last)
+            local = (whole - first) * width
+            if whole < last:
+                local += min(max(buffer.split - start - whole * step, 0), width)
+            count = count + TierBytes(local, (last - first) * width - local)
+    return count
+
+
+def count_tokens(
+    kind: str, operands: Sequence[torch.Tensor], spans: Sequence[tuple[int, int]]
+) -> None:
+    """Count a read of some tokens of those operands that are tiered, those of one buffer as one
+    call. On the host."""
+    found: dict[int, tuple[TieredBuffer, TierBytes]] = {}
+    for operand in operands:
+        buffer = address_table.lookup(operand.data_ptr())
+        if buffer is not None:
+            before = found.get(id(buffer), (buffer, TierBytes()))[1]
+            found[id(buffer)] = (buffer, before + token_read(buffer, operand, spans))
+    for buffer, count in found.values():
+        counters.record(kind, buffer.label, count)
+
+
 def count_dense(kind: str, *operands: torch.Tensor) -> None:
     """Count a full read of those operands that are tiered, those of one buffer as one call.
 
@@ -53,10 +102,25 @@ def count_dense(kind: str, *operands: torch.Tensor) -> None:
             found.setdefault(id(buffer), (buffer, []))[1].append(operand)
     for buffer, read in found.values():
         if buffer.device_record:
-            add_reads(_words(read[0]), [(r.data_ptr() - buffer.address, extent(r)) for r in read])
+            spans = [(r.data_ptr() - buffer.address, extent(r)) for r in read]
+            count_on_device(buffer, read[0], spans)
         else:
             count = sum((dense_read(buffer, operand) for operand in read), TierBytes())
             counters.record(kind, buffer.label, count)
+
+
+def count_on_device(
+    buffer: TieredBuffer, operand: torch.Tensor, spans: Sequence[tuple[int, int]]
+) -> None:
+    """Queue the count of one call that reads these (start, size) bytes of `buffer`.
+
+    `operand`: any view of it.
+    """
+    device = operand.device
+    if device.type == "cuda" and has_kernels(device.index):
+        queue_count(buffer.device_record, spans, device_index=device.index)
+        return
+    add_reads(_words(operand), spans)
 
 
 def _words(operand: torch.Tensor) -> torch.Tensor:
@@ -64,8 +128,14 @@ def _words(operand: torch.Tensor) -> torch.Tensor:
     return words
 
 
+@lru_cache(maxsize=16)
+def has_kernels(device_index: int) -> bool:
+    """Whether kernels of ours can be made for that GPU."""
+    return torch.cuda.get_device_capability(device_index) >= (9, 0)
+
+
 def add_reads(words: torch.Tensor, reads: Sequence[tuple[int, int]]) -> None:
-    """Add one call that reads these (start, size) bytes of a buffer to its record.
+    """`count_on_device` by torch's own kernels, for any GPU.
 
     `words` is the record (`dak_inductor.cuda_runtime.device_records`) as int64. Only launches work:
     each replay of a graph captured over it counts by the split of that moment. Not atomic, so two

@@ -70,7 +70,8 @@ __global__ void __launch_bounds__(linear::threads, configuration.ctas_per_sm)
     ptx::launch_dependents();
   }
   linear::synchronize<configuration>();
-  const linear::Assignment assignment(head, blockIdx.x / ctas, workers);
+  const auto assignment =
+      linear::Assignment::of<configuration>(head, blockIdx.x / ctas, workers);
 
   if (warpgroup == linear::consumer_warpgroups) {
     if constexpr (configuration.ctas_per_sm == 1) ptx::release_registers<104>();

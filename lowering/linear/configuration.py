@@ -24,7 +24,7 @@ MAXIMUM_STAGES = 16
 SHARED_BYTES = 227 * 1024  # of an SM, for one CTA
 SHARED_BYTES_OF_TWO = 113 * 1024
 ROW_BYTES = 128
-WORKER_BYTES = 64 * 1024
+WORKER_BYTES = 48 * 1024
 FEW_ROWS = (8, 16, 32, 64)  # boxes for tiles that lack rows
 TURN_PITCH = 68
 
@@ -117,8 +117,9 @@ def refusal(problem: LinearProblem, configuration: LinearConfiguration) -> str |
         return "clusters take whole SMs"
     if configuration.gated and configuration.blocks != 2:
         return "a gated product needs two blocks, one of each weight"
-    if configuration.blocks == 2 and configuration.tokens <= 32 and not configuration.gated:
-        return "few tokens are cheap to read again: a tile of 128 rows is tall enough"
+    decode = configuration.cluster == 1 and configuration.tokens <= DECODE_TOKENS
+    if configuration.blocks == 2 and decode and not configuration.gated:
+        return "in decode more, smaller stages are faster (3 to 8 us of 115 at 64 and 128 tokens)"
     # two m64n256 blocks would need 256 registers for sums alone
     if configuration.blocks * configuration.tokens > 256:
         return f"{configuration.blocks} blocks of {configuration.tokens} tokens exceed registers"
@@ -150,9 +151,13 @@ def configurations(problem: LinearProblem) -> Iterator[LinearConfiguration]:
 
 
 # Rates of one SM of a Hopper card, for comparing configurations with each other.
-_FILL_BYTES = 60e9  # L2 to shared memory, bytes/s, multicast included
+_FILL_BYTES = 95e9  # L2 to shared memory, bytes/s, multicast included
 _REDUCE_BYTES = 60e9  # partial sums to device memory and back
 _STEP_SECONDS = 30e-9  # barriers and issue of one step
+LATE_SECONDS = 7e-6
+"""How much later than the others the worker started last has its first step: its SM is free when
+the launch ahead has ended, theirs are before that. Measured on the H200."""
+_LAUNCH_SECONDS = 5e-6  # until the first step and after the last one
 
 
 def estimate(
@@ -168,8 +173,8 @@ def estimate(
     compute = steps / workers * (step_seconds(configuration, profile) + _STEP_SECONDS)
     # the worker that finishes a tile adds the pieces of the others, one after the other
     pieces = 1 + math.ceil(workers / configuration.tiles(problem))
-    reduce = pieces * configuration.partial_bytes / configuration.cluster / _REDUCE_BYTES
-    return max(compute, problem.weight_bytes / profile.hbm_bandwidth) + reduce
+    reduce = pieces * piece_seconds(configuration)
+    return max(compute, problem.weight_bytes / profile.hbm_bandwidth) + reduce + _LAUNCH_SECONDS
 
 
 def choose(
@@ -202,6 +207,11 @@ def step_seconds(configuration: LinearConfiguration, profile: HardwareProfile) -
     fill = configuration.stage_bytes / _FILL_BYTES
     stream = configuration.weight_stage_bytes * profile.sm_count / profile.hbm_bandwidth
     return max(multiply, fill, stream / configuration.cluster)
+
+
+def piece_seconds(configuration: LinearConfiguration) -> float:
+    """Time in which a CTA adds up a piece of a tile that another worker left."""
+    return configuration.partial_bytes / configuration.cluster / _REDUCE_BYTES
 
 
 def _can_pair(problem: LinearProblem, configuration: LinearConfiguration) -> bool:
@@ -238,18 +248,14 @@ def most_remote_workers(
     return max(1, for_link, for_window)
 
 
-def remote_step_cost(
-    configuration: LinearConfiguration,
-    profile: HardwareProfile,
-    link: LinkProfile,
-    remote_workers: int,
-) -> float:
-    """Time of a remote step, all remote workers sharing the link, in local steps.
+_READERS = 8
+_READER_BYTES = 20e9
 
-    0 where memory takes the time and not products: then the other SMs get all of its bandwidth, and
-    remote workers have nothing to add.
+
+def reader_bandwidth(link: LinkProfile) -> float:
+    """What one worker reads of the link, bytes/s.
+
+    On the H200 7 GB/s of host memory: boxes of 128 rows are requests of 128 bytes each, and an SM
+    issues only so many (bulk copies of whole 8 KiB pieces reach 28 GB/s).
     """
-    if configuration.cluster == 1 and configuration.tokens <= DECODE_TOKENS:
-        return 0.0
-    remote = configuration.weight_stage_bytes * remote_workers / link.direct_bandwidth
-    return max(1.0, remote / step_seconds(configuration, profile))
+    return min(link.direct_bandwidth / _READERS, _READER_BYTES)

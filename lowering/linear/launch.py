@@ -19,16 +19,19 @@ from dak_inductor.lowering.linear.configuration import (
     CONSUMER_WARPGROUPS,
     DEPTH,
     FEW_ROWS,
+    LATE_SECONDS,
     THREADS,
     LinearConfiguration,
     most_remote_workers,
-    remote_step_cost,
+    piece_seconds,
+    reader_bandwidth,
+    step_seconds,
 )
 from dak_inductor.lowering.linear.problem import Activation, LinearProblem
 from dak_inductor.lowering.linear.tensor_maps import matrix_map
 
 _WEIGHT = struct.Struct("<4Q")
-_REST = struct.Struct("<3Q2Q2Q5I2I4x")
+_REST = struct.Struct("<3Q2Q2Q6I3fI")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +80,8 @@ def launch(
     most_remote = min(
         workers, most_remote_workers(configuration, profile, window.link, window.nbytes)
     )
-    cost = remote_step_cost(configuration, profile, window.link, most_remote)
-    slots = most_remote + workers
+    step = step_seconds(configuration, profile)
+    slots = 2 * most_remote + workers  # a remote run may leave one and keep one
     if problem.in_out:
         slots += configuration.tiles(problem)
     partials = torch.empty(slots * configuration.partial_bytes, dtype=torch.uint8, device=x.device)
@@ -103,7 +106,10 @@ def launch(
             problem.k,
             int(activation),
             most_remote,
-            round(256 * cost),
+            1 / (window.link.direct_bandwidth * step),
+            1 / (reader_bandwidth(window.link) * step),
+            piece_seconds(configuration) / step,
+            configuration.stages + round(LATE_SECONDS / step),
         )
     )
     kernel.launch(

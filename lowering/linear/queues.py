@@ -1,8 +1,9 @@
-"""Two queues of work on a device and the order between them: streams, behind what tests replace."""
+"""Queues of work on a device and the order between them: streams, behind what tests replace."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -52,17 +53,36 @@ class InlineQueue:
         return None
 
 
-def main_and_side(device: torch.device) -> tuple[Queue, Queue]:
-    """The current stream of `device`, and a stream beside it that belongs to it alone."""
+@dataclass(frozen=True, slots=True)
+class Queues:
+    """The current queue of a device, one for copies beside it and one for products beside it."""
+
+    main: Queue
+    copies: Queue
+    products: Queue
+
+
+def queues_of(device: torch.device) -> Queues:
+    """The current stream of `device`, and two streams beside it that belong to it alone."""
     if device.type == "cpu":
-        return InlineQueue(), InlineQueue()
+        return Queues(InlineQueue(), InlineQueue(), InlineQueue())
     main = torch.cuda.current_stream(device)
-    return StreamQueue(main), StreamQueue(_side(main.device_index, main.cuda_stream))
+    copies, products = (
+        StreamQueue(_side(main.device_index, main.cuda_stream, purpose))
+        for purpose in ("copies", "products")
+    )
+    return Queues(StreamQueue(main), copies, products)
+
+
+def main_and_side(device: torch.device) -> tuple[Queue, Queue]:
+    """The current stream of `device`, and a stream for copies beside it."""
+    queues = queues_of(device)
+    return queues.main, queues.copies
 
 
 @lru_cache(maxsize=256)
-def _side(device_index: int, main: int) -> torch.cuda.Stream:
-    """One for each main stream: a capture on one stream must not meet copies for another.
+def _side(device_index: int, main: int, purpose: str) -> torch.cuda.Stream:
+    """One for each main stream: a capture on one stream must not meet work for another.
 
     Of torch's pool of high priority, which exists before any capture starts.
     """

@@ -25,7 +25,7 @@ from dak_inductor.lowering.linear import ring_plan
 from dak_inductor.lowering.linear.copy_engine import copy
 from dak_inductor.lowering.linear.launch import profile_of
 from dak_inductor.lowering.linear.problem import DTYPES, LinearProblem
-from dak_inductor.lowering.linear.queues import Queue, main_and_side
+from dak_inductor.lowering.linear.queues import Queues, queues_of
 from dak_inductor.lowering.linear.ring_plan import Part, Residency, RingPlan
 
 _aten = torch.ops.aten
@@ -89,37 +89,43 @@ class Products:
 
 
 def issue(
-    plan: RingPlan, products: Products, slots: tuple[Tensor, ...], main: Queue, side: Queue
+    plan: RingPlan,
+    products: Products,
+    slots: tuple[Tensor, ...],
+    queues: Queues,
+    count: Callable[[], object],
 ) -> None:
-    """Queue copies on `side` and products on `main`, which has all results behind it.
+    """Queue copies, and products of slots and of what lies in place, each in a queue of its own.
 
-    `main` ends behind the last copy too: the last product waits for it.
+    Where nothing lies in place the products of slots go to the main queue. `count` is queued where
+    it delays nothing: behind the last copy, else on the main queue, which ends behind all others.
     """
-    staged = plan.staged
-    ahead = min(len(slots), len(staged))
-    multiplied: list[object] = []
-    copied: list[object] = []
-
-    def fetch(position: int) -> None:
-        if position >= len(slots):
-            side.wait(multiplied[position - len(slots)])
-        side.run(partial(products.stage, staged[position], slots[position % len(slots)]))
-        copied.append(side.record())
-
-    if staged:
-        side.wait(main.record())  # earlier work on main may still use the slots' memory
-    for position in range(ahead):
-        fetch(position)
-    for part in plan.parts:
-        if not part.staged:
+    main, copies = queues.main, queues.copies
+    if not plan.staged:
+        for part in plan.local:
             main.run(partial(products.multiply, part, None))
-            continue
-        position = len(multiplied)
-        main.wait(copied[position])
-        main.run(partial(products.multiply, part, slots[position % len(slots)]))
-        multiplied.append(main.record())
-        if len(copied) < len(staged):
-            fetch(len(copied))
+        main.run(count)
+        return
+    beside = queues.products if plan.local else main
+    start = main.record()  # earlier work on main may still use the slots' memory
+    copies.wait(start)
+    if beside is not main:
+        beside.wait(start)
+    multiplied: list[object] = []
+    for position, part in enumerate(plan.staged):
+        slot = slots[position % len(slots)]
+        if position >= len(slots):
+            copies.wait(multiplied[position - len(slots)])
+        copies.run(partial(products.stage, part, slot))
+        beside.wait(copies.record())
+        beside.run(partial(products.multiply, part, slot))
+        multiplied.append(beside.record())
+    copies.run(count)
+    for part in plan.local:
+        main.run(partial(products.multiply, part, None))
+    main.wait(copies.record())
+    if beside is not main:
+        main.wait(multiplied[-1])
 
 
 @torch.no_grad()
@@ -159,8 +165,8 @@ def run(
     outputs = tuple(x.new_empty((problem.m, n)) for _ in weights)
     slots = tuple(x.new_empty(plan.slot_features * problem.k) for _ in range(plan.slots))
     products = Products(rows, weights, biases, outputs, residency, in_out)
-    issue(plan, products, slots, *main_and_side(x.device))
-    reads.count_dense("linear", *_counted(weights))
+    count = partial(reads.count_dense, "linear", *_counted(weights))
+    issue(plan, products, slots, queues_of(x.device), count)
     result = _IN_PLACE[activation](outputs[0])
     if gated:
         result.mul_(outputs[1])

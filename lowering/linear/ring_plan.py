@@ -2,9 +2,9 @@
 
 Remote memory is copied once, by copy engine, into slots of a ring in device memory, and the stock
 GEMM multiplies the slots. Work comes in parts: runs of output features, which are rows of a weight
-[N, K] or columns of a weight [K, N], so that no sum is ever cut. Parts whose bytes are all local
-are multiplied where they lie, whenever the next copy is not there yet; since a slot is free again
-as soon as it is multiplied, the link hardly ever waits.
+[N, K] or columns of a weight [K, N], so that no sum is ever cut. What is all local is multiplied
+where it lies, beside the copies and the products of what they bring: those few tiles get SMs as
+soon as some are free, and a slot is free again as soon as it is multiplied.
 
 Nothing here knows streams or tensors.
 """
@@ -61,15 +61,16 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class RingPlan:
-    """Parts in the order of their products; those that are staged are copied in the same order."""
+    """What is multiplied in place, and what is copied and multiplied in this order beside it."""
 
-    parts: tuple[Part, ...]
+    local: tuple[Part, ...]
+    staged: tuple[Part, ...]
     slots: int
     seconds: float
 
     @property
-    def staged(self) -> tuple[Part, ...]:
-        return tuple(part for part in self.parts if part.staged)
+    def parts(self) -> tuple[Part, ...]:
+        return (*self.local, *self.staged)
 
     @property
     def slot_features(self) -> int:
@@ -95,20 +96,20 @@ def choose(
     link: LinkProfile,
 ) -> RingPlan:
     """The fastest of some plans: chunks of a few sizes; smaller ones at the end or not, and at the
-    start where no local work hides the first copy; local work in one piece, or in many."""
+    start where no local work hides the first copy."""
     timing = _Timing(problem, residency, profile, link)
     in_place = tuple(_in_place(problem, where) for where in residency)
+    local = tuple(
+        Part(weight, 0, features, False) for weight, features in enumerate(in_place) if features
+    )
     if min(in_place) == problem.n:
-        whole = tuple(Part(weight, 0, problem.n, False) for weight in range(len(in_place)))
-        return _schedule(whole, (), 0, timing)
+        return _schedule(local, (), 0, timing)
     found = []
     for slots, body, unit in _bodies(problem):
         for rising in (False, True) if not any(in_place) else (False,):
             for falling in (False, True):
                 staged = _staged(problem, in_place, body, unit, rising=rising, falling=falling)
-                for pieces in {1, len(staged)} if any(in_place) else {1}:
-                    local = _local(in_place, pieces)
-                    found.append(_schedule(local, staged, min(slots, len(staged)), timing))
+                found.append(_schedule(local, staged, min(slots, len(staged)), timing))
     return min(found, key=lambda plan: plan.seconds)
 
 
@@ -140,16 +141,6 @@ def _staged(
             parts.append(Part(weight, start, start + size, True))
             start += size
     return tuple(parts)
-
-
-def _local(in_place: tuple[int, ...], pieces: int) -> tuple[Part, ...]:
-    """What is multiplied in place, in about that many parts."""
-    size = max(UNIT, math.ceil(sum(in_place) / pieces / UNIT) * UNIT)
-    return tuple(
-        Part(weight, start, min(start + size, features), False)
-        for weight, features in enumerate(in_place)
-        for start in range(0, features, size)
-    )
 
 
 def _in_place(problem: LinearProblem, where: Residency) -> int:
@@ -191,6 +182,7 @@ class _Timing:
         link: LinkProfile,
     ) -> None:
         self.multiply = lru_cache(lambda features: multiply_seconds(problem, features, profile))
+        self.work = lru_cache(lambda features: work_seconds(problem, features, profile))
         self._copy = lru_cache(
             lambda local, remote: copy_seconds(problem, local, remote, profile, link)
         )
@@ -211,34 +203,50 @@ class _Timing:
 def _schedule(
     local: tuple[Part, ...], staged: tuple[Part, ...], slots: int, timing: _Timing
 ) -> RingPlan:
-    """A staged part as soon as it is there, else a local one; and the time it takes by `timing`."""
-    now = arrived = 0.0
-    order: list[Part] = []
-    done: list[float] = []
-    waiting = list(reversed(local))
+    """The plan with its time: the link and the staged products in their order, or all work on the
+    SMs, whichever takes longer."""
+    arrived = 0.0
+    done: list[float] = [0.0]
     for position, part in enumerate(staged):
         if position >= slots:
-            arrived = max(arrived, done[position - slots])
+            arrived = max(arrived, done[position - slots + 1])
         arrived += timing.copy(part)
-        while waiting and now < arrived:
-            order.append(waiting.pop())
-            now += timing.multiply(order[-1].features)
-        order.append(part)
-        now = max(now, arrived) + timing.multiply(part.features)
-        done.append(now)
-    now += sum(timing.multiply(part.features) for part in waiting)
-    parts = (*order, *reversed(waiting))
-    return RingPlan(parts, slots, now + timing.epilogue)
+        done.append(max(done[-1], arrived) + timing.multiply(part.features))
+    work = sum(timing.multiply(part.features) for part in local)
+    work += sum(timing.work(part.features) for part in staged)
+    return RingPlan(local, staged, slots, max(done[-1], work) + timing.epilogue)
+
+
+_TILE_SHAPES = ((_TILE, 1.0), (_TILE // 2, 0.65))
+"""Features of a tile of the stock GEMM, and how near it comes to the peak; the narrower one where
+the wider gives too few tiles. Fits 4096 x 4096 at M = 256 and 28672 x 8192 at M = 256 to 10%."""
 
 
 def multiply_seconds(problem: LinearProblem, features: int, profile: HardwareProfile) -> float:
-    """The stock GEMM over that many features of one weight: whole waves of tiles, or HBM."""
-    tiles = math.ceil(problem.m / _TILE) * math.ceil(features / _TILE)
-    waves = math.ceil(tiles / profile.sm_count)
-    rate = profile.matmul_flops[str(problem.dtype).removeprefix("torch.")] / profile.sm_count
-    compute = waves * 2 * _TILE * _TILE * problem.k / rate
+    """The stock GEMM over that many features of one weight, alone: whole waves of tiles, or HBM."""
+    rate = _rate(problem, profile) / profile.sm_count
+    rows = math.ceil(problem.m / _TILE)
+    compute = min(
+        math.ceil(rows * math.ceil(features / width) / profile.sm_count)
+        * 2 * _TILE * width * problem.k / (rate * efficiency)
+        for width, efficiency in _TILE_SHAPES
+    )  # fmt: skip
+    return profile.operator_floor + max(compute, _stream_seconds(problem, features, profile))
+
+
+def work_seconds(problem: LinearProblem, features: int, profile: HardwareProfile) -> float:
+    """What the same product adds to others that fill the GPU."""
+    flops = 2 * problem.m * features * problem.k
+    return max(flops / _rate(problem, profile), _stream_seconds(problem, features, profile))
+
+
+def _rate(problem: LinearProblem, profile: HardwareProfile) -> float:
+    return profile.matmul_flops[str(problem.dtype).removeprefix("torch.")]
+
+
+def _stream_seconds(problem: LinearProblem, features: int, profile: HardwareProfile) -> float:
     elements = problem.k * (problem.m + features) + problem.m * features
-    return profile.operator_floor + max(compute, elements * ELEMENT_BYTES / profile.hbm_bandwidth)
+    return elements * ELEMENT_BYTES / profile.hbm_bandwidth
 
 
 def copy_seconds(

@@ -4,21 +4,23 @@ import re
 
 import pytest
 
-from dak_inductor.cuda_runtime import streaming
+from dak_inductor.cuda_runtime import read_count, streaming
 from dak_inductor.cuda_runtime.nvrtc import KERNELS, assemble
-from dak_inductor.lowering.linear.instances import all_instances
+from dak_inductor.lowering.linear.instances import all_instances as linear_instances
 
 
 def kernel_id(kernel):
     return kernel.name + "".join(f"-{name}-{value}" for name, value in kernel.configuration)
 
 
-every_kernel = pytest.mark.parametrize("kernel", streaming.KERNELS, ids=kernel_id)
+SMALL_KERNELS = (*streaming.KERNELS, *read_count.KERNELS)
+every_kernel = pytest.mark.parametrize("kernel", SMALL_KERNELS, ids=kernel_id)
 
 
 def names_of_all_kernels():
-    """The streaming kernels are looked at here, the linear ones in test_linear_kernels_compile."""
-    return {kernel.name for kernel in (*streaming.KERNELS, *all_instances())}
+    """The small kernels are looked at here, the others in tests of their own."""
+    instances = (*SMALL_KERNELS, *linear_instances())
+    return {kernel.name for kernel in instances}
 
 
 def test_no_kernel_is_forgotten():

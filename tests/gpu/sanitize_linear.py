@@ -42,6 +42,8 @@ def run_under(tool: str, arguments: argparse.Namespace) -> int:
         print(f"compute-sanitizer is neither in PATH nor in {TOOLKIT}", file=sys.stderr)
         return 2
     command = [path, "--tool", tool, "--error-exitcode", str(FOUND_ERRORS), "--print-limit", "20"]
+    # the extension asks for parameters of a kernel until the driver says that there are no more
+    command += ["--report-api-errors", "no"]
     command += shlex.split(arguments.tool_options)
     # torch keeps freed memory, which would hide a read past the end of an allocation
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -180,12 +180,13 @@ def test_cuda_graphs_mode_survives_moved_splits(
         first = logits_of(model, tokens)
     wanted.check(first)
     again = prompts(size, device, seed=7)
-    other = logits_of(model, again)
-    assert not torch.equal(other, first)
+    assert not torch.equal(logits_of(model, again), first)
     for share in (1.0, 0.3, 0.8):
         assert move_all(model, share) > 0
-        assert torch.equal(logits_of(model, tokens), first)
-        assert torch.equal(logits_of(model, again), other)
+        moved = logits_of(model, tokens)
+        wanted.check(moved)  # a split decides where sums along K are cut, so bits may differ
+        logits_of(model, again)
+        assert torch.equal(logits_of(model, tokens), moved), "one split, other bits"
 
 
 def test_own_graph_of_a_compiled_step_survives_moved_splits(device: torch.device) -> None:

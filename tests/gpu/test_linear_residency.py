@@ -22,6 +22,7 @@ from dak_inductor.cuda_runtime.device_records import RecordCounters
 from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tiers import open_tier
 from dak_inductor.cuda_runtime.window import Window, window_of
+from dak_inductor.lowering.linear import dispatch
 
 pytestmark = pytest.mark.usefixtures("linear_kernels")
 
@@ -32,6 +33,15 @@ PREFILL = (129, 256, 1000, 2048, 4096)
 PAST_CLUSTERS = (4097, 8192)
 LARGEST_STAGE = 256 * 128
 """Bytes of weights in a stage; a window below it lets one through at a time."""
+
+
+@pytest.fixture(autouse=True)
+def _no_ring_within_reach_of_clusters(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernel is what these tests look at, also where the ring would be faster."""
+    monkeypatch.setattr(dispatch, "prefers_ring", lambda *_: False)
+    dispatch.configuration_of.cache_clear()
+    yield
+    dispatch.configuration_of.cache_clear()
 
 
 @pytest.fixture

@@ -1,26 +1,14 @@
 // What the host hands to the linear kernel. lowering/linear/launch.py packs these records.
 #pragma once
 
+#include "schedule/tier_record.cuh"
 #include "types.cuh"
 
 namespace dak::linear {
 
-// In device memory, one for each tiered buffer (cuda_runtime/device_records.py).
-struct TierRecord {
-  u64 split;  // bytes [0, split) of the buffer are local
-  u64 local_bytes;
-  u64 remote_bytes;
-  u64 calls;
-  u64 peak_window;
-  u64 address;  // of the buffer and of its link's window: what kernels of other make read
-  u64 window;
-  u64 unused;
-};
-static_assert(sizeof(TierRecord) == 64);
-
 // A weight: rows as they are stored, [out, in] or [in, out].
 struct Weight {
-  TierRecord* record;
+  schedule::TierRecord* record;
   u64 offset;     // of the weight in its buffer, bytes
   u64 row_bytes;  // from one row to the next
   const void* bias;  // one element for each output feature, or null
@@ -43,9 +31,11 @@ struct Arguments {
   u32 depth;       // K
   Activation activation;
   u32 maximum_remote_workers;
-  u32 remote_step_cost;  // in local steps, times 256; 0: remote workers do nothing else
-  u32 unused;
+  float link_steps;    // local steps that the link takes for a byte,
+  float reader_steps;  // and that one worker takes alone
+  float piece_steps;   // local steps that adding up a piece of a tile takes
+  u32 late_steps;      // that the worker started last is behind
 };
-static_assert(sizeof(Weight) == 32 && sizeof(Arguments) == 152);
+static_assert(sizeof(Weight) == 32 && sizeof(Arguments) == 160);
 
 }  // namespace dak::linear

@@ -20,6 +20,10 @@ class Consumer {
   using L = Layout<configuration>;
   using Sums = tile::Accumulator<configuration.tokens>;
   static constexpr u32 blocks = configuration.blocks;
+  static constexpr u32 local_phase = 1;
+  static constexpr u32 last_phase = 2;
+  static constexpr u32 phases = 3;
+  static constexpr u32 nothing = ~0u;
   static constexpr u32 settled_steps = 16;  // after which a published piece is surely visible
 
  public:
@@ -36,42 +40,63 @@ class Consumer {
     if constexpr (configuration.cluster) next_issuer_ = configuration.stages % ctas;
   }
 
-  // All steps of the worker.
+  // All steps of the worker: its remote run, its local run, and what it put off.
   __device__ __forceinline__ void run(const Assignment& assignment) {
+    const bool puts_off = assignment.local.end > assignment.local.begin && !two_lines();
 #pragma unroll 1
-    for (u32 remote = 2; remote-- > 0;) {
+    for (u32 phase = 0; phase < phases; ++phase) {
+      const bool remote = phase != local_phase;
       const schedule::Run run = remote ? assignment.remote : assignment.local;
-      u32 at = run.begin;
-      while (at < run.end) at = piece(at, run, remote, assignment.order);
+      const u32 order = remote ? assignment.remote_run : assignment.local_run;
+      const bool resumes = phase == last_phase;
+      u32 at = resumes ? kept_at_ : run.begin;  // with nothing put off that is behind every run
+#pragma unroll 1
+      while (at < run.end) at = piece(at, run, remote, order, puts_off && remote, resumes);
     }
   }
 
  private:
+  // Where the boundary lies along K a tile begins on the remote line and goes on on the local one.
+  __device__ __forceinline__ bool two_lines() const {
+    return configuration.in_out && head_.remote.total() > 0;
+  }
+
   // The steps from `at` to the end of the tile or of the run; returns where that is.
-  __device__ __forceinline__ u32 piece(u32 at, const schedule::Run& run, bool remote, u32 order) {
+  //
+  // `puts_off`: what others add to a tile waits until the local run is done: their remote steps take
+  // as long as the link does. `resumes`: this is such a tile again.
+  __device__ __forceinline__ u32 piece(u32 at, const schedule::Run& run, bool remote, u32 order,
+                                       bool puts_off, bool resumes) {
     const schedule::Line& line = remote ? head_.remote : head_.local;
     const u32 tile = at / line.steps;
     const u32 tile_end = (tile + 1) * line.steps;
     const u32 end = min(tile_end, run.end);
-    // where the boundary lies along K a tile begins on the remote line and goes on on the local one
-    const bool two_lines = configuration.in_out && head_.remote.total() > 0;
-    const bool owned = at == tile * line.steps && !(two_lines && !remote);
+    const bool owned = at == tile * line.steps && !(two_lines() && !remote);
     const bool shared = owned && end < tile_end;
     // The pieces of others that come at the start of their runs are long there, and adding them first
     // hides behind the copies. Which way depends on sizes alone, as the order of sums must.
-    const bool early = shared && at - run.begin > tile_end - end + settled_steps;
+    const bool early = shared && !puts_off && at - run.begin > tile_end - end + settled_steps;
 
     Sums sums[blocks];
 #pragma unroll
     for (u32 block = 0; block < blocks; ++block) sums[block].clear();
     if (early) collect(sums, line, remote, tile, order, end, tile_end);
-    multiply(sums, end - at);
+    if (resumes) {
+      partials_.add_kept(sums, kept_slot(order));
+    } else {
+      multiply(sums, end - at);
+    }
     if (!owned) {
       partials_.publish(sums, slot(remote, order, tile));
       return end;
     }
+    if (shared && puts_off && !resumes) {
+      partials_.keep(sums, kept_slot(order));
+      kept_at_ = at;
+      return end;
+    }
     if (shared && !early) collect(sums, line, remote, tile, order, end, tile_end);
-    if (two_lines && head_.local.total() > 0) {
+    if (two_lines() && head_.local.total() > 0) {
       const u32 begin = tile * head_.local.steps;
       collect(sums, head_.local, false, tile, 0, begin, begin + head_.local.steps);
     }
@@ -90,7 +115,11 @@ class Consumer {
   // A run leaves one piece behind, its first; along K it leaves one for each tile.
   __device__ __forceinline__ u32 slot(bool remote, u32 order, u32 tile) const {
     if (remote) return order;
-    return arguments_.maximum_remote_workers + order + (configuration.in_out ? tile : 0);
+    return 2 * arguments_.maximum_remote_workers + order + (configuration.in_out ? tile : 0);
+  }
+
+  __device__ __forceinline__ u32 kept_slot(u32 order) const {
+    return arguments_.maximum_remote_workers + order;
   }
 
   __device__ __forceinline__ void multiply(Sums (&sums)[blocks], u32 steps) {
@@ -158,6 +187,7 @@ class Consumer {
   const u32 thread_;     // in the warpgroup
   const PartialSums<configuration> partials_;
   pipeline::RingPosition position_{};
+  u32 kept_at_ = nothing;  // where the tile that was put off begins in the remote run
   u32 next_issuer_ = 0;  // the CTA that loads weights into the current stage next time
 };
 

@@ -45,6 +45,7 @@ struct Head {
   u32 quota;         // stages that each remote worker may have in flight,
   u32 last_quota;    // and of the last tile,
   int last_feature;  // which begins here
+  u32 in_flight;     // remote bytes, at most, of all workers together
 };
 
 constexpr u32 head_bytes = 1024;
@@ -69,11 +70,12 @@ struct Layout {
   static constexpr u32 turn_bytes = weights * turn_elements * 4;
   static constexpr u32 shared_bytes = head_bytes + configuration.stages * stage_bytes +
                                       consumer_warpgroups * turn_bytes;
-  // Of a remote worker: with 64 KiB in flight a CTA fills half of a PCIe link, and few
-  // CTAs with much in flight each leave more SMs to the local part.
-  static constexpr u32 wanted_in_flight = 64 * 1024 / weight_bytes;
+  // Of a remote worker. An SM has no more than 16 KiB of a host's memory on its way, whatever it asks
+  // for: 7 GB/s, so 8 of them fill a PCIe link, and with 48 KiB asked for each they are in the window.
+  static constexpr u32 wanted_in_flight = 48 * 1024 / weight_bytes;
   static constexpr u32 stages_in_flight =
-      wanted_in_flight < configuration.stages ? wanted_in_flight : configuration.stages;
+      wanted_in_flight < 2 ? 2
+      : wanted_in_flight < configuration.stages ? wanted_in_flight : configuration.stages;
   static constexpr u32 depth = tile::columns;  // of a step along K
   // fp32 sums of a partial tile of one CTA
   static constexpr u32 partial_elements = rows * configuration.tokens;

@@ -35,6 +35,17 @@ struct PartialSums {
     if (thread == 0) ptx::store_release_gpu(flag(slot), 1);
   }
 
+  // For this warpgroup itself: each thread adds again what it kept.
+  __device__ __forceinline__ void keep(const Sums (&sums)[blocks], u32 slot) const {
+#pragma unroll
+    for (u32 block = 0; block < blocks; ++block) sums[block].store(place(slot, block), thread);
+  }
+
+  __device__ __forceinline__ void add_kept(Sums (&sums)[blocks], u32 slot) const {
+#pragma unroll
+    for (u32 block = 0; block < blocks; ++block) sums[block].add(place(slot, block), thread);
+  }
+
   // Adds `count` slots from `first` on.
   __device__ __forceinline__ void collect(Sums (&sums)[blocks], u32 first, u32 count) const {
     for (u32 i = thread; i < count; i += tile::warpgroup_threads) {

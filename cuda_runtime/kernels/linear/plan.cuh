@@ -33,14 +33,26 @@ __device__ __forceinline__ u32 remote_elements(const Boundary& boundary, u32 row
   return (row_end - boundary.row) * width - local;
 }
 
-// Fills `head`: what is local and what is remote, cut into runs. One thread.
-//
+// Remote bytes of a worker that are on their way.
+struct Flight {
+  u32 of_tile;
+  u32 of_last;
+  float last_share;  // of the line's cost
+  float bytes;       // of the whole line
+
+  __device__ __forceinline__ float mean() const {
+    return static_cast<float>(of_tile) * (1.0f - last_share) +
+           static_cast<float>(of_last) * last_share;
+  }
+};
+
 // Tiles are laid from the boundary both ways, so that none has both kinds of rows: the local tiles
 // may begin before feature 0, the remote ones end after the last, where copies read nothing. Where
 // the weights are stored [in, out] the boundary lies along K: every tile has steps on both lines,
 // and the step that the boundary cuts is a remote one.
 template <TieredLinearConfiguration configuration>
-__device__ __forceinline__ void plan(const Arguments& arguments, u32 workers, Head& head) {
+__device__ __forceinline__ void lay_lines(const Arguments& arguments, Head& head,
+                                          schedule::Line& local, schedule::Line& remote) {
   using L = Layout<configuration>;
   const u32 steps = divide_up(arguments.depth, L::depth);
   const u32 rows = configuration.in_out ? arguments.depth : arguments.features;
@@ -49,9 +61,6 @@ __device__ __forceinline__ void plan(const Arguments& arguments, u32 workers, He
     head.boundaries[i] = boundary(arguments.weights[i], rows);
     first_row = min(first_row, head.boundaries[i].row);
   }
-
-  schedule::Line local{};
-  schedule::Line remote{};
   if constexpr (configuration.in_out) {
     const u32 tiles = divide_up(arguments.features, L::features);
     const u32 local_steps = first_row == rows ? steps : first_row / L::depth;
@@ -68,48 +77,96 @@ __device__ __forceinline__ void plan(const Arguments& arguments, u32 workers, He
               .tiles = divide_up(arguments.features - boundary, L::features),
               .steps = steps};
   }
-
   local.last_cost = schedule::unit;
+}
+
+// Bytes that a remote worker has in flight: in tiles, and in the last tile.
+//
+// The last tile may have few rows. Its steps bring few bytes each, so more of them may be in flight,
+// as many as there are stages; they take a round trip of the link all the same.
+template <TieredLinearConfiguration configuration>
+__device__ __forceinline__ Flight take_quotas(const Arguments& arguments, u32 window, Head& head,
+                                              schedule::Line& remote) {
+  using L = Layout<configuration>;
+  head.last_feature = remote.origin + static_cast<int>((remote.tiles - 1) * L::features);
+  const u32 last_rows = arguments.features - static_cast<u32>(head.last_feature);
+  head.quota = max(1u, min(L::stages_in_flight, window / L::weight_bytes));
+  head.last_quota = min(configuration.stages, head.quota * L::features / last_rows);
+  remote.last_cost = max(schedule::unit * last_rows / L::features,
+                         schedule::unit * head.quota / head.last_quota);
+  const u32 last_bytes = L::weight_bytes / L::features * last_rows;
+  const float last_cost = static_cast<float>(remote.steps * remote.last_cost);
+  return {.of_tile = head.quota * L::weight_bytes,
+          .of_last = head.last_quota * last_bytes,
+          .last_share = last_cost / static_cast<float>(remote.cost()),
+          .bytes = static_cast<float>(remote.steps) *
+                   (static_cast<float>(remote.tiles - 1) * L::weight_bytes + last_bytes)};
+}
+
+// How many workers read remote memory, and the local steps of each of them.
+//
+// As many as fill the window, or fewer: twice as many read in half of the time, and leave twice as
+// many pieces of each tile behind, which one of them adds up. All have as many local steps as let
+// them end with the others; none where the boundary lies along K, where they finish the tiles of the
+// others.
+template <TieredLinearConfiguration configuration>
+__device__ __forceinline__ u32 share_remote(const Arguments& arguments, u32 workers, Head& head,
+                                            const schedule::Line& local, schedule::Line& remote) {
+  const u32 window = __ldcg(arguments.window);
+  const Flight flight = take_quotas<configuration>(arguments, window, head, remote);
+  const float each = flight.mean();
+  // one worker may have the end of the tile before the last and the start of the last
+  const u32 across = remote.tiles > 1 ? flight.of_tile - flight.of_last : 0;
+  const float room = static_cast<float>(window) - static_cast<float>(across);
+  const float fit = room > each ? room / each : 1.0f;
+
+  const float of_one = flight.bytes * arguments.reader_steps;  // steps that one alone takes
+  const float adding = arguments.piece_steps / static_cast<float>(remote.tiles);  // for each worker
+  u32 count = static_cast<u32>(min(fit, 1.0f + sqrtf(of_one / adding)));
+  u32 most = arguments.maximum_remote_workers;
+  if (local.total() > 0) most = min(most, max(1u, workers - 1));
+  remote.share(min(min(count, most), remote.total()));
+  head.remote_workers = count = remote.long_runs;
+  const u32 before_last =
+      remote.tiles > 1
+          ? min(count, 1 + static_cast<u32>(static_cast<float>(count) * (1.0f - flight.last_share)))
+          : 0;
+  head.in_flight = before_last * flight.of_tile + (count - before_last) * flight.of_last;
+  if (configuration.in_out) return 0;
+  const float runs = static_cast<float>(count);
+  const float busy = max(max(flight.bytes * arguments.link_steps, of_one / runs),
+                         static_cast<float>(remote.total()) / runs) +
+                     adding * runs;
+  const float fair = (static_cast<float>(local.total()) + runs * busy) / static_cast<float>(workers);
+  return fair > busy ? static_cast<u32>(fair - busy) : 0;
+}
+
+// Fills `head`: what is local and what is remote, cut into runs. One thread.
+template <TieredLinearConfiguration configuration>
+__device__ __forceinline__ void plan(const Arguments& arguments, u32 workers, Head& head) {
+  schedule::Line local{};
+  schedule::Line remote{};
+  lay_lines<configuration>(arguments, head, local, remote);
   head.remote_workers = 0;
   head.quota = 0;
-  u32 local_of_remote = 0;
+  head.in_flight = 0;
+  u32 others = workers;  // who are not remote workers
   if (remote.total() > 0) {
-    const u32 window = __ldcg(arguments.window);
-    // The last tile may have few rows. Its steps bring few bytes each, so more of them may be in
-    // flight, as many as there are stages; they take a round trip of the link all the same.
-    head.last_feature = remote.origin + static_cast<int>((remote.tiles - 1) * L::features);
-    const u32 last_rows = arguments.features - static_cast<u32>(head.last_feature);
-    const u32 last_bytes = L::weight_bytes / L::features * last_rows;  // of a step
-    head.quota = max(1u, min(L::stages_in_flight, window / L::weight_bytes));
-    head.last_quota = min(configuration.stages, head.quota * L::features / last_rows);
-    remote.last_cost = max(schedule::unit * last_rows / L::features,
-                           schedule::unit * head.quota / head.last_quota);
-    // as many workers as fill the window, each with its share of the last tile
-    const float cost = static_cast<float>(remote.cost());
-    const float of_last = static_cast<float>(remote.steps * remote.last_cost) / cost;
-    const float in_flight = (1.0f - of_last) * static_cast<float>(head.quota * L::weight_bytes) +
-                            of_last * static_cast<float>(head.last_quota * last_bytes);
-    u32 count = max(1u, static_cast<u32>(static_cast<float>(window) / in_flight));
-    count = min(min(count, arguments.maximum_remote_workers), remote.total());
-    if (local.total() > 0) count = min(count, max(1u, workers - 1));
-    remote.share(count);
-    head.remote_workers = count = remote.long_runs;
-    // Where products take the time, remote workers have local steps too, as far as all then end
-    // together. Not where the boundary lies along K: there they finish the tiles of the others.
-    if (arguments.remote_step_cost > 0 && !configuration.in_out) {
-      const u32 busy =
-          remote.cost() / schedule::unit / count * arguments.remote_step_cost / schedule::unit;
-      const u32 fair = (local.total() + count * busy) / workers;
-      local_of_remote = fair > busy ? fair - busy : 0;
+    const u32 length = share_remote<configuration>(arguments, workers, head, local, remote);
+    if (workers > head.remote_workers) {
+      others = workers - head.remote_workers;
+      if (length > 0) {
+        local.short_runs = head.remote_workers;
+        local.short_length = length;
+      }
     }
   }
-  if (workers > head.remote_workers) {
-    local.short_runs = head.remote_workers;
-    local.short_length = local_of_remote;
-  }
-  // one worker adds up all pieces of a tile: not too many of them
-  constexpr u32 most_pieces = 12;
-  local.share(min(workers - local.short_runs, max(1u, local.tiles * most_pieces)));
+  // One worker adds up all pieces of a tile: the larger they are, the fewer.
+  constexpr u32 fit = 256 * 1024 / (Layout<configuration>::partial_elements * 4);
+  constexpr u32 most_pieces = fit > 12 ? 12 : fit < 3 ? 3 : fit;
+  // two CTAs on an SM start long before the launch ahead ends
+  const u32 late = configuration.ctas_per_sm == 1 ? arguments.late_steps : 0;
+  local.share(min(others, max(1u, local.tiles * most_pieces)), late);
   head.remote = remote;
   head.local = local;
 }

@@ -41,6 +41,14 @@ struct Extent {
     const int left = static_cast<int>(features) - feature;
     return {feature < 0 ? static_cast<u32>(-feature) : 0, min(Features, static_cast<u32>(left))};
   }
+
+  __device__ __forceinline__ u32 rows() const { return end - begin; }
+};
+
+// A step of the walk and what of its tile exists.
+struct Load {
+  Step step;
+  Extent extent;
 };
 
 template <TieredLinearConfiguration configuration>
@@ -64,39 +72,38 @@ class Producer {
     Walk weights(head_, assignment, L::features);
     Walk tokens(head_, assignment, L::features);
     for (u32 i = 0; i < ahead; ++i) {
-      const Step step = weights.next();
-      announce(step, i);
-      take_turn(step, i, i);
+      const Load next = locate(weights.next());
+      announce(next, i);
+      take_turn(next, i, i);
     }
     ptx::wait_for_predecessors();
-    for (u32 i = 0; i < ahead; ++i) load_tokens(tokens.next(), i);
+    for (u32 i = 0; i < ahead; ++i) load_tokens(tokens.next().depth, i);
 
     pipeline::RingPosition position{ahead % configuration.stages,
                                     ahead / configuration.stages & 1};
     for (u32 i = ahead; i < total; ++i) {
       pipeline::wait<bounded>(&head_.empty[position.stage], position.parity ^ 1, "stage empty");
-      const Step step = weights.next();
-      announce(step, position.stage);
-      take_turn(step, i, position.stage);
-      load_tokens(step, position.stage);
+      const Load next = locate(weights.next());
+      announce(next, position.stage);
+      take_turn(next, i, position.stage);
+      load_tokens(next.step.depth, position.stage);
       position.advance(configuration.stages);
     }
     report();
   }
 
  private:
-  __device__ __forceinline__ Extent extent(const Step& step) const {
-    return Extent::of_tile<L::features>(step.feature, arguments_.features);
+  __device__ __forceinline__ Load locate(const Step& step) const {
+    return {step, Extent::of_tile<L::features>(step.feature, arguments_.features)};
   }
 
   // What will arrive in the stage.
-  __device__ __forceinline__ void announce(const Step& step, u32 stage) const {
-    const Extent rows = extent(step);
+  __device__ __forceinline__ void announce(const Load& load, u32 stage) const {
     u32 bytes = arguments_.cta_tokens * tile::row_bytes;
     if constexpr (configuration.in_out) {
-      bytes += L::weights * blocks_in(rows) * L::block_bytes;
+      bytes += L::weights * blocks_in(load.extent) * L::block_bytes;
     } else {
-      bytes += L::weights * (rows.end - rows.begin) * tile::row_bytes;
+      bytes += L::weights * load.extent.rows() * tile::row_bytes;
     }
     ptx::mbarrier_arrive_expect_tx(&head_.full[stage], bytes);
   }
@@ -107,7 +114,7 @@ class Producer {
   }
 
   // Loads the weights of step `i`, where it is this CTA's turn to load for the cluster.
-  __device__ __forceinline__ void take_turn(const Step& step, u32 i, u32 stage) {
+  __device__ __forceinline__ void take_turn(const Load& next, u32 i, u32 stage) {
     if constexpr (configuration.cluster) {
       const bool mine = turn_ == rank_;
       if (++turn_ == ctas_) turn_ = 0;
@@ -118,22 +125,18 @@ class Producer {
         cluster_parities_ ^= 1u << stage;
       }
     }
-    if (step.remote) keep_window(step, i);
-    load_weights(step, stage);
-    count(step);
+    if (next.step.remote) keep_window(next.step, i);
+    load_weights(next, stage);
+    count(next);
   }
 
   // Returns when fewer than `quota` stages are on their way. Remote steps are a worker's first.
-  __device__ __forceinline__ void keep_window(const Step& step, u32 i) {
-    const bool last = step.feature >= head_.last_feature;
-    const u32 quota = last ? head_.last_quota : head_.quota;
+  __device__ __forceinline__ void keep_window(const Step& step, u32 i) const {
+    const u32 quota = step.feature >= head_.last_feature ? head_.last_quota : head_.quota;
     if (i >= quota) {
       const u32 behind = i - quota;  // must have arrived
       pipeline::wait<bounded>(&head_.full[behind % configuration.stages],
                               behind / configuration.stages & 1, "remote stage full");
-    }
-    if (!last || head_.last_quota == head_.quota) {
-      most_in_flight_ = max(most_in_flight_, min(i + 1, quota));
     }
   }
 
@@ -141,45 +144,44 @@ class Producer {
     return stages_ + stage * L::stage_bytes;
   }
 
-  __device__ __forceinline__ void load_tokens(const Step& step, u32 stage) {
-    ptx::tensor_load(stage_of(stage) + L::weight_bytes, maps_.tokens,
-                     static_cast<int>(step.depth),
-                     static_cast<int>(rank_ * arguments_.cta_tokens), &head_.full[stage], ptx::evict_last);
+  __device__ __forceinline__ void load_tokens(u32 depth, u32 stage) {
+    ptx::tensor_load(stage_of(stage) + L::weight_bytes, maps_.tokens, static_cast<int>(depth),
+                     static_cast<int>(rank_ * arguments_.cta_tokens), &head_.full[stage],
+                     ptx::evict_last);
   }
 
-  __device__ __forceinline__ void load_weights(const Step& step, u32 stage) {
+  __device__ __forceinline__ void load_weights(const Load& next, u32 stage) {
     u8* weight_tile = stage_of(stage);
-    const int depth = static_cast<int>(step.depth);
-    const Extent rows = extent(step);
+    const int depth = static_cast<int>(next.step.depth);
     constexpr u32 bytes_of_weight = L::weight_bytes / L::weights;
 #pragma unroll
     for (u32 i = 0; i < L::weights; ++i, weight_tile += bytes_of_weight) {
       if constexpr (configuration.in_out) {
-        for (u32 block = 0; block < blocks_in(rows); ++block) {
+        for (u32 block = 0; block < blocks_in(next.extent); ++block) {
           load(weight_tile + block * L::block_bytes, maps_.weights[i],
-               step.feature + static_cast<int>(block * 64), depth, stage);
+               next.step.feature + static_cast<int>(block * 64), depth, stage);
         }
-      } else if (rows.end - rows.begin == L::features) {
-        load(weight_tile, maps_.weights[i], depth, step.feature, stage);
+      } else if (next.extent.rows() == L::features) {
+        load(weight_tile, maps_.weights[i], depth, next.step.feature, stage);
       } else {
-        load_rows(weight_tile, *maps_.few_rows[i], rows, step, stage);
+        load_rows(weight_tile, *maps_.few_rows[i], next, stage);
       }
     }
   }
 
   // In few boxes, the largest first: an SM has only so many under way.
-  __device__ __forceinline__ void load_rows(u8* weight_tile, const RowMaps& maps,
-                                            const Extent& rows, const Step& step, u32 stage) {
-    u32 row = rows.begin;
+  __device__ __forceinline__ void load_rows(u8* weight_tile, const RowMaps& maps, const Load& next,
+                                            u32 stage) {
+    u32 row = next.extent.begin;
     u32 box = row_boxes - 1;
-    while (row < rows.end) {
+    while (row < next.extent.end) {
       const u32 box_rows = rows_at_least << box;
-      if (row + box_rows > rows.end) {
+      if (row + box_rows > next.extent.end) {
         --box;
         continue;
       }
-      load(weight_tile + row * tile::row_bytes, &maps.boxes[box], static_cast<int>(step.depth),
-           step.feature + static_cast<int>(row), stage);
+      load(weight_tile + row * tile::row_bytes, &maps.boxes[box],
+           static_cast<int>(next.step.depth), next.step.feature + static_cast<int>(row), stage);
       row += box_rows;
     }
   }
@@ -188,24 +190,22 @@ class Producer {
                                        u32 stage) {
     ptx::mbarrier_t* full = &head_.full[stage];
     if constexpr (configuration.cluster) {
-      ptx::tensor_load_multicast(target, map, column, row, full, ptx::evict_first,
-                                 static_cast<u16>((1u << ctas_) - 1));
+      ptx::tensor_load_multicast(target, map, column, row, full, ptx::evict_first, static_cast<u16>((1u << ctas_) - 1));
     } else {
       ptx::tensor_load(target, map, column, row, full, ptx::evict_first);
     }
   }
 
-  __device__ __forceinline__ void count(const Step& step) {
-    const u32 depth = step.depth;
+  __device__ __forceinline__ void count(const Load& next) {
+    const u32 depth = next.step.depth;
     const u32 depth_end = min(depth + L::depth, arguments_.depth);
-    const Extent rows = extent(step);
-    const u32 feature = static_cast<u32>(step.feature + static_cast<int>(rows.begin));
-    const u32 feature_end = static_cast<u32>(step.feature + static_cast<int>(rows.end));
-    const u32 bytes = (depth_end - depth) * (feature_end - feature) * element_bytes;
+    const u32 feature = static_cast<u32>(next.step.feature + static_cast<int>(next.extent.begin));
+    const u32 feature_end = static_cast<u32>(next.step.feature + static_cast<int>(next.extent.end));
+    const u32 bytes = (depth_end - depth) * next.extent.rows() * element_bytes;
 #pragma unroll
     for (u32 i = 0; i < L::weights; ++i) {
       u32 far = 0;
-      if (step.remote) {
+      if (next.step.remote) {
         const Boundary& edge = head_.boundaries[i];
         far = element_bytes *
               (configuration.in_out
@@ -221,15 +221,13 @@ class Producer {
   __device__ __forceinline__ void report() const {
 #pragma unroll
     for (u32 i = 0; i < L::weights; ++i) {
-      TierRecord* record = arguments_.weights[i].record;
-      if (blockIdx.x == 0) atomicAdd(&record->calls, 1ull);
+      schedule::TierRecord* record = arguments_.weights[i].record;
+      if (blockIdx.x == 0) {
+        atomicAdd(&record->calls, 1ull);
+        if (head_.in_flight > 0) atomicMax(&record->peak_window, u64{head_.in_flight});
+      }
       if (local_bytes_[i] > 0) atomicAdd(&record->local_bytes, local_bytes_[i]);
       if (remote_bytes_[i] > 0) atomicAdd(&record->remote_bytes, remote_bytes_[i]);
-      if (most_in_flight_ > 0) {
-        // as if all remote workers had their most at once
-        const u64 window = static_cast<u64>(most_in_flight_) * L::weight_bytes;
-        atomicMax(&record->peak_window, window * head_.remote_workers);
-      }
     }
   }
 
@@ -241,7 +239,6 @@ class Producer {
   const u32 ctas_;
   u32 turn_ = 0;              // rank of the CTA that loads the weights of the next step
   u32 cluster_parities_ = 0;  // of cluster_empty, a bit for each stage
-  u32 most_in_flight_ = 0;    // remote stages
   u64 local_bytes_[2] = {0, 0};
   u64 remote_bytes_[2] = {0, 0};
 };

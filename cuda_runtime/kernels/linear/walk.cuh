@@ -13,19 +13,50 @@ struct Step {
   bool remote;
 };
 
-// The runs of a worker. `order` is its place on both lines.
+// The runs of a worker, and their places on the lines.
+//
+// Remote workers are those of lowest number: started first, they have the most time. Where the
+// boundary lies along K they finish the tiles of all others, so there they have the highest numbers,
+// and no local run.
 struct Assignment {
-  u32 order;
+  u32 remote_run = 0;
+  u32 local_run = 0;
   schedule::Run remote{0, 0};
-  schedule::Run local;
+  schedule::Run local{0, 0};
 
-  __device__ __forceinline__ Assignment(const Head& head, u32 worker, u32 workers)
-      : order(workers - 1 - worker), local(head.local.run(order)) {
-    if (order < head.remote_workers) remote = head.remote.run(order);
+  template <TieredLinearConfiguration configuration>
+  static __device__ __forceinline__ Assignment of(const Head& head, u32 worker, u32 workers) {
+    const u32 remote_workers = head.remote_workers;
+    const u32 order = workers - 1 - worker;
+    Assignment made;
+    if constexpr (configuration.in_out) {
+      const u32 apart = workers > remote_workers ? remote_workers : 0;
+      if (order < remote_workers) made.set_remote(head, order);
+      if (order >= apart) made.set_local(head, order - apart);
+    } else if (worker < remote_workers) {
+      made.set_remote(head, remote_workers - 1 - worker);
+      made.set_local(head, head.local.short_runs > 0
+                               ? head.local.long_runs + remote_workers - 1 - worker
+                               : order);
+    } else if (order < head.local.long_runs) {
+      made.set_local(head, order);
+    }
+    return made;
   }
 
   __device__ __forceinline__ u32 steps() const {
     return remote.end - remote.begin + local.end - local.begin;
+  }
+
+ private:
+  __device__ __forceinline__ void set_remote(const Head& head, u32 run) {
+    remote_run = run;
+    remote = head.remote.run(run);
+  }
+
+  __device__ __forceinline__ void set_local(const Head& head, u32 run) {
+    local_run = run;
+    local = head.local.run(run);
   }
 };
 

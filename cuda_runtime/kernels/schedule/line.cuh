@@ -1,14 +1,17 @@
 // Work as a line of steps, cut into one run for each worker.
 //
 // A line is a block of output tiles times steps along K. Its positions count the steps of the first
-// tile, then of the second, and so on. Runs follow each other along the line: first the short ones,
-// of workers that have other work too, then the long ones. The cut depends on sizes alone, so that
+// tile, then of the second, and so on. Runs follow each other along the line: first the long ones,
+// then the short ones, of workers that have other work too. The cut depends on sizes alone, so that
 // sums are made in the same order every time.
 //
-// Workers stand on the line in descending order: worker `workers - 1` has run 0. A tile that spans
-// several runs is finished by the worker of its first piece, which comes to it at the end of its
-// run, when the later pieces, at the start of theirs, are long done. It waits only for workers of
-// lower number, which the GPU started before it: waiting cannot deadlock, whatever else runs.
+// Workers stand on the line in descending order. A tile that spans several runs is finished by the
+// worker of its first piece, which comes to it at the end of its run, when the later pieces, at the
+// start of theirs, are long done. It waits only for workers of lower number, which the GPU started
+// before it: waiting cannot deadlock, whatever else runs.
+//
+// The workers started last come to SMs that the launch before freed last: they have had no time to
+// fetch ahead, so the first runs of the line are theirs and are a little shorter.
 #pragma once
 
 #include "types.cuh"
@@ -34,10 +37,13 @@ struct Line {
   u32 tiles;
   u32 first_step;
   u32 steps;         // of each tile
-  u32 short_runs;    // the first runs, of `short_length` each
+  u32 long_runs;     // share in parts of equal cost what the short runs leave,
+  u32 late;          // but run 0 costs that much less, run 1 half as much less, and so on
+  u32 short_runs;    // of `short_length` each
   u32 short_length;
-  u32 long_runs;     // share the rest in parts of equal cost
   u32 last_cost;     // of a step of the last tile, which may have few rows
+
+  static constexpr u32 late_runs = 6;
 
   __device__ __forceinline__ u32 total() const { return tiles * steps; }
 
@@ -47,20 +53,24 @@ struct Line {
   }
 
   // Shares what is left among at most `workers` long runs, none of them empty: who adds up the pieces
-  // of a tile waits for all runs in between.
-  __device__ __forceinline__ void share(u32 workers) {
+  // of a tile waits for all runs in between. `most_late`: steps that the first run may have less.
+  __device__ __forceinline__ void share(u32 workers, u32 most_late = 0) {
     long_runs = max(1u, min(workers, cost() / unit));
+    const u32 each = cost() / long_runs;
+    late = long_runs > late_runs && each >= 4 * unit ? min(most_late * unit, each / 3) : 0;
   }
 
   __device__ __forceinline__ u32 begin(u32 run) const {
-    if (run < short_runs) return run * short_length;
-    const u32 index = min(run - short_runs, long_runs);  // workers beyond have nothing
-    const u32 shared = cost();
-    const u32 before = shared / long_runs * index + min(index, shared % long_runs);
-    const u32 ordinary = shared - steps * last_cost;
-    const u32 position = before < ordinary ? before / unit
-                                           : ordinary / unit + (before - ordinary) / last_cost;
-    return short_runs * short_length + position;
+    if (run > long_runs) {
+      const u32 after = run - long_runs;
+      return total() - (after < short_runs ? short_runs - after : 0) * short_length;
+    }
+    const u32 first = min(run, late_runs);
+    const u32 shared = cost() + late_by(late_runs);
+    const u32 before = shared / long_runs * run + min(run, shared % long_runs) - late_by(first);
+    const u32 ordinary = cost() - steps * last_cost;
+    return before < ordinary ? before / unit
+                             : ordinary / unit + (before - ordinary) / last_cost;
   }
 
   __device__ __forceinline__ Run run(u32 index) const { return {begin(index), begin(index + 1)}; }
@@ -73,6 +83,11 @@ struct Line {
 
   __device__ __forceinline__ Place place(u32 position) const {
     return {position / steps, first_step + position % steps};
+  }
+
+  // What the first `runs` runs, of the late ones, have less, all together.
+  __device__ __forceinline__ u32 late_by(u32 runs) const {
+    return 2 * late - (2 * late >> runs);
   }
 };
 
