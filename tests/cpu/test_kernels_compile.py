@@ -6,6 +6,7 @@ import pytest
 
 from dak_inductor.cuda_runtime import read_count, streaming
 from dak_inductor.cuda_runtime.nvrtc import KERNELS, assemble
+from dak_inductor.lowering.attention.instances import all_instances as attention_instances
 from dak_inductor.lowering.linear.instances import all_instances as linear_instances
 
 
@@ -19,7 +20,7 @@ every_kernel = pytest.mark.parametrize("kernel", SMALL_KERNELS, ids=kernel_id)
 
 def names_of_all_kernels():
     """The small kernels are looked at here, the others in tests of their own."""
-    instances = (*SMALL_KERNELS, *linear_instances())
+    instances = (*SMALL_KERNELS, *linear_instances(), *attention_instances())
     return {kernel.name for kernel in instances}
 
 

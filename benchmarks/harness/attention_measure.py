@@ -1,0 +1,207 @@
+"""Measures one decode attention: dak::attention on tiered caches beside torch's all resident.
+
+The caches of a round outgrow the L2 cache; rounds are captured into one CUDA graph, so that what a
+graph launch costs is shared by several calls, as in a model's step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dak_inductor.benchmarks.harness.accuracy import AccuracyVerdict, errors, judge
+from dak_inductor.benchmarks.harness.attention_bars import AttentionCell
+from dak_inductor.benchmarks.harness.attention_grid import AttentionShape
+from dak_inductor.benchmarks.harness.attention_peers import (
+    Cache,
+    StockAttention,
+    attention_round,
+    stock_variants,
+)
+from dak_inductor.benchmarks.harness.attention_reference import AttentionCall
+from dak_inductor.benchmarks.harness.kernel_reads import ReadCounter
+from dak_inductor.benchmarks.harness.linear_measure import copies_needed, time_rounds
+from dak_inductor.benchmarks.harness.linear_reference import poison_free_memory
+from dak_inductor.benchmarks.harness.timing import TimingRule
+from dak_inductor.benchmarks.harness.yardstick import Ceilings, Work, direct_bound, over_bound
+from dak_inductor.cuda_runtime.tier import Tier
+from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
+
+LABEL = "cache"
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentCase:
+    """A query, equal resident caches, and C: the best of torch's backends on them."""
+
+    shape: AttentionShape
+    query: Tensor
+    caches: tuple[Cache, ...]
+    best: StockAttention
+    seconds: float
+    tried: dict[str, float | str]  # microseconds of each variant, or why it does not run
+
+
+@dataclass(frozen=True, slots=True)
+class TieredCaches:
+    """Equal caches on tiered buffers, tokens outermost; they live as long as this record."""
+
+    buffers: tuple[TieredBuffer, ...]
+    caches: tuple[Cache, ...]
+
+    @property
+    def bytes_each(self) -> TierBytes:
+        """Bytes of the keys and values of one of them by tier."""
+        return self.buffers[0].bytes_by_tier() + self.buffers[1].bytes_by_tier()
+
+
+def attention(query: Tensor, cache: Cache) -> Tensor:
+    """The operator under test: all tokens are valid, the queries are the last of them."""
+    scale = 1 / math.sqrt(query.shape[3])
+    result: Tensor = torch.ops.dak.attention.default(
+        query, *cache, None, None, None, scale, True, 0, 0.0
+    )
+    return result
+
+
+def resident_case(
+    shape: AttentionShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    ceilings: Ceilings,
+    rule: TimingRule,
+) -> ResidentCase:
+    """Fresh random operands, and C. Raises RuntimeError where no backend runs."""
+    copies = copies_needed(shape.cache_bytes(dtype), device)
+    stored = (shape.batch, shape.kv_heads, shape.tokens, shape.head_dim)
+    first = tuple(torch.randn(stored, dtype=dtype, device=device) for _ in range(2))
+    caches: list[Cache] = [(first[0], first[1])]
+    caches += [(first[0].clone(), first[1].clone()) for _ in range(copies - 1)]
+    heads = shape.kv_heads * shape.ratio
+    query = torch.randn(
+        shape.batch, heads, shape.queries, shape.head_dim, dtype=dtype, device=device
+    )
+    bound = direct_bound(Work(shape.cache_bytes(dtype), 0, shape.flops), ceilings)
+    tried: dict[str, float | str] = {}
+    found: list[tuple[float, StockAttention]] = []
+    for variant in stock_variants(query, shape.kv_heads):
+        try:
+            timed = time_rounds(
+                attention_round(variant, query, caches), copies, bound, device=device, rule=rule
+            )
+        except RuntimeError as error:  # a backend that does not take these operands
+            tried[variant.name] = str(error).splitlines()[0]
+            continue
+        tried[variant.name] = timed.timing.seconds * 1e6
+        found.append((timed.timing.seconds, variant))
+    if not found:
+        raise RuntimeError(f"no backend of torch's attention runs {shape}: {tried}")
+    seconds, best = min(found, key=lambda pair: pair[0])
+    return ResidentCase(shape, query, tuple(caches), best, seconds, tried)
+
+
+def tiered_caches(case: ResidentCase, tier: Tier, fraction: float) -> TieredCaches:
+    """The caches of a case, the last `fraction` of the bytes of keys and of values remote."""
+    shape, dtype = case.shape, case.query.dtype
+    stored = (shape.tokens, shape.batch, shape.kv_heads, shape.head_dim)
+    nbytes = shape.cache_bytes(dtype) // 2
+    buffers: list[TieredBuffer] = []
+    caches: list[Cache] = []
+    for cache in case.caches:
+        views = []
+        for part in cache:
+            buffer = tier.allocate(nbytes, split=nbytes - round(fraction * nbytes))
+            buffer.label = LABEL
+            buffers.append(buffer)
+            view = buffer.tensor(dtype, stored).permute(1, 2, 0, 3)
+            views.append(view.copy_(part))
+        caches.append((views[0], views[1]))
+    return TieredCaches(tuple(buffers), tuple(caches))
+
+
+def measure_cell(
+    case: ResidentCase,
+    tiered: TieredCaches,
+    fraction: float,
+    ceilings: Ceilings,
+    rule: TimingRule,
+) -> tuple[dict[str, object], AttentionCell]:
+    """One row of the record, less its bars and peers, and the cell that the bars judge."""
+    shape, query, held = case.shape, case.query, tiered.bytes_each
+    device, count = query.device, len(tiered.caches)
+    bound = direct_bound(Work(held.local, held.remote, shape.flops), ceilings)
+    if device.type == "cuda":
+        poison_free_memory(query.nbytes, device)
+    output = attention(query, tiered.caches[0])
+    verdict = judge_sample(case, output)
+    counter = ReadCounter(tiered.buffers)
+    timed = time_rounds(
+        attention_round(attention, query, tiered.caches), count, bound, device=device, rule=rule
+    )
+    _synchronize(device)
+    counter.reset()
+    timed.run()
+    _synchronize(device)
+    reads = counter.read()
+    seconds = timed.timing.seconds
+    counted = reads is not None and reads.calls == 2 * timed.calls
+    cell = AttentionCell(fraction, held.total, seconds, bound, case.seconds)
+    row: dict[str, object] = {
+        "shape": str(shape),
+        "fraction": fraction,
+        "realised": held.remote_share,
+        "cache_bytes": held.total,
+        "remote_bytes": held.remote,
+        "microseconds": seconds * 1e6,
+        "L_microseconds": bound * 1e6,
+        "C_microseconds": case.seconds * 1e6,
+        "C_backend": case.best.name,
+        "C_tried": case.tried,
+        "T/L": over_bound(seconds, bound),
+        "T/C": over_bound(seconds, case.seconds),
+        "hbm_share": held.local / seconds / ceilings.hbm_stream,
+        "link_share": held.remote / seconds / ceilings.link_direct,
+        "counted_local_bytes": reads.local_bytes / timed.calls if reads else None,
+        "counted_remote_bytes": reads.remote_bytes / timed.calls if reads else None,
+        "counted": counted,
+        "peak_window": reads.peak_window if reads else None,
+        "accurate": verdict.passed,
+        "rms_error": verdict.ours.rms,
+        "max_error": verdict.ours.max_abs,
+        "torch_rms_error": verdict.torch_own.rms,
+        "torch_max_error": verdict.torch_own.max_abs,
+        "repeatable": torch.equal(output, timed.output),
+        "caches_in_rotation": count,
+        "calls": timed.timing.replays,
+        "method": timed.timing.method,
+        "repeats_microseconds": [value * 1e6 for value in timed.timing.repeats],
+    }
+    return row, cell
+
+
+def judge_sample(case: ResidentCase, output: Tensor) -> AccuracyVerdict:
+    """First and last head of first and last sequence against fp32: a whole cache is too large."""
+    shape = case.shape
+    key, value = case.caches[0]
+    ours, exact, stock = [], [], []
+    for sequence in {0, shape.batch - 1}:
+        for head in {0, shape.kv_heads - 1}:
+            batch, rows = slice(sequence, sequence + 1), slice(head, head + 1)
+            queries = slice(head * shape.ratio, (head + 1) * shape.ratio)
+            call = AttentionCall(
+                case.query[batch, queries], key[batch, rows], value[batch, rows],
+                scale=1 / math.sqrt(shape.head_dim),
+            )  # fmt: skip
+            ours.append(output[batch, queries])
+            exact.append(call.to(torch.float32).stock())
+            stock.append(call.stock())
+    reference = torch.cat(exact)
+    return judge(errors(torch.cat(ours), reference), errors(torch.cat(stock), reference))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

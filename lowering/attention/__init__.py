@@ -1,0 +1,1 @@
+"""Attention over tiered keys and values: decode kernel, staged prefill, and what chooses."""

@@ -1,0 +1,133 @@
+"""Configurations of the kernel `tiered_attention`: which there are, which are legal, which is used.
+
+One configuration serves every split, length and batch: sizes of the tensors decide it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dak_inductor.cuda_runtime.nvrtc import KernelInstance, instance
+from dak_inductor.lowering.attention.problem import ELEMENT_BYTES, AttentionProblem
+
+# kernels/attention/layout.cuh, units.cuh
+THREADS = 384
+CONSUMER_WARPGROUPS = 2
+WARPGROUP_ROWS = 64
+HEAD_BYTES = 9 * 1024
+MAXIMUM_SLOTS = 16
+MAXIMUM_BATCH = 512
+SHARED_BYTES = 227 * 1024
+BOX_TOKENS = (8, 16, 32, 64)
+
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+MAXIMUM_QUERIES = 16
+"""Of a sequence; more of them are prefill."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionConfiguration:
+    """Template arguments.
+
+    `tile` tokens are multiplied at once. With two `teams` each consumer warpgroup of a CTA has work
+    of its own, for up to 64 rows of queries; with one both share each tile, 64 rows each.
+    """
+
+    head_dim: int
+    tile: int
+    teams: int
+    half: bool
+
+    @property
+    def row_bytes(self) -> int:
+        return self.head_dim * ELEMENT_BYTES
+
+    @property
+    def slot_bytes(self) -> int:
+        """Keys, or values, of a tile."""
+        return self.tile * self.row_bytes
+
+    @property
+    def slots(self) -> int:
+        """Of each team."""
+        queries = CONSUMER_WARPGROUPS * WARPGROUP_ROWS * self.row_bytes
+        room = SHARED_BYTES - HEAD_BYTES - queries
+        return min(MAXIMUM_SLOTS, room // (self.teams * self.slot_bytes))
+
+    @property
+    def shared_bytes(self) -> int:
+        queries = CONSUMER_WARPGROUPS * WARPGROUP_ROWS * self.row_bytes
+        return HEAD_BYTES + queries + self.teams * self.slots * self.slot_bytes
+
+    @property
+    def warpgroups(self) -> int:
+        """Of a team."""
+        return CONSUMER_WARPGROUPS // self.teams
+
+    @property
+    def rows(self) -> int:
+        """Queries of a head of keys that a team takes at once."""
+        return self.warpgroups * WARPGROUP_ROWS
+
+    def row_blocks(self, problem: AttentionProblem) -> int:
+        """Parts that the queries of a head of keys are cut into; each reads the head's tokens."""
+        return math.ceil(problem.rows / self.rows)
+
+    def units(self, problem: AttentionProblem) -> int:
+        return problem.batch * problem.kv_heads * self.row_blocks(problem)
+
+    def slot_floats(self, problem: AttentionProblem) -> int:
+        """fp32 elements of an unfinished result."""
+        rows = min(self.rows, problem.rows)
+        return rows * self.head_dim + math.ceil(2 * rows / 4) * 4
+
+    def kernel(self, *, bounded_waits: bool = False) -> KernelInstance:
+        """The instance to compile."""
+        return instance(
+            "tiered_attention",
+            head_dim=self.head_dim,
+            tile=self.tile,
+            slots=self.slots,
+            teams=self.teams,
+            half=self.half,
+            bounded_waits=bounded_waits,
+        )
+
+
+def refusal(problem: AttentionProblem) -> str | None:
+    """Why the kernel does not take this problem; None where it does."""
+    if problem.head_dim not in HEAD_DIMS:
+        return f"heads of {problem.head_dim} elements; the kernel has {HEAD_DIMS}"
+    if not 1 <= problem.queries <= MAXIMUM_QUERIES:
+        return f"{problem.queries} queries; from 1 to {MAXIMUM_QUERIES} are possible"
+    if not 1 <= problem.batch <= MAXIMUM_BATCH:
+        return f"{problem.batch} sequences; from 1 to {MAXIMUM_BATCH} are possible"
+    if problem.tokens < 1:
+        return "the cache has no tokens"
+    return None
+
+
+def tile_of(head_dim: int) -> int:
+    """Tokens of a tile: about 16 KiB of keys, and few enough for the registers of the sums."""
+    if head_dim == 64:
+        return 128
+    return 32 if head_dim == 256 else 64
+
+
+def choose(problem: AttentionProblem) -> AttentionConfiguration:
+    """The configuration for a problem that is not refused."""
+    teams = 2 if problem.rows <= WARPGROUP_ROWS else 1
+    half = problem.dtype == torch.float16
+    return AttentionConfiguration(problem.head_dim, tile_of(problem.head_dim), teams, half)
+
+
+def configurations() -> Iterator[AttentionConfiguration]:
+    """All that `choose` may return."""
+    for head_dim in HEAD_DIMS:
+        for teams in (2, 1):
+            for half in (False, True):
+                yield AttentionConfiguration(head_dim, tile_of(head_dim), teams, half)

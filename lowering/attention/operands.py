@@ -1,0 +1,27 @@
+"""What query, keys and values must be, whatever serves them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def refusal(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
+    """Why no kernel that masks by positions takes these operands; None where one may."""
+    if mask is not None:
+        return "it has a mask of its own"
+    if any(tensor.dim() != 4 for tensor in (query, key, value)):
+        return "query, key and value are not all of four dimensions"
+    if query.dtype not in DTYPES or any(t.dtype != query.dtype for t in (key, value)):
+        return f"its operands are not all bfloat16, float16 or float32 (query is {query.dtype})"
+    if any(tensor.device != query.device for tensor in (key, value)):
+        return "its operands are on different devices"
+    if any(tensor.numel() == 0 for tensor in (query, key, value)):
+        return "it has no queries or no tokens"
+    if key.shape[:3] != value.shape[:3] or key.shape[0] != query.shape[0]:
+        return f"keys {tuple(key.shape)} and values {tuple(value.shape)} do not match the query"
+    if key.shape[3] != query.shape[3] or query.shape[1] % key.shape[1]:
+        return f"keys {tuple(key.shape)} do not match the query {tuple(query.shape)}"
+    return None

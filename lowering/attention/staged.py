@@ -1,0 +1,299 @@
+"""Attention of many queries over keys and values of which a part is remote, staged in memory.
+
+Remote tokens cross the link once in a call, by copy engine on a stream of their own, into the slots
+of a ring. A stock forward attends to slot after slot and, between them, to the local tokens in
+place; `partial_results` merges what the calls give (`staged_plan` says which calls). Where no stock
+forward knows the mask (lengths that the host does not know, left padding, a sliding window, a soft
+cap), the Triton forward takes the calls, which masks by positions in device memory.
+
+A captured graph keeps the parts of the split, and the number of tokens, at capture. After a move
+its results stay right, since copies and forwards read through addresses; only the speed suffers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dak_inductor.cuda_runtime import address_table
+from dak_inductor.lowering import staging, triton_attention
+from dak_inductor.lowering.attention import operands, staged_plan, stock_forward
+from dak_inductor.lowering.attention.host_lengths import length_of
+from dak_inductor.lowering.attention.partial_results import PartialResult, PartialResults
+from dak_inductor.lowering.attention.staged_parts import Forward, Part, Piece, PrefillProblem
+from dak_inductor.lowering.attention.staged_plan import StagedPlan
+from dak_inductor.lowering.attention.stored_tokens import StoredTokens, count_reads, stored_tokens
+from dak_inductor.lowering.linear.launch import profile_of
+from dak_inductor.lowering.linear.queues import main_and_side
+from dak_inductor.lowering.stock_attention import stored
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens that the host must have read: [first, stop).
+
+    `plain`: each sequence is [0, stop), so that stock forwards know what each row sees.
+    """
+
+    first: int
+    stop: int
+    plain: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """What rows see, as the operator has it; lengths and starts in device memory."""
+
+    lengths: Tensor | None
+    starts: Tensor | None
+    scale: float
+    causal: bool
+    window: int
+    softcap: float
+
+
+Slot = tuple[Tensor, Tensor]
+"""Flat device memory for keys, and for values."""
+
+
+@dataclass(frozen=True, slots=True)
+class StagedAttention:
+    """The work for a part, as `staging.issue` asks for it."""
+
+    query: Tensor
+    keys: StoredTokens
+    values: StoredTokens
+    masks: Masks
+    forward: Forward
+    partials: PartialResults
+
+    def stage(self, part: Part, slot: Slot) -> None:
+        """Copy the part's keys and values."""
+        self.keys.copy(slot[0], part.start, part.stop)
+        self.values.copy(slot[1], part.start, part.stop)
+
+    def compute(self, part: Part, slot: Slot | None) -> None:
+        """All calls over the part."""
+        if slot is None:
+            first, key, value = 0, self.keys.tensor, self.values.tensor
+        else:
+            first = part.start
+            key = self.keys.held(slot[0], part.tokens)
+            value = self.values.held(slot[1], part.tokens)
+        for piece in part.pieces:
+            at = slice(piece.start - first, piece.stop - first)
+            rows = self.query[:, :, piece.first_row : piece.last_row]
+            seen = (key[:, :, at], value[:, :, at])
+            if self.forward == "triton":
+                out, lse = self._masked(rows, *seen, piece)
+            else:
+                scale = self.masks.scale
+                out, lse = stock_forward.attend(
+                    self.forward, rows, *seen, causal=piece.causal, scale=scale
+                )
+            self.partials.add(PartialResult(piece.first_row, out, lse))
+
+    def _masked(
+        self, rows: Tensor, key: Tensor, value: Tensor, piece: Piece
+    ) -> tuple[Tensor, Tensor]:
+        from dak_inductor.lowering.triton_attention import forward
+
+        masks = self.masks
+        return forward.attend(
+            rows,
+            key,
+            value,
+            first_row=piece.first_row,
+            queries=self.query.shape[2],
+            first_token=piece.start,
+            tokens=self.keys.tokens,
+            lengths=masks.lengths,
+            starts=masks.starts,
+            scale=masks.scale,
+            causal=masks.causal,
+            window=masks.window,
+            softcap=masks.softcap,
+        )
+
+
+@torch.no_grad()
+def run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    lengths: Tensor | None,
+    starts: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+) -> Tensor | None:
+    """Attention as dak::attention has it, [B, Hq, Q, Dv] stored as [B, Q, Hq, Dv].
+
+    On the current stream, without waiting for the device. None, with the reason logged once, where
+    the stock composition has to serve the call; without a word where nothing is tiered.
+
+    Args:
+        query: [B, Hq, Q, D].
+        key, value: [B, Hkv, S, D] and [B, Hkv, S, Dv], token-major or heads with all their tokens.
+        lengths, starts: int32 [B] on the device, or None. What `host_lengths` has been told of the
+            keys' buffer saves reads past the end, and lets stock forwards serve the call.
+
+    Raises DriverError where a copy cannot be queued.
+    """
+    buffers = (address_table.lookup(key.data_ptr()), address_table.lookup(value.data_ptr()))
+    if buffers == (None, None):
+        return None
+    masks = Masks(lengths, starts, scale, causal, window, softcap)
+    reason = operands.refusal(query, key, value, mask)
+    if reason is not None:
+        _log_once(reason)
+        return None
+    keys, values = stored_tokens(key, buffers[0]), stored_tokens(value, buffers[1])
+    if keys is None or values is None:
+        _log_once("keys or values are neither token-major nor heads with all their tokens")
+        return None
+    span = _span(query, keys, masks)
+    forwards = _forwards(query, key, value, span)
+    if not forwards:
+        _log_once("no stock forward knows its mask, dtype or head size, and triton is missing")
+        return None
+    problem = _problem(query, keys, values, masks, span)
+    local = min(keys.local_tokens(), values.local_tokens())
+    count = partial(count_reads, _distinct(keys, values), span.first, span.stop)
+    if local >= span.stop and forwards != ("triton",) and (not causal or problem.past == 0):
+        out = _one_call(query, key[:, :, : span.stop], value[:, :, : span.stop], masks)
+        count()
+    else:
+        tiers = frozenset(buffer.tier for buffer in buffers if buffer is not None)
+        plan = _plan(problem, local, query.device.index, tiers, forwards)
+        out = _run(plan, query, keys, values, masks, count)
+    return stored(out)
+
+
+def _run(
+    plan: StagedPlan,
+    query: Tensor,
+    keys: StoredTokens,
+    values: StoredTokens,
+    masks: Masks,
+    count: Callable[[], object],
+) -> Tensor:
+    partials = PartialResults(query.shape[2], query.dtype)
+    slots = tuple(
+        (
+            query.new_empty(plan.slot_tokens * keys.elements),
+            query.new_empty(plan.slot_tokens * values.elements),
+        )
+        for _ in range(plan.slots)
+    )
+    if not _aligned(query):
+        query = query.clone(memory_format=torch.contiguous_format)  # once, not in each call
+    work = StagedAttention(query, keys, values, masks, plan.forward, partials)
+    staging.issue(plan.parts, work, slots, *main_and_side(query.device), count)
+    return partials.result()
+
+
+def _one_call(query: Tensor, key: Tensor, value: Tensor, masks: Masks) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        is_causal=masks.causal,
+        scale=masks.scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _span(query: Tensor, keys: StoredTokens, masks: Masks) -> Span:
+    """What the host may take for granted, at the time of a call or of all replays of a graph."""
+    buffer = keys.buffer
+    known = None if _capturing(query) else length_of(buffer)
+    if known is not None and buffer is not None:
+        whole = keys.tensor.data_ptr() == buffer.address  # notes count tokens from there
+        if not whole or not query.shape[2] <= known.tokens <= keys.tokens:
+            known = None
+    stop, exact = keys.tokens, masks.lengths is None
+    if masks.lengths is not None and known is not None:
+        stop, exact = known.tokens, known.exact
+    unpadded = masks.starts is None or (known is not None and known.unpadded(masks.starts))
+    first = 0
+    if masks.window and exact:
+        first = max(0, stop - query.shape[2] - masks.window + 1)
+    ends_behind = not masks.causal or stop >= query.shape[2]
+    plain = exact and unpadded and ends_behind and not masks.softcap
+    return Span(first, stop, plain and not 0 < masks.window < stop)
+
+
+def _capturing(query: Tensor) -> bool:
+    return query.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """Whether rows start on 16 bytes each, as stock forwards read them."""
+    size = tensor.element_size()
+    strides = [s for s, n in zip(tensor.stride()[:3], tensor.shape, strict=False) if n > 1]
+    rows = all(stride and stride * size % 16 == 0 for stride in strides)
+    return rows and tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0
+
+
+def _forwards(query: Tensor, key: Tensor, value: Tensor, span: Span) -> tuple[Forward, ...]:
+    """Those that can serve the call; the Triton one where no stock one can."""
+    if span.plain and _aligned(key) and _aligned(value):
+        found = stock_forward.available(query, value.shape[3])
+        if found:
+            return found
+    return ("triton",) if query.is_cuda and triton_attention.available() else ()
+
+
+def _problem(
+    query: Tensor, keys: StoredTokens, values: StoredTokens, masks: Masks, span: Span
+) -> PrefillProblem:
+    batch, query_heads, queries, head_dim = query.shape
+    return PrefillProblem(
+        batch=batch,
+        query_heads=query_heads,
+        key_heads=keys.tensor.shape[1],
+        queries=queries,
+        tokens=span.stop,
+        head_dim=head_dim,
+        value_dim=values.tensor.shape[3],
+        dtype=str(query.dtype).removeprefix("torch."),
+        causal=masks.causal,
+        first=span.first,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    problem: PrefillProblem,
+    local: int,
+    device_index: int,
+    tiers: frozenset[str],
+    forwards: tuple[Forward, ...],
+) -> StagedPlan:
+    profile = profile_of(device_index)
+    links = (profile.link(tier) for tier in tiers)
+    slowest = min(links, key=lambda link: link.copy_bandwidth)
+    return staged_plan.choose(problem, local, profile, slowest, forwards)
+
+
+def _distinct(keys: StoredTokens, values: StoredTokens) -> tuple[StoredTokens, ...]:
+    """Keys and values; once where they are one tensor."""
+    same = keys.tensor.data_ptr() == values.tensor.data_ptr()
+    return (keys,) if same else (keys, values)
+
+
+@lru_cache(maxsize=256)
+def _log_once(reason: str) -> None:
+    log.info("a stock kernel reads tiered keys and values: %s", reason)

@@ -1,0 +1,152 @@
+"""The plan of staged attention: every row sees each of its tokens once, through parts that fit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dak_inductor import hardware
+from dak_inductor.lowering.attention import staged_plan
+from dak_inductor.lowering.attention.staged_parts import Piece, PrefillProblem, pieces_of
+
+H200 = hardware.load("h200")
+HOST, PEER = H200.link("cpu"), H200.link("cuda:1")
+links = pytest.mark.parametrize("link", [HOST, PEER], ids=["host", "peer"])
+
+
+def problem_of(queries: int, tokens: int, **more: object) -> PrefillProblem:
+    """The attention of a Llama-3-8B layer over one sequence."""
+    sizes: dict = {
+        "batch": 1, "query_heads": 32, "key_heads": 8, "head_dim": 128, "value_dim": 128,
+        "dtype": "bfloat16", "causal": True,
+    }  # fmt: skip
+    return PrefillProblem(queries=queries, tokens=tokens, **{**sizes, **more})
+
+
+def seen_by(problem: PrefillProblem) -> np.ndarray:
+    """[queries, tokens]: how often a row has to see a token."""
+    token = np.arange(problem.tokens)[None, :]
+    row = np.arange(problem.queries)[:, None]
+    allowed = token <= problem.past + row if problem.causal else np.ones((1, 1), bool)
+    return (allowed & (token >= problem.first) & (row >= 0)).astype(int)
+
+
+def shown(piece: Piece, seen: np.ndarray) -> None:
+    rows, tokens = piece.rows, piece.stop - piece.start
+    mask = np.ones((rows, tokens), int)
+    if piece.causal:
+        mask = np.tril(mask, tokens - rows)
+    seen[piece.first_row : piece.last_row, piece.start : piece.stop] += mask
+
+
+@st.composite
+def planned(draw: st.DrawFn):
+    queries = draw(st.integers(17, 700))
+    past = draw(st.sampled_from([0, 1, 127, 128, 500, 2000]))
+    causal = draw(st.booleans())
+    problem = problem_of(
+        queries, queries + past, causal=causal,
+        batch=draw(st.sampled_from([1, 3])), key_heads=draw(st.sampled_from([1, 8, 32])),
+        first=draw(st.sampled_from([0, 0, past // 2])),
+    )  # fmt: skip
+    local = draw(st.sampled_from([0, 1, problem.tokens // 3, problem.past, problem.tokens - 1]))
+    forwards = draw(st.sampled_from([("cudnn",), ("flash",), ("cudnn", "flash")]))
+    small = draw(st.sampled_from([2 << 20, staged_plan.RING_BYTES]))
+    before, staged_plan.RING_BYTES = staged_plan.RING_BYTES, small
+    try:
+        plan = staged_plan.choose(
+            problem, local, H200, draw(st.sampled_from([HOST, PEER])), forwards
+        )
+    finally:
+        staged_plan.RING_BYTES = before
+    return problem, local, small, plan
+
+
+@settings(deadline=None, max_examples=150)
+@given(planned())
+def test_each_row_sees_each_of_its_tokens_once(found) -> None:
+    problem, local, ring_bytes, plan = found
+    seen = np.zeros((problem.queries, problem.tokens), int)
+    for part in plan.parts:
+        assert part.staged or part.stop <= max(local, problem.first), "remote tokens in place"
+        for piece in part.pieces:
+            assert part.start <= piece.start < piece.stop <= part.stop
+            assert 0 <= piece.first_row < piece.last_row <= problem.queries
+            square = piece.rows == piece.stop - piece.start
+            assert square or not (piece.causal and plan.forward == "cudnn"), "another alignment"
+            assert not piece.causal or piece.rows <= piece.stop - piece.start
+            shown(piece, seen)
+    assert (seen == seen_by(problem)).all()
+    staged = sorted((part.start, part.stop) for part in plan.staged)
+    ends = [local if staged and staged[0][0] else 0, *(stop for _, stop in staged)]
+    if staged:
+        assert ends[-1] == problem.tokens
+        assert all(start == end for (start, _), end in zip(staged[1:], ends[1:], strict=False))
+    assert plan.slots <= max(staged_plan.SLOTS) and bool(plan.slots) == bool(staged)
+    whole = staged_plan.UNIT * problem.token_bytes
+    assert plan.slots * plan.slot_tokens * problem.token_bytes <= max(
+        ring_bytes + 2 * whole, plan.slots * whole
+    )
+
+
+def test_triton_masks_by_positions_so_any_tokens_are_one_call() -> None:
+    problem = problem_of(512, 2048)
+    assert pieces_of(problem, 0, 2048, "triton") == (Piece(0, 512, 0, 2048, False),)
+    assert pieces_of(problem, 1700, 1800, "triton") == (Piece(1700 - 1536, 512, 1700, 1800, False),)
+    plan = staged_plan.choose(problem, 1000, H200, HOST, ("triton",))
+    assert {piece.causal for piece in plan.pieces} == {False}
+
+
+def test_everything_local_is_one_call_where_the_forward_knows_the_triangle() -> None:
+    plan = staged_plan.choose(problem_of(4096, 4096), 4096, H200, HOST, ("cudnn", "flash"))
+    assert plan.pieces == (Piece(0, 4096, 0, 4096, True),) and plan.slots == 0
+    plan = staged_plan.choose(problem_of(256, 9000), 9000, H200, HOST, ("flash",))
+    assert plan.pieces == (Piece(0, 256, 0, 9000, True),)
+    plan = staged_plan.choose(problem_of(256, 9000), 9000, H200, HOST, ("cudnn",))
+    assert [piece.causal for piece in plan.pieces] == [False, True]
+
+
+def test_a_chunk_in_the_past_of_all_queries_has_no_mask() -> None:
+    plan = staged_plan.choose(problem_of(2048, 65536), 0, H200, HOST, ("cudnn",))
+    for part in plan.staged:
+        if part.stop <= 65536 - 2048:
+            assert part.pieces == (Piece(0, 2048, part.start, part.stop, False),)
+
+
+@links
+@pytest.mark.parametrize("queries", [2048, 8192, 32768])
+def test_the_estimate_is_near_the_bound(link, queries: int) -> None:
+    """What the constants of the plan promise; `tests/gpu` measures what becomes of it."""
+    for fraction in (0.0, 0.1, 0.5, 1.0):
+        problem = problem_of(queries, queries)
+        local = round((1 - fraction) * queries)
+        plan = staged_plan.choose(problem, local, H200, link, ("cudnn", "flash"))
+        remote = (queries - local) * problem.token_bytes
+        pairs = queries * (queries + 1) / 2
+        peak = 0.72 * H200.matmul_flops["bfloat16"]
+        bound = max(remote / link.direct_bandwidth, 4 * 32 * 128 * pairs / peak)
+        slack = 1.7 if queries == 2048 else 1.25
+        assert 0.9 * bound < plan.seconds < slack * bound, fraction
+
+
+def test_more_remote_tokens_never_take_less_time_by_much() -> None:
+    before = 0.0
+    for local in range(16384, -1, -2048):
+        plan = staged_plan.choose(problem_of(2048, 16384), local, H200, HOST, ("cudnn", "flash"))
+        assert plan.seconds > 0.95 * before
+        before = plan.seconds
+
+
+def test_a_long_context_is_planned_in_few_steps() -> None:
+    """Candidates with hundreds of chunks would hold up the host."""
+    sizes = list(staged_plan._chunks(problem_of(2048, 700_000), 0))
+    assert sum(len(chunks) for _, chunks in sizes) < 5000
+
+
+def test_the_plan_in_words() -> None:
+    plan = staged_plan.choose(problem_of(512, 2048), 1000, H200, HOST, ("flash",))
+    lines = staged_plan.plan_lines(plan)
+    assert len(lines) == 1 + len(plan.parts)
+    assert "flash" in lines[0] and any("copied" in line for line in lines)
