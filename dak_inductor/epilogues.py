@@ -14,7 +14,6 @@ every product with a weight on its right.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,9 +23,10 @@ from torch.fx import GraphModule, Node
 
 import dak_inductor.lowering.ops  # noqa: F401  (registers torch.ops.dak)
 from dak_inductor.activations import activation_of
+from dak_inductor.dead_nodes import erase_unused
 from dak_inductor.halves import Half, half_of
 from dak_inductor.normalise import value_of
-from dak_inductor.op_rules import nbytes
+from dak_inductor.op_match import nbytes
 from dak_inductor.op_table import Op, OpTable
 from dak_inductor.products import Ops, Product, can_move, product_behind, shape
 from dak_inductor.sizes import Size
@@ -225,7 +225,7 @@ def _apply(graph_module: GraphModule, fusion: Fusion, ops: dict[str, tuple[Op, .
     for product in fusion.products:
         del ops[product.node.name]
     root.replace_all_uses_with(fused)
-    _erase(root)
+    erase_unused(root)
 
 
 def _sliced(graph_module: GraphModule, rows: RowSlice) -> Node:
@@ -234,25 +234,6 @@ def _sliced(graph_module: GraphModule, rows: RowSlice) -> Node:
     node = graph_module.graph.create_node("call_function", _aten.slice.Tensor, arguments, {})
     node.meta["val"] = _value(rows)
     return node
-
-
-def _erase(node: Node) -> None:
-    """Remove a node without users, and what only it used."""
-    pending = [node]
-    while pending:
-        dead = pending.pop()
-        inputs = dead.all_input_nodes
-        dead.graph.erase_node(dead)
-        pending += [used for used in inputs if not used.users and _is_pure(used)]
-
-
-def _is_pure(node: Node) -> bool:
-    if node.op != "call_function":
-        return False
-    if node.target is operator.getitem:
-        return True
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and not schema.is_mutable
 
 
 def _ops_of(fusion: Fusion, fused: Node, ops: Ops) -> tuple[Op, ...]:

@@ -7,60 +7,23 @@ user's words, or None where the op has nothing to do with weights or caches.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from dak_inductor.attention_calls import AttentionCall, attention_of_scores, read_attention
+from dak_inductor.attention_match import attention_operator, over_cache
 from dak_inductor.normalise import value_of
-from dak_inductor.sizes import Size, minimum, product, shape_of
-from dak_inductor.views import cache_behind, input_behind
+from dak_inductor.op_match import Match, Read, dtype_name, nbytes
+from dak_inductor.sizes import add, minimum, product, shape_of
+from dak_inductor.views import cache_behind, input_behind, updated_in_place
 
 _aten = torch.ops.aten
 COMPUTED = "both operands are computed in the graph; nothing in it can be tiered"
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
-    """`touched` bytes of graph input `source`, read per call."""
-
-    source: Node
-    touched: Size
-
-    @classmethod
-    def of(cls, operand: Node, source: Node) -> Read:
-        """A read of every element of `operand`, a view of `source`; an expanded view is read
-        once."""
-        value = value_of(operand)
-        whole = value_of(source)
-        touched = minimum(nbytes(value), nbytes(whole))
-        return cls(source, touched)
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """What a rule found. `reads` holds the operands that lie behind graph inputs, weights first."""
-
-    kind: str
-    reads: tuple[Read, ...]
-    m: Size
-    other: Size
-    flops: Size
-    dtype: str
-    rewrite: bool = True
-
-
 Rule = Callable[[Node], Match | str | None]
-
-
-def nbytes(tensor: torch.Tensor) -> Size:
-    """Bytes of all elements of a (fake) tensor."""
-    return product((*shape_of(tensor), tensor.element_size()))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _nodes(node: Node, count: int) -> list[Any]:
@@ -86,14 +49,10 @@ def _contraction(kind: str, node: Node, x: Node, weight: Node) -> Match | str:
         kind=kind,
         reads=(Read.of(weight, source),),
         m=product(shape_of(x_value)[:-1]),
-        other=_sum(nbytes(x_value), nbytes(result)),
+        other=add(nbytes(x_value), nbytes(result)),
         flops=product((2, *shape_of(result), contracted)),
-        dtype=_name(value_of(weight).dtype),
+        dtype=dtype_name(value_of(weight).dtype),
     )
-
-
-def _sum(left: Size, right: Size) -> Size:
-    return left + right
 
 
 def _linear(node: Node) -> Match | str:
@@ -110,9 +69,16 @@ def _matmul(node: Node) -> Match | str | None:
 
 
 def _either(kind: str, node: Node, left: Any, right: Any) -> Match | str | None:
-    """A product of which the right operand is the weight, else the left one."""
+    """A product of which the right operand is the weight, else the left one; or attention."""
     if value_of(left).dim() == 0 or value_of(right).dim() == 0:
         return "a scalar operand"
+    call = read_attention(node)
+    if isinstance(call, AttentionCall) and (attention := over_cache(call)) is not None:
+        return attention
+    if call is None:
+        call = attention_of_scores(node)
+        if isinstance(call, AttentionCall) and over_cache(call) is not None:
+            return None  # the product with the values stands for both
     if _weight_like(right):
         return _contraction(kind, node, left, right)
     if _weight_like(left):
@@ -128,7 +94,8 @@ def _either(kind: str, node: Node, left: Any, right: Any) -> Match | str | None:
     for activation, operand in ((left, right), (right, left)):
         cache = cache_behind(operand)
         if cache is not None and value_of(cache).dim() >= 3:
-            return _cached(node, activation, operand, cache)
+            reason = call if isinstance(call, str) else ""
+            return _cached(node, activation, operand, cache, reason)
     return None
 
 
@@ -137,48 +104,21 @@ def _weight_like(node: Any) -> bool:
     source = input_behind(node)
     if source is None:
         return False
-    return not any(_updates(user) for user in source.users)
+    return not updated_in_place(source)
 
 
-def _updates(user: Node) -> bool:
-    name = getattr(user.target, "__name__", "")
-    return user.op == "call_function" and name.split(".")[0].endswith("_")
-
-
-def _cached(node: Node, activation: Node, cache_view: Node, cache: Node) -> Match:
-    """Attention spelled as matmuls: the operand is a cache that the graph updates; the stock op
-    reads it."""
+def _cached(node: Node, activation: Node, view: Node, cache: Node, refusal: str) -> Match:
+    """One of the two products that attention is spelled with; the stock op reads the cache."""
     x_value, result = value_of(activation), value_of(node)
     return Match(
         kind="attention",
-        reads=(Read.of(cache_view, cache),),
+        reads=(Read.of(view, cache),),
         m=shape_of(x_value)[-2] if x_value.dim() > 1 else 1,
-        other=_sum(nbytes(x_value), nbytes(result)),
+        other=add(nbytes(x_value), nbytes(result)),
         flops=product((2, *shape_of(result), shape_of(x_value)[-1])),
-        dtype=_name(result.dtype),
+        dtype=dtype_name(result.dtype),
         rewrite=False,
-    )
-
-
-def _attention(node: Node) -> Match | str:
-    query, key, value = (value_of(argument) for argument in node.args[:3])
-    reads = tuple(
-        Read.of(argument, source)
-        for argument in node.args[1:3]
-        if isinstance(argument, Node) and (source := cache_behind(argument)) is not None
-    )
-    if not reads:
-        return "keys and values are computed in the graph; there is no cache to tier"
-    query_shape, key_shape = shape_of(query), shape_of(key)
-    depth = _sum(query_shape[-1], shape_of(value)[-1])
-    return Match(
-        kind="attention",
-        reads=reads,
-        m=query_shape[-2],
-        other=_sum(nbytes(query), nbytes(value_of(node))),
-        flops=product((2, *query_shape[:-1], key_shape[-2], depth)),
-        dtype=_name(query.dtype),
-        rewrite=False,
+        refusal=refusal,
     )
 
 
@@ -214,7 +154,7 @@ def _rows(kind: str, node: Node, table: Any, indices: Any) -> Match | str:
     shape = shape_of(value)
     touched = product((minimum(rows, shape[0]), *shape[1:], value.element_size()))
     return Match(
-        kind, (Read(source, touched),), rows, nbytes(value_of(node)), 0, _name(value.dtype)
+        kind, (Read(source, touched),), rows, nbytes(value_of(node)), 0, dtype_name(value.dtype)
     )
 
 
@@ -234,9 +174,9 @@ def _grouped_mm(node: Node) -> Match | str:
         kind="grouped_mm",
         reads=(Read(source, touched),),
         m=rows,
-        other=_sum(nbytes(x_value), nbytes(value_of(node))),
+        other=add(nbytes(x_value), nbytes(value_of(node))),
         flops=product((2, *shape_of(value_of(node)), shape_of(x_value)[-1])),
-        dtype=_name(value.dtype),
+        dtype=dtype_name(value.dtype),
     )
 
 
@@ -246,7 +186,7 @@ RULES: dict[Any, Rule] = {
     _aten.mm.default: _matmul,
     _aten.bmm.default: _matmul,
     _aten.matmul.default: _matmul,
-    _aten.scaled_dot_product_attention.default: _attention,
+    _aten.scaled_dot_product_attention.default: attention_operator,
     _aten.embedding.default: _embedding,
     _aten.index.Tensor: _gather,
     _aten.index_select.default: _index_select,

@@ -16,7 +16,8 @@ from torch.fx import GraphModule, Node
 
 from dak_inductor.lowering.registry import TemplateRefusal
 from dak_inductor.normalise import value_of
-from dak_inductor.op_rules import RULES, Match, Read
+from dak_inductor.op_match import Match, Read
+from dak_inductor.op_rules import RULES
 from dak_inductor.plan import OpUse
 from dak_inductor.provenance import module_of, parameter_name, source_of
 from dak_inductor.refusal import Refusal
@@ -158,6 +159,8 @@ def build_op_table(graph_module: GraphModule) -> OpTable:
             refusals.append(_refuse(node, match))
             _stock_reads(node, index, ops, refusals, quiet=True)
             continue
+        if match.refusal:
+            refusals.append(_refuse(node, match.refusal))
         ops.extend(_ops_of(node, match, index))
     symbols, hints = _symbols(placeholders)
     return OpTable(

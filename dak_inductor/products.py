@@ -6,7 +6,6 @@ dimensions and back between a product and what is done with it.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +16,7 @@ from torch.fx import Node
 from dak_inductor.normalise import value_of
 from dak_inductor.op_table import Op
 from dak_inductor.sizes import Size, shape_of
-from dak_inductor.views import MAYBE_VIEWS, input_behind
+from dak_inductor.views import changes_not, input_behind, written_between
 
 _aten = torch.ops.aten
 _dak = torch.ops.dak
@@ -66,57 +65,18 @@ def product_behind(value: object, ops: Ops) -> Product | None:
     return _unviewed(product, shape(steps[0]))
 
 
-def memory_behind(node: Node) -> Node:
-    """The node whose memory this one may show: through views, in-place updates and no-ops."""
-    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
-        schema = getattr(node.target, "_schema", None)
-        aliases = schema is not None and any(r.alias_info is not None for r in schema.returns)
-        passes = node.target in MAYBE_VIEWS or node.target is operator.getitem or _changes_not(node)
-        if not (aliases or passes):
-            break
-        node = node.args[0]
-    return node
-
-
 def can_move(product: Product, to: Node) -> bool:
     """Whether the product may be computed just before `to` instead, which comes after it."""
-    owners = {memory_behind(operand) for operand in product.operands}
-    node = product.node.next
-    while node is not to:
-        if node.op in ("root", "output"):
-            return False
-        if node.op == "call_function" and (
-            "autocast" in getattr(node.target, "__name__", "") or _writes(node, owners)
-        ):
-            return False
-        node = node.next
-    return True
-
-
-def _writes(node: Node, owners: set[Node]) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return False
-    return any(memory_behind(argument) in owners for argument in node.all_input_nodes)
+    return not written_between(product.node, to, product.operands)
 
 
 def _upwards(value: object) -> Iterator[Node]:
     """`value` and what it shows, up to the first node that computes something."""
     while isinstance(value, Node):
         yield value
-        if not (_changes_not(value) or _reshapes(value)):
+        if not (changes_not(value) or _reshapes(value)):
             return
         value = value.args[0]
-
-
-def _changes_not(node: Node) -> bool:
-    """A dropout outside of training, or a cast to the dtype that the value has."""
-    if node.target is _aten.dropout.default:
-        return bool(node.args[1] == 0 or not node.args[2])
-    if node.target in (_aten.to.dtype, _aten.type_as.default):
-        before, after = value_of(node.args[0]), value_of(node)
-        return bool(before.dtype == after.dtype and before.device == after.device)
-    return node.target is _aten.alias.default
 
 
 def _reshapes(node: object) -> bool:

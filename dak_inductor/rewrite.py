@@ -13,6 +13,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 import dak_inductor.lowering.ops  # noqa: F401  (registers torch.ops.dak)
+from dak_inductor.attention_rewrite import write_attention, write_update
 from dak_inductor.normalise import copy_graph_attributes
 from dak_inductor.op_table import OpTable
 
@@ -50,7 +51,7 @@ _TARGETS: dict[Any, tuple[Any, Callable[[Node], Arguments]]] = {
 def rewrite(graph_module: GraphModule, table: OpTable) -> GraphModule:
     """A copy of the graph with the eligible ops of `table` replaced; names, metadata and
     placeholders are kept."""
-    eligible = {op.node for op in table.ops if op.rewrite}
+    eligible = {op.node: op.kind for op in table.ops if op.rewrite}
     graph = Graph()
     copies: dict[Node, Node] = {}
     copied: Any = graph.graph_copy(graph_module.graph, copies, return_output_node=True)
@@ -58,8 +59,13 @@ def rewrite(graph_module: GraphModule, table: OpTable) -> GraphModule:
         value, original = copied
         graph.output(value).meta.update(original.meta)
     for node in list(graph.nodes):
-        if node.name in eligible and node.target in _TARGETS:
+        kind = eligible.get(node.name)
+        if kind == "attention":
+            write_attention(node)
+        elif kind is not None and node.target in _TARGETS:
             _retarget(node)
+        elif node.target is _aten.index_copy_.default:
+            write_update(node)
     result = GraphModule(graph_module, graph)
     copy_graph_attributes(graph_module, result)
     for old, new in copies.items():

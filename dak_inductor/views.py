@@ -1,9 +1,14 @@
-"""Following a value back to the graph input whose memory it shows."""
+"""Following a value back to the graph input whose memory it shows, and who writes to that."""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable
+
 import torch
 from torch.fx import Node
+
+from dak_inductor.normalise import value_of
 
 _aten = torch.ops.aten
 
@@ -72,3 +77,86 @@ def cache_behind(node: object) -> Node | None:
             return None
         node = node.args[0]
     return None
+
+
+def memory_read(node: object) -> Node | None:
+    """As `input_behind`, through in-place updates: the input whose memory the value shows after
+    them."""
+    while isinstance(node, Node):
+        if node.op == "placeholder":
+            return node
+        if node.op != "call_function" or not (node.target in VIEWS or _writes_first(node)):
+            return None
+        node = node.args[0]
+    return None
+
+
+def memory_behind(node: Node) -> Node:
+    """The node whose memory this one may show: through views, in-place updates and no-ops."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
+        schema = getattr(node.target, "_schema", None)
+        aliases = schema is not None and any(r.alias_info is not None for r in schema.returns)
+        passes = node.target in MAYBE_VIEWS or node.target is operator.getitem or changes_not(node)
+        if not (aliases or passes):
+            break
+        node = node.args[0]
+    return node
+
+
+def changes_not(node: Node) -> bool:
+    """A dropout outside of training, or a cast to the dtype that the value has."""
+    if node.target is _aten.dropout.default:
+        return bool(node.args[1] == 0 or not node.args[2])
+    if node.target in (_aten.to.dtype, _aten.type_as.default):
+        before, after = value_of(node.args[0]), value_of(node)
+        return bool(before.dtype == after.dtype and before.device == after.device)
+    return node.target is _aten.alias.default
+
+
+def written_between(first: Node, last: Node, operands: Iterable[Node]) -> bool:
+    """Whether what `first` reads of `operands` may be another value just before `last`, a later
+    node: something wrote to their memory, or entered or left autocast."""
+    owners = {memory_behind(operand) for operand in operands}
+    node = first.next
+    while node is not last:
+        if node.op in ("root", "output"):
+            return True
+        if node.op == "call_function" and (
+            "autocast" in getattr(node.target, "__name__", "") or _writes(node, owners)
+        ):
+            return True
+        node = node.next
+    return False
+
+
+def updated_in_place(node: Node) -> bool:
+    """Whether the graph writes to the memory of this graph input."""
+    return any(_writes_first(user) and memory_behind(user) is node for user in _showing(node))
+
+
+def _showing(node: Node) -> Iterable[Node]:
+    """Everything that is computed from the node's memory, views followed."""
+    pending, seen = [node], {node}
+    while pending:
+        for user in pending.pop().users:
+            if user not in seen:
+                seen.add(user)
+                yield user
+                if memory_behind(user) is node:
+                    pending.append(user)
+
+
+def _writes_first(node: Node) -> bool:
+    """Whether an operator updates its first argument in place."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return False
+    alias = schema.arguments[0].alias_info
+    return alias is not None and bool(alias.is_write)
+
+
+def _writes(node: Node, owners: set[Node]) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return False
+    return any(memory_behind(argument) in owners for argument in node.all_input_nodes)

@@ -2,10 +2,10 @@
 
 On the CPU (the simulated tier) they stay calls, because they count. On CUDA the registry decides
 while the graph is traced. An op for the CUDA template stays a call too: its implementation finds
-the tier by the weight's address when it runs. An op for the Triton template expands to the product
-and its epilogue, which Inductor fuses. Any other expands to its stock equivalent: the expanded
-graph is the one that Inductor would have seen without this backend, so its own fusions, pattern
-matches and GEMM choices still apply.
+the tier by the weight's address when it runs. A product for the Triton template expands to the
+product and its epilogue, which Inductor fuses; attention for it stays a call. Any other op expands
+to its stock equivalent: the expanded graph is the one that Inductor would have seen without this
+backend, so its own fusions, pattern matches and GEMM choices still apply.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def _expansion(operator: Operator) -> Callable[..., Any]:
         if not any(isinstance(arg, Tensor) and arg.device.type == "cuda" for arg in args):
             return NotImplemented
         choice = registry.choose(operator.name, *args, **kwargs)
-        if choice.template == "cuda":
+        if choice.template == "cuda" or (
+            choice.template == "triton" and operator.name not in registry.LINEAR_OPS
+        ):
             return NotImplemented
         if choice.template == "triton":
             return expansion.expand(operator.name, *args, **kwargs)

@@ -61,13 +61,13 @@ class _Weight:
 
     @property
     def shape(self) -> Shape:
-        return tuple(_static(size) for size in self.pair(self.tensor.shape))
+        return tuple(static_size(size) for size in self.pair(self.tensor.shape))
 
     @property
     def layout(self) -> Layout | None:
         if self.tensor.dim() != 2 or self.tensor.layout != torch.strided:
             return None
-        along_n, along_k = (_static(step) for step in self.pair(self.tensor.stride()))
+        along_n, along_k = (static_size(step) for step in self.pair(self.tensor.stride()))
         n, k = self.shape
         if along_k == 1 and along_n is not None and k is not None and along_n >= k:
             return "out_in"
@@ -78,7 +78,7 @@ class _Weight:
     @property
     def pitch(self) -> int | None:
         along_n, along_k = self.pair(self.tensor.stride())
-        return _static(along_n if self.layout == "out_in" else along_k)
+        return static_size(along_n if self.layout == "out_in" else along_k)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +211,7 @@ def _uniform(call: _Operands) -> bool:
 def _rows(x: Tensor) -> int | None:
     rows = 1
     for size in x.shape[:-1]:
-        static = _static(size)
+        static = static_size(size)
         if static is None:
             return None
         rows *= static
@@ -219,9 +219,9 @@ def _rows(x: Tensor) -> int | None:
 
 
 def _shape(tensor: Tensor | None) -> Shape | None:
-    return None if tensor is None else tuple(_static(size) for size in tensor.shape)
+    return None if tensor is None else tuple(static_size(size) for size in tensor.shape)
 
 
-def _static(value: Any) -> int | None:
+def static_size(value: Any) -> int | None:
     """An int as it is, None for a symbolic one: asking that for its value would add a guard."""
     return value if isinstance(value, int) and not isinstance(value, bool) else None

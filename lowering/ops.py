@@ -2,10 +2,11 @@
 
 Each operator computes what its stock equivalent computes, bit for bit on the CPU. On the CPU (the
 simulated tier) it also counts the bytes that it reads from each tier. On CUDA a product with a
-tiered weight goes to a kernel that counts on the device; the others, and what no kernel takes, run
-as their stock equivalent, which reads the tiered tensor through its address.
+tiered weight and attention over a tiered cache go to a kernel that counts on the device; the
+others, and what no kernel takes, run as their stock equivalent, which reads the tiered tensor
+through its address.
 
-The products are in `ops_linear`; here are the rest:
+The products are in `ops_linear`, attention is in `ops_attention`; here are the rest:
 
     dak::embedding(weight [V, D], indices, padding_idx, ...)         -> [..., D]
     dak::gather(table [E, ...], indices) -> indices.shape + table.shape[1:]
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from dak_inductor.lowering import reads
 from dak_inductor.lowering.operator_record import Operator
+from dak_inductor.lowering.ops_attention import ATTENTION_OPERATOR
 from dak_inductor.lowering.ops_linear import LINEAR_OPERATORS
 
 _aten = torch.ops.aten
@@ -62,6 +64,7 @@ def _count_grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any)
 
 OPERATORS: tuple[Operator, ...] = (
     *LINEAR_OPERATORS,
+    ATTENTION_OPERATOR,
     Operator(
         "embedding",
         "embedding(Tensor weight, Tensor indices, SymInt padding_idx=-1, "
@@ -86,7 +89,8 @@ OPERATORS: tuple[Operator, ...] = (
 
 
 def _register(operator: Operator) -> None:
-    _library.define(operator.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    layout = (torch.Tag.flexible_layout,) if operator.any_strides else ()
+    _library.define(operator.schema, tags=(torch.Tag.pt2_compliant_tag, *layout))
 
     def stock(*args: Any, **kwargs: Any) -> Tensor:
         return _unaliased(operator.stock(*args, **kwargs), args)
@@ -97,7 +101,8 @@ def _register(operator: Operator) -> None:
 
     _library.impl(operator.name, cpu, "CPU")
     _library.impl(operator.name, _on_device(operator, stock), "CUDA")
-    torch.library.register_fake(f"dak::{operator.name}", stock, lib=_library)
+    shape = operator.shape or stock
+    torch.library.register_fake(f"dak::{operator.name}", shape, lib=_library)
 
 
 def _on_device(operator: Operator, stock: Callable[..., Tensor]) -> Callable[..., Tensor]:

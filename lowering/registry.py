@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
+from dak_inductor.lowering import attention_rules
+from dak_inductor.lowering.attention_facts import attention_facts
 from dak_inductor.lowering.op_facts import OpFacts, facts_of
+from dak_inductor.lowering.template_rule import Rule, dtype_text, first_reason, gpu_text
 
 Template = Literal["cuda", "triton", "stock"]
 
@@ -39,79 +42,76 @@ class Choice:
     refusals: tuple[TemplateRefusal, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    holds: Callable[[OpFacts], bool]
-    reason: Callable[[OpFacts], str]
-
-
 _HALF = (torch.bfloat16, torch.float16)
 
-_COMMON = (
-    _Rule(
+_COMMON: tuple[Rule[OpFacts], ...] = (
+    Rule(
         lambda f: f.layout is not None,
         lambda f: "the weight is not a plain 2-D matrix, or not contiguous along either dimension",
     ),
-    _Rule(
+    Rule(
         lambda f: f.k is not None and f.n is not None,
         lambda f: "the weight has a dynamic shape",
     ),
-    _Rule(
+    Rule(
         lambda f: f.uniform,
         lambda f: "the operands differ in dtype or device, or gate and up in shape or layout",
     ),
-    _Rule(
+    Rule(
         lambda f: not f.scaled,
         lambda f: "alpha or beta of addmm is not 1",
     ),
-    _Rule(
+    Rule(
         lambda f: all(bias is None or bias == (f.n,) for bias in f.biases),
         lambda f: f"a bias of shape {_first_odd_bias(f)} instead of ({f.n},)",
     ),
 )
 
-_CUDA = (
-    _Rule(
+_CUDA: tuple[Rule[OpFacts], ...] = (
+    Rule(
         lambda f: f.capability == (9, 0),
-        lambda f: f"it is written for Hopper (compute capability 9.0); {_gpu(f)}",
+        lambda f: f"it is written for Hopper (compute capability 9.0); {gpu_text(f.capability)}",
     ),
-    _Rule(
+    Rule(
         lambda f: f.extension,
         lambda f: "the compiled extension of dak_inductor cannot be loaded",
     ),
-    _Rule(
+    Rule(
         lambda f: f.dtype in _HALF,
-        lambda f: f"it takes bfloat16 and float16, the weight is {_name(f.dtype)}",
+        lambda f: f"it takes bfloat16 and float16, the weight is {dtype_text(f.dtype)}",
     ),
     *_COMMON,
-    _Rule(
+    Rule(
         lambda f: _multiple(f.k, 8) and _multiple(f.n, 8),
         lambda f: f"N and K must be multiples of 8; the weight has N = {f.n}, K = {f.k}",
     ),
-    _Rule(
+    Rule(
         lambda f: all(_multiple(pitch, 8) for pitch in f.pitches),
         lambda f: f"rows must start every multiple of 8 elements; they start every {f.pitches[0]}",
     ),
 )
 
-_TRITON = (
-    _Rule(
+_TRITON: tuple[Rule[OpFacts], ...] = (
+    Rule(
         lambda f: f.capability is not None and f.capability >= (8, 0),
-        lambda f: f"it needs compute capability 8.0 or newer; {_gpu(f)}",
+        lambda f: f"it needs compute capability 8.0 or newer; {gpu_text(f.capability)}",
     ),
-    _Rule(lambda f: f.triton, lambda f: "triton is not installed"),
-    _Rule(
+    Rule(lambda f: f.triton, lambda f: "triton is not installed"),
+    Rule(
         lambda f: f.dtype in (*_HALF, torch.float32),
-        lambda f: f"it takes bfloat16, float16 and float32, the weight is {_name(f.dtype)}",
+        lambda f: f"it takes bfloat16, float16 and float32, the weight is {dtype_text(f.dtype)}",
     ),
     *_COMMON,
-    _Rule(
+    Rule(
         lambda f: f.k != 0 and f.n != 0 and f.m != 0,
         lambda f: "the product is empty",
     ),
 )
 
-_TEMPLATES: tuple[tuple[Template, tuple[_Rule, ...]], ...] = (("cuda", _CUDA), ("triton", _TRITON))
+_Rules = tuple[tuple[Template, tuple[Rule[Any], ...]], ...]
+_LINEAR: _Rules = (("cuda", _CUDA), ("triton", _TRITON))
+_ATTENTION: _Rules = (("cuda", attention_rules.CUDA), ("triton", attention_rules.TRITON))
+_NONE: _Rules = (("cuda", ()), ("triton", ()))
 
 _lock = threading.Lock()
 _choices: dict[tuple[str, OpFacts], Choice] = {}
@@ -124,7 +124,7 @@ def select(op_name: str, facts: OpFacts) -> Choice:
     `op_name` is the operator's name without its namespace: "linear".
     """
     refusals: list[TemplateRefusal] = []
-    for template, rules in _TEMPLATES:
+    for template, rules in _rules_of(op_name):
         reason = _refusal(op_name, facts, rules)
         if reason is None:
             return Choice(template, tuple(refusals))
@@ -134,7 +134,9 @@ def select(op_name: str, facts: OpFacts) -> Choice:
 
 def choose(op_name: str, *args: Any, **kwargs: Any) -> Choice:
     """The choice for a call with these (fake) arguments on a CUDA device, kept for `choices()`."""
-    facts = facts_of(op_name, args, kwargs)
+    facts = (
+        attention_facts(args, kwargs) if op_name == "attention" else facts_of(op_name, args, kwargs)
+    )
     choice = _within(_forced, op_name, facts)
     with _lock:
         _choices[op_name, facts] = choice
@@ -178,7 +180,7 @@ def _within(forced: Template | None, op_name: str, facts: OpFacts) -> Choice:
     if forced is None:
         return select(op_name, facts)
     refusals: list[TemplateRefusal] = []
-    for template, rules in _TEMPLATES:
+    for template, rules in _rules_of(op_name):
         reason = f"only {forced!r} is allowed here"
         if template == forced:
             own = _refusal(op_name, facts, rules)
@@ -189,10 +191,14 @@ def _within(forced: Template | None, op_name: str, facts: OpFacts) -> Choice:
     return Choice("stock", tuple(refusals))
 
 
-def _refusal(op_name: str, facts: OpFacts, rules: tuple[_Rule, ...]) -> str | None:
-    if op_name not in LINEAR_OPS:
-        return f"there is no template for {op_name}"
-    return next((rule.reason(facts) for rule in rules if not rule.holds(facts)), None)
+def _rules_of(op_name: str) -> _Rules:
+    if op_name == "attention":
+        return _ATTENTION
+    return _LINEAR if op_name in LINEAR_OPS else _NONE
+
+
+def _refusal(op_name: str, facts: OpFacts, rules: tuple[Rule[Any], ...]) -> str | None:
+    return first_reason(facts, rules) if rules else f"there is no template for {op_name}"
 
 
 def _multiple(value: int | None, of: int) -> bool:
@@ -202,13 +208,3 @@ def _multiple(value: int | None, of: int) -> bool:
 def _first_odd_bias(facts: OpFacts) -> str:
     odd = next(bias for bias in facts.biases if bias is not None and bias != (facts.n,))
     return "(" + ", ".join("?" if size is None else str(size) for size in odd) + ")"
-
-
-def _gpu(facts: OpFacts) -> str:
-    if facts.capability is None:
-        return "there is no such GPU here"
-    return "this GPU has {}.{}".format(*facts.capability)
-
-
-def _name(dtype: torch.dtype | None) -> str:
-    return "unknown" if dtype is None else str(dtype).removeprefix("torch.")

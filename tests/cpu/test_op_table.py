@@ -129,7 +129,7 @@ def test_attention_over_a_cache_reads_keys_and_values():
     assert len({op.operand for op in ops}) == 2
     assert sum(op.touched for op in ops) == keys.nbytes + values.nbytes
     assert sum(op.flops for op in ops) == 2 * 2 * 4 * 1 * 32 * (8 + 8)
-    assert not any(op.rewrite for op in ops)
+    assert all(op.rewrite for op in ops)
 
 
 def test_refusals_say_why_and_where():

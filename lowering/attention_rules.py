@@ -1,0 +1,90 @@
+"""What each template asks of a call of dak::attention.
+
+Few queries and many, a window and a softcap are served by one template or another kernel behind it;
+what that declines at the call runs as the stock composition.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dak_inductor.lowering.attention_facts import AttentionFacts
+from dak_inductor.lowering.template_rule import Rule, dtype_text, gpu_text
+
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+MOST_HEAD = 256
+FEW_QUERIES = 16
+"""Above so many queries of a sequence, remote tokens are staged once, not read by each tile."""
+_HALF = (torch.bfloat16, torch.float16)
+
+_COMMON: tuple[Rule[AttentionFacts], ...] = (
+    Rule(
+        lambda f: f.uniform,
+        lambda f: "queries, keys and values differ in dtype or device",
+    ),
+    Rule(
+        lambda f: f.ratio is not None,
+        lambda f: "the number of heads is dynamic",
+    ),
+    Rule(
+        lambda f: not f.masked,
+        lambda f: f"it has a {f.masked} mask besides lengths, starts, causality and window",
+    ),
+    Rule(
+        lambda f: f.order is not None,
+        lambda f: "the elements of a head of keys or values are not adjacent",
+    ),
+)
+
+_ORDERED: Rule[AttentionFacts] = Rule(
+    lambda f: f.order != "strided",
+    lambda f: "keys and values lie neither token by token nor head by head",
+)
+
+CUDA: tuple[Rule[AttentionFacts], ...] = (
+    Rule(
+        lambda f: f.capability == (9, 0),
+        lambda f: f"it is written for Hopper (compute capability 9.0); {gpu_text(f.capability)}",
+    ),
+    Rule(
+        lambda f: f.extension,
+        lambda f: "the compiled extension of dak_inductor cannot be loaded",
+    ),
+    Rule(
+        lambda f: f.dtype in _HALF,
+        lambda f: f"it takes bfloat16 and float16, keys are {dtype_text(f.dtype)}",
+    ),
+    *_COMMON,
+    Rule(
+        lambda f: f.head_dim in HEAD_DIMS,
+        lambda f: f"it takes a head_dim of {', '.join(map(str, HEAD_DIMS))}; this is {f.head_dim}",
+    ),
+    Rule(
+        lambda f: f.head_dim == f.value_dim,
+        lambda f: (
+            f"keys and values must have one head_dim; they have {f.head_dim} and {f.value_dim}"
+        ),
+    ),
+    Rule(
+        lambda f: _ORDERED.holds(f) or (f.rows is not None and f.rows <= FEW_QUERIES),
+        lambda f: f"more than {FEW_QUERIES} queries are staged, and {_ORDERED.reason(f)}",
+    ),
+)
+
+TRITON: tuple[Rule[AttentionFacts], ...] = (
+    Rule(
+        lambda f: f.capability is not None and f.capability >= (8, 0),
+        lambda f: f"it needs compute capability 8.0 or newer; {gpu_text(f.capability)}",
+    ),
+    Rule(lambda f: f.triton, lambda f: "triton is not installed"),
+    Rule(
+        lambda f: f.dtype in (*_HALF, torch.float32),
+        lambda f: f"it takes bfloat16, float16 and float32, keys are {dtype_text(f.dtype)}",
+    ),
+    *_COMMON,
+    _ORDERED,
+    Rule(
+        lambda f: max(f.head_dim or 0, f.value_dim or 0) in range(1, MOST_HEAD + 1),
+        lambda f: f"it takes a head_dim of at most {MOST_HEAD}; this is {f.head_dim}",
+    ),
+)
