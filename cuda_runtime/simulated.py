@@ -87,6 +87,19 @@ class SimulatedTier(Tier):
         address_table.register(buffer)
         return buffer
 
+    def allocate_growing(self, nbytes: int, *, split: int) -> SimulatedBuffer:
+        split = creation_split(split, nbytes)
+        pages = self.held_bytes(nbytes, split).total // self.page_bytes
+        buffer = SimulatedBuffer(self, nbytes, split, pages, growing=True)
+        address_table.register(buffer)
+        return buffer
+
+    def check_growth(self, more: TierBytes, what: str) -> None:
+        self._check_local(more.local)
+        needed = more.total if self.host_memory is None else more.remote
+        if needed:
+            check_host_memory(needed, self.host_memory, what, taken=self.counters.held.remote)
+
     def reserve(
         self, remote_bytes: int, *, peak_bytes: int | None = None, prepare: bool = True
     ) -> None:
@@ -133,10 +146,16 @@ class _Memory:
 
 
 class SimulatedBuffer(TieredBuffer):
-    """A tiered buffer whose pages all are CPU memory. Made by `SimulatedTier.allocate`."""
+    """A tiered buffer whose pages all are CPU memory. Made by `SimulatedTier.allocate`.
 
-    def __init__(self, tier: SimulatedTier, nbytes: int, split: int, pages: int) -> None:
-        block = np.empty((pages + 1) * tier.page_bytes, dtype=np.uint8)
+    One that is `growing` starts without pages: zeros that the kernel has not made pages of yet.
+    """
+
+    def __init__(
+        self, tier: SimulatedTier, nbytes: int, split: int, pages: int, *, growing: bool = False
+    ) -> None:
+        make = np.zeros if growing else np.empty
+        block = make((pages + 1) * tier.page_bytes, dtype=np.uint8)
         base = -(-block.ctypes.data // tier.page_bytes) * tier.page_bytes
         super().__init__(
             nbytes=nbytes,
@@ -150,28 +169,51 @@ class SimulatedBuffer(TieredBuffer):
         self._block = block
         self._page_is_local = np.zeros(pages, dtype=bool)
         self._page_is_local[: self.local_pages(split)] = True
+        self._page_is_held = np.full(pages, not growing)
+        if growing:
+            self.committed = 0
         tier.counters.hold(self.physical_bytes())
-        weakref.finalize(self, _release, tier.counters, self._page_is_local, tier.page_bytes)
+        weakref.finalize(
+            self,
+            _release,
+            tier.counters,
+            self._page_is_local,
+            self._page_is_held,
+            tier.page_bytes,
+        )
 
     def physical_bytes(self) -> TierBytes:
-        local = int(self._page_is_local.sum())
-        return TierBytes(
-            local * self.page_bytes, (len(self._page_is_local) - local) * self.page_bytes
-        )
+        return _held(self._page_is_local, self._page_is_held, self.page_bytes)
+
+    def growth(self, committed: int) -> TierBytes:
+        new = self._new_pages(committed)
+        return _held(self._page_is_local, new, self.page_bytes)
+
+    def _grow(self, committed: int) -> int:
+        if self._tier._due("page"):
+            raise HostMemoryError(f"injected failure: {committed} bytes were not committed")
+        new = self._new_pages(committed)
+        self._tier.counters.hold(_held(self._page_is_local, new, self.page_bytes))
+        self._page_is_held |= new
+        return self._page_end(committed)
+
+    def _new_pages(self, committed: int) -> np.ndarray:
+        """True for each page that `grow(committed)` would take."""
+        pages = -(-(self.start_offset + committed) // self.page_bytes) if committed else 0
+        return (np.arange(len(self._page_is_held)) < pages) & ~self._page_is_held
 
     def _move(self, split: int) -> None:
         before, after = self.local_pages(self.split), self.local_pages(split)
         pages = range(before, after) if after > before else range(before - 1, after - 1, -1)
-        self._check_room(after - before)
-        moved = 0
-        for page in pages:
+        held = int(self._page_is_held[min(before, after) : max(before, after)].sum())
+        self._check_room(held if after > before else -held)
+        for moved, page in enumerate(pages):
             if self._tier._due("page"):
                 self._flip(pages[:moved])
                 raise self._stays(RuntimeError(f"injected failure at page {page}"))
             self._flip(pages[moved : moved + 1])
-            moved += 1
-        self._tier.counters.pages_moved += moved
-        self._tier.counters.bytes_moved += moved * self.page_bytes
+        self._tier.counters.pages_moved += held
+        self._tier.counters.bytes_moved += held * self.page_bytes
 
     def _fill(self, source: torch.Tensor, offset_bytes: int) -> None:
         if self._tier._due("write"):
@@ -189,8 +231,9 @@ class SimulatedBuffer(TieredBuffer):
         for page in pages:
             to_local = not self._page_is_local[page]
             self._page_is_local[page] = to_local
-            change = self.page_bytes if to_local else -self.page_bytes
-            self._tier.counters.hold(TierBytes(change, -change))
+            if self._page_is_held[page]:
+                change = self.page_bytes if to_local else -self.page_bytes
+                self._tier.counters.hold(TierBytes(change, -change))
 
     def _check_room(self, more_local_pages: int) -> None:
         """MoveError if the pages of a move do not fit where they go."""
@@ -209,6 +252,14 @@ class SimulatedBuffer(TieredBuffer):
             raise self._stays(error) from error
 
 
-def _release(counters: SimulatedCounters, page_is_local: np.ndarray, page_bytes: int) -> None:
-    local = int(page_is_local.sum()) * page_bytes
-    counters.hold(TierBytes(-local, local - len(page_is_local) * page_bytes))
+def _held(local: np.ndarray, which: np.ndarray, page_bytes: int) -> TierBytes:
+    """Bytes of the pages in the mask `which`, by tier."""
+    near = int((local & which).sum())
+    return TierBytes(near * page_bytes, (int(which.sum()) - near) * page_bytes)
+
+
+def _release(
+    counters: SimulatedCounters, local: np.ndarray, held: np.ndarray, page_bytes: int
+) -> None:
+    pages = _held(local, held, page_bytes)
+    counters.hold(TierBytes(-pages.local, -pages.remote))

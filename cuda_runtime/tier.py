@@ -5,6 +5,8 @@ from __future__ import annotations
 import abc
 from collections.abc import Generator, Sequence
 
+import torch
+
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
 
 SPLIT_ALIGNMENT = 256
@@ -53,6 +55,20 @@ class Tier(abc.ABC):
 
         Contents are undefined. Raises HostMemoryError or DeviceMemoryError before taking anything.
         """
+
+    def allocate_growing(self, nbytes: int, *, split: int) -> TieredBuffer:
+        """As `allocate`, but memory is taken as `TieredBuffer.grow` asks for it, and is zeroed.
+
+        A tier that cannot do that commits all of it here.
+        """
+        buffer = self.allocate(nbytes, split=split)
+        buffer.tensor(torch.uint8, (nbytes,)).zero_()
+        return buffer
+
+    def check_growth(self, more: TierBytes, what: str) -> None:
+        """Raise HostMemoryError or DeviceMemoryError, with the arithmetic, unless `more` bytes of
+        pages fit. `what` names the purpose, for the message. Takes nothing."""
+        return
 
     @abc.abstractmethod
     def reserve(

@@ -16,7 +16,7 @@ import torch
 
 from dak_inductor.cuda_runtime.exported import as_bytes, bytes_tensor, check_source, shaped
 from dak_inductor.cuda_runtime.file_bytes import FileBytes
-from dak_inductor.errors import MoveError, StaleViewError, TieredTensorError
+from dak_inductor.errors import MoveError, StaleViewError, TieredTensorError, TierError
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,8 @@ class TieredBuffer(abc.ABC):
         label: name of the weight it holds, for plans and messages; "" until its owner sets it.
         usable: False in a forked child for memory that does not survive a fork.
         record: where kernels read its split; None for memory that no kernel of ours reads.
+        committed: bytes [0, committed) have memory of their own; `nbytes`, but for a buffer that
+            grows (`Tier.allocate_growing`). The rest reads as zeros and must not be written.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class TieredBuffer(abc.ABC):
         self.device = device
         self.tier = tier
         self._split = split
+        self.committed = nbytes
         self.generation = 0
         self.usable = True
         self.transient_bytes = 0
@@ -131,8 +134,8 @@ class TieredBuffer(abc.ABC):
         return -(-(self.start_offset + self.nbytes) // self.page_bytes)
 
     def bytes_by_tier(self) -> TierBytes:
-        """Bytes of the tensor range by tier; their sum is `nbytes`."""
-        return TierBytes(self.split, self.nbytes - self.split)
+        """Bytes of the tensor range by tier; their sum is `committed`."""
+        return self.bytes_in(0, self.committed)
 
     def local_pages(self, split: int) -> int:
         """Pages that are local when the split is `split` (one that `nearest_split` returns)."""
@@ -144,12 +147,19 @@ class TieredBuffer(abc.ABC):
 
     def physical_bytes(self) -> TierBytes:
         """Bytes of the pages held, by tier; at least `bytes_by_tier()`."""
+        return self._all_pages()
+
+    def claimed_bytes(self) -> TierBytes:
+        """Bytes of the pages that it holds once all of it is committed, by tier."""
+        return self.physical_bytes() if self.committed == self.nbytes else self._all_pages()
+
+    def _all_pages(self) -> TierBytes:
         local = self.local_pages(self.split)
         return TierBytes(local * self.page_bytes, (self.page_count - local) * self.page_bytes)
 
     def bytes_in(self, start: int, stop: int) -> TierBytes:
-        """Bytes of [start, stop) by tier, clamped to the range."""
-        start, stop = max(0, start), min(stop, self.nbytes)
+        """Bytes of [start, stop) by tier, clamped to what is committed."""
+        start, stop = max(0, start), min(stop, self.committed)
         if stop <= start:
             return TierBytes()
         local = min(max(self.split, start), stop) - start
@@ -192,6 +202,26 @@ class TieredBuffer(abc.ABC):
             self.split = split
             self.generation += 1
         return split
+
+    def growth(self, committed: int) -> TierBytes:
+        """Bytes of the pages that `grow(committed)` would take, by tier."""
+        return TierBytes()
+
+    def grow(self, committed: int) -> int:
+        """Give at least bytes [0, committed) memory of their own, zeroed; returns what is then
+        committed: `committed` rounded up to whole pages, or `nbytes`.
+
+        Up to the split that memory is local, behind it remote. The caller guarantees what `move`
+        wants of him, and that the memory fits (`Tier.check_growth`). Raises HostMemoryError,
+        DeviceMemoryError or MoveError, after which the old state stands.
+        """
+        self.check_usable()
+        if committed > self.nbytes:
+            raise TierError(f"{committed} bytes cannot be committed of a buffer of {self.nbytes}")
+        if committed > self.committed:
+            self.committed = self._grow(committed)
+            self.generation += 1
+        return self.committed
 
     def prepare_move(self, split: int) -> Any:
         """Start making the pages that a move to `split` needs, so that the move itself is short.
@@ -249,6 +279,15 @@ class TieredBuffer(abc.ABC):
     def _move(self, split: int) -> None:
         """Give the pages between the split and `split` the other memory. Raises MoveError."""
         raise MoveError(f"a buffer of tier {self.tier!r} stays where it was put")
+
+    def _grow(self, committed: int) -> int:
+        """`grow` beyond what is committed; returns the new `committed`."""
+        raise MoveError(f"a buffer of tier {self.tier!r} is committed from the start")
+
+    def _page_end(self, committed: int) -> int:
+        """The end of the page that holds the last of `committed` bytes, `nbytes` at most."""
+        pages = -(-(self.start_offset + committed) // self.page_bytes)
+        return min(self.nbytes, pages * self.page_bytes - self.start_offset)
 
     def _stays(self, error: Exception) -> MoveError:
         """The error of a move that `error` prevents."""

@@ -119,6 +119,13 @@ class VmmTier(Tier):
         )
         yield from PagePipeline(stages, requests, ahead_bytes=ahead).buffers()
 
+    def allocate_growing(self, nbytes: int, *, split: int) -> VmmBuffer:
+        memory = self._tier.allocate_growing(nbytes, creation_split(split, nbytes))
+        return self._entered(memory, split)
+
+    def check_growth(self, more: TierBytes, what: str) -> None:
+        self.check_room(more, what)
+
     def _made(self, nbytes: int, split: int) -> Any:
         """The pages of a new buffer, not mapped yet."""
         self._check_buffer(nbytes, split)

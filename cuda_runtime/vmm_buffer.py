@@ -45,9 +45,27 @@ class VmmBuffer(TieredBuffer):
         self._tier = tier
         self._memory = memory
         self._prepared_split: int | None = None
+        self._note_committed()
 
     def physical_bytes(self) -> TierBytes:
         return TierBytes(*self._memory.physical_bytes())
+
+    def growth(self, committed: int) -> TierBytes:
+        return TierBytes(*self._memory.growth(self._pages(committed)))
+
+    def _grow(self, committed: int) -> int:
+        self._prepared_split = None
+        self._memory.grow(self._pages(committed))
+        self._note_committed()
+        return self.committed
+
+    def _pages(self, committed: int) -> int:
+        """Pages that hold the first `committed` bytes."""
+        return -(-(self.start_offset + committed) // self.page_bytes) if committed else 0
+
+    def _note_committed(self) -> None:
+        end = int(self._memory.committed_pages()) * self.page_bytes - self.start_offset
+        self.committed = max(0, min(self.nbytes, end))
 
     def _move(self, split: int) -> None:
         if split != self._prepared_split:
@@ -89,10 +107,10 @@ class VmmBuffer(TieredBuffer):
         self.check_usable()
         if not self._tier.remote_is_host:
             raise TierError(f"the remote part lies on {self.tier}, where the CPU cannot read it")
-        nbytes = self.nbytes - self.split
-        if nbytes == 0:
+        nbytes = self.committed - self.split
+        if nbytes <= 0:
             return torch.empty(0, dtype=torch.uint8)
-        window, address = self._memory.open_for_cpu(self.split, self.nbytes)
+        window, address = self._memory.open_for_cpu(self.split, self.committed)
         return bytes_tensor(window, address, nbytes, torch.device("cpu"))
 
     def _residency(self, split: int) -> bytes:
@@ -101,7 +119,8 @@ class VmmBuffer(TieredBuffer):
         return bytes(local) + b"\1" * (self.page_count - local)
 
     def _check_move(self, split: int) -> None:
-        pages = self.local_pages(split) - self.local_pages(self.split)
+        held = self._pages(self.committed)
+        pages = min(held, self.local_pages(split)) - min(held, self.local_pages(self.split))
         more = TierBytes(max(0, pages) * self.page_bytes, max(0, -pages) * self.page_bytes)
         try:
             self._tier.check_room(more, f"moving the split of {self.label or 'a tensor'}")

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 # bound after all of them, once, and not on demand.
 from dak_inductor import errors
 from dak_inductor.explain import Explanation, explain
+from dak_inductor.kv_cache import kv_cache
 from dak_inductor.loading import loading
 from dak_inductor.offload import offload
 from dak_inductor.plan import Plan
@@ -32,6 +33,7 @@ __all__ = [
     "Stats",
     "errors",
     "explain",
+    "kv_cache",
     "loading",
     "offload",
     "restore",

@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from dak_inductor import options as option_parser
 from dak_inductor.epilogues import fuse_epilogues
 from dak_inductor.errors import DakError, TieredTensorError
+from dak_inductor.kv_cache_steps import CacheStep, take_steps
 from dak_inductor.normalise import normalise
 from dak_inductor.op_table import OpTable, build_op_table
 from dak_inductor.options import BackendOptions
@@ -83,23 +84,26 @@ def compile_graph(
             "the dak backend cannot be exported: a plan belongs to this process's memory. "
             "Export the model after dak.restore(model)."
         )
-    graph, table = _read_operators(graph_module)
+    graph, table, steps = _read_operators(graph_module)
     if table.ops:
         graph = rewrite(graph, table)
         table = with_templates(graph, fuse_epilogues(graph, table))
-    compiled = CompiledGraph(table, settings, SESSION)
+    compiled = CompiledGraph(table, settings, SESSION, steps)
     compiled.log_placement(example_inputs)
     compiled.run = executor(graph, example_inputs)
     return compiled
 
 
-def _read_operators(graph_module: GraphModule) -> tuple[GraphModule, OpTable]:
+def _read_operators(
+    graph_module: GraphModule,
+) -> tuple[GraphModule, OpTable, tuple[CacheStep, ...]]:
     graph = normalise(graph_module)
     if isinstance(graph, Refusal):
         log.warning("graph left as it is, its stock kernels read tiered weights: %s", graph.reason)
         placeholders = tuple(n.name for n in graph_module.graph.nodes if n.op == "placeholder")
-        return graph_module, OpTable((), (graph,), placeholders, (), {}, {})
-    return graph, build_op_table(graph)
+        return graph_module, OpTable((), (graph,), placeholders, (), {}, {}), ()
+    steps = take_steps(graph)
+    return graph, build_op_table(graph), steps
 
 
 def _wants_grad(example_inputs: Sequence[Any]) -> bool:

@@ -108,8 +108,8 @@ class Binding:
             buffer = buffers.get(op.operand)
             if buffer is None:
                 continue
-            touched = min(evaluate(op.touched), buffer.nbytes)
             held = buffer.bytes_by_tier()
+            touched = min(evaluate(op.touched), held.total)
             remote = round(touched * held.remote_share)
             self._reads.append((op, TierBytes(touched - remote, remote)))
         self._counted_at = state
@@ -122,9 +122,7 @@ def bind(
     """Look up which operands of a call are tiered."""
     seen_changes = changes()
     known = {
-        id(weight.buffer): weight.name
-        for model in offloaded_models()
-        for weight in model.weights.values()
+        id(tensor.buffer): tensor.name for model in offloaded_models() for tensor in model.tensors()
     }
     names: dict[int, str] = {}
     buffers: dict[int, TieredBuffer] = {}

@@ -17,7 +17,7 @@ import torch
 
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.errors import BudgetError
-from dak_inductor.offloaded import OffloadedModel
+from dak_inductor.offloaded import OffloadedModel, PlannedCache
 
 EXAMPLES = (
     'for example "24GB" (24e9 bytes), "24GiB" (24 * 2**30), "80%" of the card, or bytes as an int'
@@ -82,8 +82,10 @@ class BudgetTerms:
     total: int
     context: int  # CUDA context, libraries, other processes on the card
     tensors: int  # ordinary tensors on the device, activations' reserve not included
-    reserve: int  # kept for activations, KV caches and graph pools
-    other_models: int  # held by other offloaded models, or claimed by those being loaded
+    reserve: int  # kept for activations, other KV caches and graph pools
+    other_models: (
+        int  # of other offloaded models and their caches, or claimed by those being loaded
+    )
 
     @property
     def available(self) -> int:
@@ -111,6 +113,8 @@ class DeviceBudget:
         self.models: weakref.WeakSet[OffloadedModel] = weakref.WeakSet()
         self.claims: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
         """Bytes that models still on their way will hold, by whoever loads them."""
+        self.loose_caches: weakref.WeakSet[PlannedCache] = weakref.WeakSet()
+        """KV caches on this device whose model is not offloaded."""
         self._measured_peak: int | None = None
 
     @property
@@ -175,23 +179,23 @@ class DeviceBudget:
     def terms(
         self, model: OffloadedModel | None = None, *, arriving: int = 0, leaving: int = 0
     ) -> BudgetTerms:
-        """How the budget is spent as far as `model`'s divided weights are concerned.
+        """How the budget is spent as far as `model`'s divided weights and caches are concerned.
 
         `arriving` bytes of ordinary tensors will still come to the device, `leaving` bytes of those
         there now will go.
         """
-        others = sum(
-            weight.buffer.physical_bytes().local
-            for other in self.models
-            if other is not model
-            for weight in other.weights.values()
+        others = sum(other.claimed_bytes().local for other in self.models if other is not model)
+        others += sum(
+            tensor.buffer.claimed_bytes().local
+            for cache in self.loose_caches
+            for tensor in cache.tensors
         )
         others += sum(self.claims.values())
         tensors = max(0, self.tensor_bytes() + arriving - leaving)
         return BudgetTerms(self.limit, self.context_bytes(), tensors, self.reserve, others)
 
     def weight_bytes_available(self, model: OffloadedModel | None = None) -> int:
-        """Bytes of HBM pages that the divided weights of `model` (None: a new one) may hold."""
+        """Bytes of HBM pages that weights and caches of `model` (None: a new one) may hold."""
         return max(0, self.terms(model).available)
 
 
@@ -201,7 +205,7 @@ _budgets: dict[str, DeviceBudget] = {}
 def device_budget(device: torch.device) -> DeviceBudget:
     """The budget of `device`, shared by its models; a new one once they are gone."""
     known = _budgets.get(str(device))
-    if known is None or not (known.models or known.claims):
+    if known is None or not (known.models or known.claims or known.loose_caches):
         known = _budgets[str(device)] = DeviceBudget(device)
     return known
 

@@ -38,16 +38,21 @@ def cost_lines(problem: PlanProblem, profile: HardwareProfile, link: LinkProfile
     """The uses with their costs, each shape computed once. Raises PlanError for bad input."""
     index = {spec.name: i for i, spec in enumerate(problem.tensors)}
     index[""] = -1
-    shapes: dict[tuple[float, float, float, str, str], tuple[OpCost, float, _Kinks]] = {}
+    shapes: dict[tuple[float, float, float, float, str, str], tuple[OpCost, float, _Kinks]] = {}
     seen: set[tuple[str, str]] = set()
     lines = []
     for use in problem.uses:
-        shape = (use.touched_bytes, use.other_bytes, use.flops, use.dtype, use.strategy)
+        untouched = use.untouched_share
+        shape = (
+            use.touched_bytes, use.other_bytes, use.flops, untouched, use.dtype, use.strategy
+        )  # fmt: skip
         known = shapes.get(shape)
         if known is None:
-            touched, other, flops, _, _ = shape
+            touched, other, flops = shape[:3]
             if not (touched >= 0 <= other and flops >= 0 and touched + other + flops < math.inf):
                 raise PlanError(f"operator {use.op} reads or computes {shape[:3]}")
+            if not 0 <= untouched < 1:
+                raise PlanError(f"operator {use.op} leaves a share of {untouched} untouched")
             cost = op_cost(use, profile, link)
             start, kinks = cost.slopes()
             known = shapes[shape] = (cost, start, kinks)

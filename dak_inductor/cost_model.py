@@ -6,6 +6,9 @@ flops, with a share x of the tensor remote and read directly, takes
     T(x) = max(((1 - x) D + A) / B_local, x D / B_remote, F / P) + floor
 
 because the link, HBM and the tensor cores work side by side. T is convex and piecewise linear in x.
+Where a share u at the tensor's end is not touched yet (the context still to come of a KV cache),
+the first u of x costs nothing, and T(x) = max(D + A over B_local, y D / B_remote, F / P) with
+y = (x - u) / (1 - u): what HBM gains by remote reads is left out, which keeps T convex.
 Bytes, bytes per second, flop per second, seconds.
 """
 
@@ -28,23 +31,38 @@ class OpCost(NamedTuple):
     activations: float  # A / B_local
     link: float  # D / B_remote
     compute: float  # F / P
+    untouched: float = 0.0  # u
+
+    def touched(self, share: float) -> float:
+        """The share of the touched bytes that is remote where `share` of the tensor is."""
+        if not self.untouched:
+            return share
+        return max(0.0, share - self.untouched) / (1 - self.untouched)
 
     def time(self, share: float) -> float:
         """T(share) without the floor; `share` from 0 (all local) to 1 (all remote)."""
-        return max(self.weight * (1 - share) + self.activations, self.link * share, self.compute)
+        return max(self._local(share), self.link * self.touched(share), self.compute)
+
+    def _local(self, share: float) -> float:
+        return self.weight * (1 if self.untouched else 1 - share) + self.activations
 
     def limit(self, share: float) -> str:
         """The one of LIMITS that sets T(share); HBM where two are equal."""
-        local = self.weight * (1 - share) + self.activations
+        local, share = self._local(share), self.touched(share)
         if local >= self.link * share and local >= self.compute:
             return "hbm"
         return "link" if self.link * share >= self.compute else "compute"
 
     def slopes(self) -> tuple[float, tuple[tuple[float, float], ...]]:
         """T as (slope at 0, ((share, jump of the slope there), ...)), shares within (0, 1)."""
-        weight, activations, link, compute = self
+        weight, activations, link, compute, untouched = self
         if weight <= 0 or link <= 0:  # nothing touched
             return 0.0, ()
+        if untouched:
+            flat = max(weight + activations, compute) / link
+            slope = link / (1 - untouched)
+            kink = (untouched + flat * (1 - untouched), slope)
+            return 0.0, (kink,) if kink[0] < 1 else ()
         start = -weight
         if weight + activations <= compute:
             start = 0.0
@@ -84,6 +102,7 @@ def op_cost(use: OpUse, profile: HardwareProfile, link: LinkProfile) -> OpCost:
         use.other_bytes / profile.hbm_bandwidth,
         use.touched_bytes / link.direct_bandwidth,
         use.flops / peak_flops(profile, use.dtype) if use.flops else 0.0,
+        use.untouched_share,
     )
 
 

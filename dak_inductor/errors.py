@@ -91,3 +91,12 @@ class ResidentCopyError(DakError, RuntimeError):
 
 class NothingOffloadedError(DakError, RuntimeError):
     """Under `strict`: a graph was compiled in which no operand lives in a remote tier."""
+
+
+class CacheError(DakError, ValueError):
+    """A KV cache that cannot be made, or is used with another model, batch or dtype than it was
+    made for."""
+
+
+class ContextLengthError(CacheError):
+    """More tokens than the KV cache was made for; nothing of it was overwritten."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Explanation:
     plan: Plan
     templates: tuple[OpTemplate, ...] = ()
     window: LinkWindow | None = None
+    caches: TierBytes = field(default_factory=TierBytes)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=150, color_system=None, force_terminal=False)
@@ -60,7 +61,15 @@ class Explanation:
         return (
             f"{self.label}: {bytes_text(self.placed.local)} of tiered weights on {self.device}, "
             f"{bytes_text(self.placed.remote)} in {self.remote}, "
-            f"{bytes_text(self.resident_bytes)} kept whole; {seen}"
+            f"{bytes_text(self.resident_bytes)} kept whole{self._caches()}; {seen}"
+        )
+
+    def _caches(self) -> str:
+        if not self.caches.total:
+            return ""
+        return (
+            f"; KV cache at full length {bytes_text(self.caches.local)} and "
+            f"{bytes_text(self.caches.remote)}"
         )
 
 
@@ -75,6 +84,7 @@ def explain(model: torch.nn.Module) -> Explanation:
         raise ModelError(
             f"{type(model).__name__} is not offloaded; call dak.offload(model, ...) first"
         )
+    planned = record.planned_bytes()
     ours = record.buffer_ids()
     bindings = [
         binding
@@ -87,7 +97,11 @@ def explain(model: torch.nn.Module) -> Explanation:
         label=record.label,
         device=str(record.device),
         remote=record.remote,
-        placed=sum((w.buffer.bytes_by_tier() for w in record.weights.values()), TierBytes()),
+        placed=record.bytes_by_tier(),
+        caches=TierBytes(
+            planned.local - record.bytes_by_tier().local,
+            planned.remote - record.bytes_by_tier().remote,
+        ),
         resident_bytes=record.resident_bytes,
         graphs=len(tables),
         plan=_as_placed(record),

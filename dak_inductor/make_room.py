@@ -29,16 +29,16 @@ def make_room(inventory: Inventory, request: OffloadRequest, budget: DeviceBudge
     mine = inventory.tierable_bytes
     if available >= mine:
         return
-    held = sum(model.physical_bytes().local for model in others)
-    theirs = sum(model.bytes_by_tier().total for model in others)
+    held = sum(model.claimed_bytes().local for model in others)
+    theirs = sum(model.planned_bytes().total for model in others)
     share = (available + held) * mine // max(1, mine + theirs)
     short = share - available
-    for model in sorted(others, key=lambda other: -other.bytes_by_tier().local):
+    for model in sorted(others, key=lambda other: -other.planned_bytes().local):
         if short <= 0:
             return
-        part = min(short, -(-short * model.physical_bytes().local // max(1, held)))
+        part = min(short, -(-short * model.claimed_bytes().local // max(1, held)))
         short -= give_way(model, part)
-        held -= model.physical_bytes().local
+        held -= model.claimed_bytes().local
 
 
 def give_way(model: OffloadedModel, nbytes: int) -> int:
@@ -48,8 +48,8 @@ def give_way(model: OffloadedModel, nbytes: int) -> int:
     """
     specs = model.specs()
     movable = sum(s.nbytes if s.max_remote is None else s.max_remote for s in specs)
-    before = model.physical_bytes().local
-    remote = min(movable, model.bytes_by_tier().remote + nbytes)
+    before = model.claimed_bytes().local
+    remote = min(movable, model.planned_bytes().remote + nbytes)
     problem = PlanProblem(
         tensors=specs,
         uses=model.default_uses,
@@ -61,6 +61,6 @@ def give_way(model: OffloadedModel, nbytes: int) -> int:
     plan = make_plan(problem, hardware.current(model.device))
     placement.apply(plan, model)
     model.plan = plan
-    freed = before - model.physical_bytes().local
+    freed = before - model.claimed_bytes().local
     log.info("%s gives %.3f GB of the GPU to another model", model.label, freed / 1e9)
     return freed

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -72,9 +72,29 @@ class OffloadedWeight:
         )
 
 
+class PlannedTensor(Protocol):
+    """What a plan moves: a weight, or keys or values of a KV cache."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def buffer(self) -> TieredBuffer: ...
+    @property
+    def live_spec(self) -> TensorSpec: ...
+
+
+class PlannedCache(Protocol):
+    """A KV cache (`kv_cache_storage`) whose tensors share a budget with weights."""
+
+    @property
+    def tensors(self) -> Sequence[PlannedTensor]: ...
+    def default_uses(self) -> list[OpUse]: ...
+    def as_expected(self, use: OpUse) -> OpUse: ...
+
+
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class OffloadedModel:
-    """One model whose weights are divided between tiers. Holds the model weakly."""
+    """One model whose weights are divided between tiers. Holds the model and its caches weakly."""
 
     reference: weakref.ref[nn.Module]
     label: str  # class name
@@ -93,6 +113,8 @@ class OffloadedModel:
     plan: Plan | None = None
     default_uses: tuple[OpUse, ...] = ()  # what a decode step is taken to read before it is seen
     refusals: tuple[Refusal, ...] = ()
+    caches: weakref.WeakSet[PlannedCache] = field(default_factory=weakref.WeakSet)
+    cache_count: int = 0  # made so far, for their names
     export_hook: RemovableHandle | None = None  # refuses torch.export while the model is offloaded
     _expected: list[tuple[Mapping[str, torch.Tensor | None], str, int, str]] = field(
         default_factory=list
@@ -106,17 +128,31 @@ class OffloadedModel:
         """Bytes of the divided weights by tier; whole tensors are not among them."""
         return sum((w.buffer.bytes_by_tier() for w in self.weights.values()), TierBytes())
 
+    def tensors(self) -> list[PlannedTensor]:
+        """The divided weights, and the keys and values of the model's caches."""
+        return [*self.weights.values(), *(t for cache in list(self.caches) for t in cache.tensors)]
+
     def physical_bytes(self) -> TierBytes:
-        """Bytes of the pages that the divided weights hold."""
-        return sum((w.buffer.physical_bytes() for w in self.weights.values()), TierBytes())
+        """Bytes of the pages that weights and caches hold now."""
+        return sum((tensor.buffer.physical_bytes() for tensor in self.tensors()), TierBytes())
+
+    def claimed_bytes(self) -> TierBytes:
+        """Bytes of the pages that weights and caches hold once all of these are committed."""
+        return sum((tensor.buffer.claimed_bytes() for tensor in self.tensors()), TierBytes())
+
+    def planned_bytes(self) -> TierBytes:
+        """Bytes of weights and caches by tier, caches at their full length."""
+        buffers = [tensor.buffer for tensor in self.tensors()]
+        local = sum(buffer.split for buffer in buffers)
+        return TierBytes(local, sum(buffer.nbytes for buffer in buffers) - local)
 
     def buffer_ids(self) -> set[int]:
         """Identities of the buffers, to find the model of a buffer."""
-        return {id(weight.buffer) for weight in self.weights.values()}
+        return {id(tensor.buffer) for tensor in self.tensors()}
 
     def specs(self) -> tuple[TensorSpec, ...]:
-        """The divided weights as they lie now, for a new plan."""
-        return tuple(weight.live_spec for weight in self.weights.values())
+        """Weights and caches as they lie now, for a new plan."""
+        return tuple(tensor.live_spec for tensor in self.tensors())
 
     def weight_named(self, name: str) -> OffloadedWeight | None:
         """The weight that has `name` among its names."""
@@ -126,14 +162,18 @@ class OffloadedModel:
         return next((w for w in self.weights.values() if name in w.names), None)
 
     def required_remote_bytes(self) -> int:
-        """Bytes of the divided weights that have to be remote now, by ratio or budget."""
-        held, pages = self.bytes_by_tier(), self.physical_bytes()
+        """Bytes of weights and caches that have to be remote, by ratio or budget.
+
+        A ratio is one of the weights; what is remote of the caches then was asked for beside it.
+        """
+        planned = self.planned_bytes()
         if self.offload_ratio is not None:
-            return round(self.offload_ratio * held.total)
-        rounding = pages.local - held.local  # pages that are held in part
+            weights = self.bytes_by_tier()
+            return round(self.offload_ratio * weights.total) + planned.remote - weights.remote
+        rounding = self.claimed_bytes().local - planned.local  # pages that are held in part
         return min(
-            held.total,
-            max(0, held.total + rounding - self.budget.weight_bytes_available(self)),
+            planned.total,
+            max(0, planned.total + rounding - self.budget.weight_bytes_available(self)),
         )
 
     def line(self) -> str:
@@ -143,11 +183,12 @@ class OffloadedModel:
         share = f"{100 * held.remote / total if total else 0:.1f}%"
         local = held.local + self.resident_bytes
         divided = sum(len(weight.parts) for weight in self.weights.values())
-        place, remote = _places(self.device, self.remote)
+        place, remote = places(self.device, self.remote)
         return (
-            f"dak: {self.label} {_size(total)}: {_size(local)} {place}, {_size(held.remote)} "
-            f"{remote} ({share}), {divided} of {self.tensor_count} tensors tiered; "
-            f"resident reserve {_size(self.budget.reserve)}"
+            f"dak: {self.label} {size_text(total)}: {size_text(local)} {place}, "
+            f"{size_text(held.remote)} {remote} ({share}), "
+            f"{divided} of {self.tensor_count} tensors tiered; "
+            f"resident reserve {size_text(self.budget.reserve)}"
         )
 
 
@@ -203,6 +244,13 @@ def changes() -> int:
     return _changes
 
 
+def note_change() -> None:
+    """Tensors came or went: what was looked up before may be out of date."""
+    global _changes
+    with _lock:
+        _changes += 1
+
+
 def record_of(model: nn.Module) -> OffloadedModel | None:
     """The record of a model, also through torch.compile's wrapper; None if it is not offloaded."""
     with _lock:
@@ -229,17 +277,20 @@ def drop(model: nn.Module) -> None:
         record = _records.pop(model, None)
     if record is not None:
         record.budget.models.discard(record)
+        record.budget.loose_caches.update(record.caches)
         if record.export_hook is not None:
             record.export_hook.remove()
 
 
-def _places(device: torch.device, remote: str) -> tuple[str, str]:
+def places(device: torch.device, remote: str) -> tuple[str, str]:
+    """The two tiers in the user's words: "on ..." and "in ..."."""
     if remote == "simulated":
         return "on the simulated GPU", "in the simulated remote tier"
     return f"on {device}", "in host memory" if remote == "cpu" else f"on {remote}"
 
 
-def _size(nbytes: int) -> str:
+def size_text(nbytes: int) -> str:
+    """Bytes as a person reads them."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= 0.1 * scale:
             return f"{nbytes / scale:.2f} {unit}"

@@ -1,4 +1,4 @@
-"""Moving pages of live weights: the only code that does.
+"""Moving pages of live weights and KV caches: the only code that does.
 
 Moves happen under the launch lock, after the device is idle, and never while a CUDA graph is being
 captured, because unmapping a page is not ordered with streams.
@@ -41,33 +41,33 @@ class MoveReport:
 
 
 def apply(plan: Plan, model: OffloadedModel) -> MoveReport:
-    """Move the weights of `model` to where `plan` wants them, all or nothing.
+    """Move weights and caches of `model` to where `plan` wants them, all or nothing.
 
     Tensors leave the GPU first and come back afterwards, so that the budget holds in between too.
     Raises PlanError for a plan of another model, MoveError for a plan that the budget does not
     allow, during a capture, and where a move fails; then the old placement stands.
     """
-    sizes = {weight.name: weight.buffer.nbytes for weight in model.weights.values()}
-    plan.check_model(model.fingerprint, sizes)
+    tensors = model.tensors()
+    plan.check_model(model.fingerprint, {t.name: t.buffer.nbytes for t in tensors})
     start = time.perf_counter()
     with LAUNCH_LOCK:
         _refuse_capture(model.device)
         wanted = {
-            weight.buffer: weight.buffer.nearest_split(
-                weight.buffer.nbytes - plan.splits[weight.name]
+            tensor.buffer: tensor.buffer.nearest_split(
+                tensor.buffer.nbytes - plan.splits[tensor.name]
             )
-            for weight in model.weights.values()
+            for tensor in tensors
         }
         moves = {b: split for b, split in wanted.items() if split != b.split}
         if not moves:
             return MoveReport(seconds=time.perf_counter() - start)
         room = _room(plan, model)
         demotions = {b: split for b, split in moves.items() if split < b.split}
-        _prepare(demotions, room - model.physical_bytes().local)
+        _prepare(demotions, room - model.claimed_bytes().local)
         idle_from = time.perf_counter()
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
-        report = _move_all(moves, room, model.physical_bytes().local)
+        report = _move_all(moves, room, model.claimed_bytes().local)
     end = time.perf_counter()
     return replace(report, seconds=end - start, pause=end - idle_from)
 
@@ -104,21 +104,21 @@ def _room(plan: Plan, model: OffloadedModel) -> int:
     """Bytes of local pages that the model may hold during and after the moves."""
     available = model.budget.weight_bytes_available(model)
     local = plan.total_bytes - plan.remote_bytes
-    held = model.bytes_by_tier().local
+    held = model.planned_bytes().local
     if local > available and local > held:
         raise MoveError(
             f"the plan keeps {local:,} bytes of {model.label} on {model.device}, the budget leaves "
             f"{available:,}: nothing was moved. Raise gpu_memory by {local - available:,} bytes."
         )
-    return max(available, model.physical_bytes().local)
+    return max(available, model.claimed_bytes().local)
 
 
 def _move_all(moves: dict[TieredBuffer, int], room: int, held: int) -> MoveReport:
     """Demotions, then promotions as far as `room` allows; undone as a whole on any failure.
 
-    `held` bytes of local pages are the model's now, and `room` bytes may be.
+    `held` bytes of local pages are the model's, caches at full length, and `room` bytes may be.
     """
-    others = held - sum(buffer.physical_bytes().local for buffer in moves)
+    others = held - sum(buffer.claimed_bytes().local for buffer in moves)
     demotions = [b for b, split in moves.items() if split < b.split]
     promotions = [b for b, split in moves.items() if split > b.split]
     done: list[tuple[TieredBuffer, int]] = []
@@ -128,16 +128,16 @@ def _move_all(moves: dict[TieredBuffer, int], room: int, held: int) -> MoveRepor
             before = buffer.split
             done.append((buffer, before))
             to_remote += before - buffer.move(moves[buffer])
-        left = room - others - sum(buffer.physical_bytes().local for buffer in moves)
+        left = room - others - sum(buffer.claimed_bytes().local for buffer in moves)
         for buffer in promotions:
-            before, pages = buffer.split, buffer.physical_bytes().local
+            before, pages = buffer.split, buffer.claimed_bytes().local
             split = _affordable(buffer, moves[buffer], pages + left)
             skipped += moves[buffer] - split
             if split == before:
                 continue
             done.append((buffer, before))
             to_local += buffer.move(split) - before
-            left -= buffer.physical_bytes().local - pages
+            left -= buffer.claimed_bytes().local - pages
     except (DakError, RuntimeError, MemoryError) as error:
         for buffer in demotions:
             buffer.cancel_move()

@@ -42,7 +42,8 @@ class TensorSpec:
 class OpUse:
     """One operator of one graph reading one tensor. `tensor` is "" where it reads none of ours.
 
-    An operator that reads two tensors is two uses of the same `op`; its floor counts once.
+    An operator that reads two tensors is two uses of the same `op`; its floor counts once. Remote
+    bytes are a tensor's last ones, so those of the untouched share cost nothing.
     """
 
     op: str
@@ -58,6 +59,7 @@ class OpUse:
     source: str = ""
     m: int = 0  # rows of the activation, 0 where it has no meaning
     strategy: str = "direct"
+    untouched_share: float = 0.0  # of the tensor, at its end: a context that is still to come
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,7 +116,7 @@ def _record(
     for use, cost, _, _, tensor, floor in lines:
         share = shares[tensor]
         time = cost.time(share) + floor
-        far = share * use.touched_bytes
+        far = cost.touched(share) * use.touched_bytes
         ops.append(
             OpPlan(
                 use.op, use.graph, use.tensor, use.kind, use.strategy, share,

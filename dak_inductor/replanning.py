@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from dak_inductor import hardware, placement
 from dak_inductor.binding import Binding
 from dak_inductor.cost_model import op_time
+from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.default_plan import default_uses
 from dak_inductor.hardware import HardwareProfile
 from dak_inductor.offloaded import OffloadedModel
@@ -38,12 +39,12 @@ def expected_calls(binding: Binding) -> float:
 
 
 def problem_of(model: OffloadedModel, bindings: Iterable[Binding]) -> PlanProblem:
-    """What the planner is asked for one model: its weights, operators seen so far, and budget.
+    """What the planner is asked for one model: its tensors, operators seen so far, and budget.
 
     A weight that no graph has read yet is taken to be read once per call of the busiest graph:
     blocks that are compiled one by one are seen one by one.
     """
-    names = {id(weight.buffer): weight.spec.name for weight in model.weights.values()}
+    names = {id(tensor.buffer): tensor.name for tensor in model.tensors()}
     uses: list[OpUse] = []
     refusals: dict[tuple[str, str], Refusal] = {}
     for binding in bindings:
@@ -60,9 +61,12 @@ def problem_of(model: OffloadedModel, bindings: Iterable[Binding]) -> PlanProble
         )
         for refusal in binding.table.refusals:
             refusals[binding.graph, refusal.node] = replace(refusal, graph=binding.graph)
+    for cache in model.caches:
+        uses = [cache.as_expected(use) for use in uses]
     seen = {use.tensor for use in uses}
     most = max((use.calls for use in uses), default=1.0)
-    uses.extend(replace(u, calls=most) for u in default_uses(model) if u.tensor not in seen)
+    assumed = [*default_uses(model), *(u for cache in model.caches for u in cache.default_uses())]
+    uses.extend(replace(u, calls=most) for u in assumed if u.tensor not in seen)
     return PlanProblem(
         tensors=model.specs(),
         uses=tuple(uses),
@@ -92,9 +96,9 @@ def replan(
     problem = problem_of(model, bindings)
     plan = load_plan(user_plan, model) if user_plan is not None else make_plan(problem, profile)
     model.plan = plan
-    moved = bytes_to_move(model, plan)
-    if moved == 0:
+    if not differs(model, plan):
         return None
+    moved = bytes_to_move(model, plan)
     short = problem.remote_bytes - sum(spec.current_remote or 0 for spec in problem.tensors)
     if user_plan is None and short <= 0:
         gain = gain_of(problem, plan, profile)
@@ -123,20 +127,40 @@ def load_plan(plan: Plan | str, model: OffloadedModel) -> Plan:
             plan = Plan.from_json(Path(plan).read_text())
         except OSError as error:
             raise PlanError(f"plan file {plan}: {error.strerror or error}") from error
-    plan.check_model(
-        model.fingerprint, {w.spec.name: w.spec.nbytes for w in model.weights.values()}
-    )
+    plan = with_caches(plan, model)
+    plan.check_model(model.fingerprint, {t.name: t.buffer.nbytes for t in model.tensors()})
     return plan
 
 
+def with_caches(plan: Plan, model: OffloadedModel) -> Plan:
+    """A plan made before the model had its caches leaves them where they are."""
+    missing = [t.buffer for t in model.tensors() if t.name not in plan.sizes]
+    caches = {buffer.label: buffer for buffer in missing if buffer.label not in model.weights}
+    return replace(
+        plan,
+        splits={**plan.splits, **{name: b.nbytes - b.split for name, b in caches.items()}},
+        sizes={**plan.sizes, **{name: b.nbytes for name, b in caches.items()}},
+    )
+
+
+def differs(model: OffloadedModel, plan: Plan) -> bool:
+    """Whether the plan changes any split, also one that is not committed that far."""
+    return any(wanted != buffer.split for buffer, wanted in _wanted(model, plan))
+
+
 def bytes_to_move(model: OffloadedModel, plan: Plan) -> int:
-    """Bytes whose tier the plan changes."""
-    moved = 0
-    for weight in model.weights.values():
-        buffer = weight.buffer
-        wanted = buffer.nearest_split(buffer.nbytes - plan.splits[weight.spec.name])
-        moved += abs(wanted - buffer.split)
-    return moved
+    """Bytes in memory whose tier the plan changes."""
+    return sum(
+        abs(min(wanted, buffer.committed) - min(buffer.split, buffer.committed))
+        for buffer, wanted in _wanted(model, plan)
+    )
+
+
+def _wanted(model: OffloadedModel, plan: Plan) -> Iterator[tuple[TieredBuffer, int]]:
+    """Each buffer and the split that the plan gives it."""
+    for tensor in model.tensors():
+        buffer = tensor.buffer
+        yield buffer, buffer.nearest_split(buffer.nbytes - plan.splits[tensor.name])
 
 
 def gain_of(problem: PlanProblem, plan: Plan, profile: HardwareProfile) -> float:

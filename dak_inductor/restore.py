@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from dak_inductor.attention_function import restore_attention_function
 from dak_inductor.cuda_runtime.host_memory import check_host_memory
 from dak_inductor.errors import DeviceMemoryError, ModelError
 from dak_inductor.inventory import take_inventory
@@ -21,7 +22,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def restore(model: Model, device: torch.device | str | int = "cpu") -> Model:
     """Bring an offloaded model back into plain tensors on `device`; returns the same model.
 
-    requires_grad is as it was before. Tensors that were replaced meanwhile are moved as they are.
+    requires_grad is as it was before, and so is the attention of a model that got a KV cache.
+    Tensors that were replaced meanwhile are moved as they are.
+
     Raises ModelError for a model that is not offloaded, HostMemoryError or DeviceMemoryError before
     anything is moved where the device would not hold it.
     """
@@ -46,6 +49,7 @@ def restore(model: Model, device: torch.device | str | int = "cpu") -> Model:
             if record.required_grad.get(name, False) and parameter.is_leaf:
                 parameter.requires_grad_(True)
         drop(module)
+    restore_attention_function(module)
     return model
 
 

@@ -20,6 +20,7 @@ from dak_inductor.binding import Binding, bind
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
 from dak_inductor.errors import DeviceMemoryError, NothingOffloadedError, ResidentCopyError
+from dak_inductor.kv_cache_steps import CacheStep, StepRunner
 from dak_inductor.link_window import set_windows
 from dak_inductor.offloaded import OffloadedModel, changes, offloaded_models
 from dak_inductor.op_table import OpTable
@@ -102,12 +103,20 @@ class CompiledGraph:
     """What the backend returns: runs the compiled graph, and keeps the session informed.
 
     `run` is set once, after compilation. The operands' addresses are compared at each call;
-    everything else happens only when they are new, or at the calls where a plan is due.
+    everything else happens only when they are new, or at the calls where a plan is due. `steps` are
+    what the graph writes to KV caches.
     """
 
-    def __init__(self, table: OpTable, settings: BackendOptions, session: Session) -> None:
+    def __init__(
+        self,
+        table: OpTable,
+        settings: BackendOptions,
+        session: Session,
+        steps: Sequence[CacheStep] = (),
+    ) -> None:
         self.table = table
         self.settings = settings
+        self.steps = StepRunner(steps)
         self.name = session.graph_name()
         self.run: Callable[..., Any] = _not_compiled
         self._session = session
@@ -119,10 +128,12 @@ class CompiledGraph:
             binding = self._binding(arguments)
             if binding.calls == 0:
                 self._make_room(binding)
+            written = self.steps.before(arguments, lambda: self._symbols(arguments))
             try:
                 result = self.run(*arguments)
             except torch.OutOfMemoryError as error:
                 raise DeviceMemoryError(_out_of_memory(binding, error)) from error
+            self.steps.after(written)
         binding.note_call(arguments)
         if binding.names and replanning.is_due(binding):
             self._replan(binding)
@@ -145,9 +156,14 @@ class CompiledGraph:
             held.remote / 1e9,
         )
 
+    def _symbols(self, arguments: Sequence[Any]) -> dict[str, int]:
+        return {**self.table.hints, **self.table.symbol_values(arguments)}
+
     def _binding(self, arguments: Sequence[Any]) -> Binding:
         if self._plain is None:
+            caches = self.steps.operands
             self._plain = [i for i in self.table.parameters if _has_memory(arguments[i])]
+            self._plain += [i for i in caches if i not in self._plain]
         key = tuple([arguments[index].data_ptr() for index in self._plain])
         binding = self._bindings.get(key)
         if binding is not None and binding.seen_changes != changes():
@@ -178,7 +194,7 @@ class CompiledGraph:
             if self.settings.strict:
                 raise ResidentCopyError(message)
             self._session.warn_once(f"copies:{shown}", message)
-        elif not offloaded_models():
+        elif not offloaded_models() and not binding.buffers:
             message = (
                 'backend="dak" compiles a model of which nothing is offloaded: call '
                 "dak.offload(model, ...) first"
@@ -190,7 +206,7 @@ class CompiledGraph:
     def _make_room(self, binding: Binding) -> None:
         """Before the first run: allocations since the last plan may have used up the budget."""
         for model in _models_of(binding):
-            if model.required_remote_bytes() > model.bytes_by_tier().remote:
+            if model.required_remote_bytes() > model.planned_bytes().remote:
                 self._replan(binding, measured=False)
 
     def _replan(self, binding: Binding, *, measured: bool = True) -> None:

@@ -40,6 +40,11 @@ def product(factors: Iterable[Size]) -> Size:
     return _product(tuple(factors))
 
 
+def add(left: Size, right: Size) -> Size:
+    """The sum."""
+    return left + right
+
+
 @lru_cache(maxsize=65536)
 def _minimum(left: Size, right: Size) -> Size:
     if isinstance(left, int) and isinstance(right, int):

@@ -85,6 +85,9 @@ void bind_ranges(py::module_& m) {
       .def_property_readonly("start_offset", &TieredRange::offset)
       .def("generation", &TieredRange::generation, Unlocked())
       .def("physical_bytes", &TieredRange::physical_bytes, Unlocked())
+      .def("grow", &TieredRange::grow, Unlocked(), "grow(pages): give the first pages memory of their own")
+      .def("growth", &TieredRange::growth, Unlocked(), "growth(pages) -> (local, remote) bytes it would take")
+      .def("committed_pages", &TieredRange::committed_pages, Unlocked())
       .def("remote_bytes_in", &TieredRange::remote_bytes_in, Unlocked())
       .def("residency",
            [](TieredRange& range) {
@@ -183,6 +186,7 @@ void bind_tier(py::module_& m) {
            Unlocked(), py::arg("device"), py::arg("peer") = -1, py::arg("host_access_by_node") = true)
       .def_property_readonly("page_bytes", &Tier::page_bytes)
       .def("allocate", &TieredRange::create, Unlocked(), py::arg("nbytes"), py::arg("split"))
+      .def("allocate_growing", &TieredRange::create_growing, Unlocked(), py::arg("nbytes"), py::arg("split"))
       .def("make", &TieredRange::make, Unlocked(), py::arg("nbytes"), py::arg("split"),
            "`allocate` without mapping: a range that `map` makes usable.")
       .def(

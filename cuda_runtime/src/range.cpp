@@ -22,12 +22,17 @@ std::shared_ptr<TieredRange> TieredRange::create(std::shared_ptr<Tier> tier, std
 
 std::shared_ptr<TieredRange> TieredRange::make(std::shared_ptr<Tier> tier, std::size_t nbytes,
                                                std::size_t split) {
+  return make_any(std::move(tier), nbytes, split, false);
+}
+
+std::shared_ptr<TieredRange> TieredRange::make_any(std::shared_ptr<Tier> tier, std::size_t nbytes,
+                                                   std::size_t split, bool growing) {
   const std::vector<int> devices = tier->devices();
   const int device = tier->device();
   DeviceScope scope(device);
   // The last owner may be any thread, inside any lock: it only leaves a note.
   return std::shared_ptr<TieredRange>(
-      new TieredRange(std::move(tier), nbytes, split),
+      new TieredRange(std::move(tier), nbytes, split, growing),
       [=](TieredRange* range) { reaper::free_later(devices, device, range); });
 }
 
@@ -41,6 +46,7 @@ void TieredRange::map() {
     const MapTimes times = map_in_order(*tier_, addresses_.address(), pointers(segments_));
     make_times_.map_seconds = times.map_seconds;
     make_times_.access_seconds = times.access_seconds;
+    if (committed_ < page_count_) map_zeros(committed_, page_count_);
     mapped_ = true;
   } catch (...) {
     segments_.clear();  // at once: an exception may keep this object for long
@@ -49,7 +55,7 @@ void TieredRange::map() {
   }
 }
 
-TieredRange::TieredRange(std::shared_ptr<Tier> tier, std::size_t nbytes, std::size_t split)
+TieredRange::TieredRange(std::shared_ptr<Tier> tier, std::size_t nbytes, std::size_t split, bool growing)
     : tier_(std::move(tier)), nbytes_(nbytes) {
   const std::size_t page = page_bytes();
   if (split < nbytes) offset_ = (page - split % page) % page;
@@ -58,7 +64,14 @@ TieredRange::TieredRange(std::shared_ptr<Tier> tier, std::size_t nbytes, std::si
   residency_ = prefix(split ? local : 0, page_count_);
   addresses_ = AddressRange(std::max<std::size_t>(page_count_, 1) * page, page);
   Stopwatch watch;
-  segments_ = make_segments(allocations(residency_, 0, page_count_));
+  if (growing) {
+    while (block_pages_ < MOST_BLOCK_PAGES && block_pages_ * BLOCKS_PER_RANGE < page_count_) block_pages_ *= 2;
+    zero_block_ = tier_->zeros(block_pages_ * page);
+    zero_page_ = tier_->zeros(page);
+  } else {
+    segments_ = make_segments(allocations(residency_, 0, page_count_));
+    committed_ = page_count_;
+  }
   make_times_.create_seconds = watch.lap();
 }
 
@@ -73,6 +86,8 @@ TieredRange::~TieredRange() {
     } else {  // some are mapped and some are not
       for (const Segment& segment : segments_)
         driver().cuMemUnmap.status(page_address(segment.pages.first), segment.memory.bytes());
+      for (const PageRun& run : zero_runs(committed_, page_count_))
+        driver().cuMemUnmap.status(page_address(run.first), run.count() * page_bytes());
     }
     segments_.clear();
     addresses_ = {};
@@ -147,6 +162,7 @@ void TieredRange::write(const void* bytes, std::size_t count, std::size_t offset
   check_bytes(count, offset);
   std::lock_guard lock(mutex_);
   need_usable();
+  need_committed(count, offset);
   DeviceScope scope(tier_->device());
   if (count) copy_in(*tier_, address() + offset, static_cast<const char*>(bytes), count);
 }
@@ -156,6 +172,7 @@ void TieredRange::write_file(int descriptor, std::size_t position, std::size_t c
   check_bytes(count, offset);
   std::lock_guard lock(mutex_);
   need_usable();
+  need_committed(count, offset);
   DeviceScope scope(tier_->device());
   if (count)
     copy_in_file(*tier_, address() + offset, descriptor, static_cast<off_t>(position), count);
@@ -183,6 +200,7 @@ std::pair<std::shared_ptr<CpuWindow>, cu::DevicePtr> TieredRange::open_for_cpu(s
   if (start >= stop || stop > nbytes_)
     throw Error(ErrorKind::Tier, "there are no bytes [" + std::to_string(start) + ", " +
                                      std::to_string(stop) + ") in " + std::to_string(nbytes_));
+  need_committed(stop - start, start);
   const auto page = page_bytes();
   for (const PageRun& run : runs(residency_, from / page, (to + page - 1) / page))
     if (!run.remote || !tier_->remote_is_host())

@@ -47,6 +47,9 @@ class TieredRange {
   // map() has returned the range can be destroyed and nothing else.
   static std::shared_ptr<TieredRange> make(std::shared_ptr<Tier> tier, std::size_t nbytes, std::size_t split);
   void map();
+  // A range whose pages read as zeros and may not be written until grow() has given them memory.
+  static std::shared_ptr<TieredRange> create_growing(std::shared_ptr<Tier> tier, std::size_t nbytes,
+                                                     std::size_t split);
   MakeTimes make_times() const { return make_times_; }
   ~TieredRange();
   TieredRange(const TieredRange&) = delete;
@@ -73,6 +76,13 @@ class TieredRange {
   // Make `target` the residency, address and contents kept. The caller guarantees that no work on the range
   // is in flight. Throws Move after any failure; the old state stands.
   MoveTimes move(const Residency& target);
+
+  // Give the first `pages` pages memory of their own, zeroed; more than that, in whole blocks. The caller
+  // guarantees that no work on the range is in flight. After any failure the old state stands.
+  void grow(std::size_t pages);
+  std::size_t committed_pages();
+  // Bytes of the pages that grow(pages) would take, local and remote.
+  std::pair<std::size_t, std::size_t> growth(std::size_t pages);
 
   // Copy bytes in or out, synchronously; `bytes` may be any CPU memory. `position` is the first byte's in the
   // file.
@@ -101,7 +111,15 @@ class TieredRange {
     std::vector<Patch> patches;
   };
 
-  TieredRange(std::shared_ptr<Tier> tier, std::size_t nbytes, std::size_t split);
+  TieredRange(std::shared_ptr<Tier> tier, std::size_t nbytes, std::size_t split, bool growing);
+  static std::shared_ptr<TieredRange> make_any(std::shared_ptr<Tier> tier, std::size_t nbytes, std::size_t split,
+                                               bool growing);
+
+  // Mappings of zeros that pages [first, last) consist of; `first` is the start of one.
+  std::vector<PageRun> zero_runs(std::size_t first, std::size_t last) const;
+  void map_zeros(std::size_t first, std::size_t last);
+  std::size_t block_end(std::size_t pages) const;
+  void need_committed(std::size_t count, std::size_t offset) const;
 
   cu::DevicePtr page_address(std::size_t page) const {
     return addresses_.address() + page * page_bytes();
@@ -126,7 +144,10 @@ class TieredRange {
   AddressRange addresses_;
 
   std::mutex mutex_;
-  std::vector<Segment> segments_;  // in order, covering every page
+  std::vector<Segment> segments_;  // in order, covering every committed page
+  std::size_t committed_ = 0;      // pages with memory of their own, a prefix
+  std::size_t block_pages_ = 1;    // of a mapping of zeros, but for those at the end
+  std::shared_ptr<const PhysicalPages> zero_block_, zero_page_;
   Residency residency_;
   std::uint64_t generation_ = 0;
   bool mapped_ = false;

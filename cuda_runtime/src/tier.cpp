@@ -84,6 +84,33 @@ std::vector<PhysicalPages> Tier::take(bool remote, const std::vector<std::size_t
   }
 }
 
+std::shared_ptr<const PhysicalPages> Tier::zeros(std::size_t bytes) {
+  std::lock_guard lock(zeros_mutex_);
+  if (auto known = zeros_[bytes].lock()) return known;
+  auto pages = std::make_shared<PhysicalPages>(std::move(take(false, {bytes}).front()));
+  const AddressRange window(bytes, page_bytes_);
+  const Driver& cuda = driver();
+  cuda.cuMemMap(window.address(), bytes, 0, pages->handle(), 0);
+  try {
+    grant_access(window.address(), bytes, Access::Devices);
+    cuda.cuMemsetD8Async(window.address(), 0, bytes, stream_);
+    cuda.cuStreamSynchronize(stream_);
+  } catch (const Error&) {
+    cuda.cuMemUnmap.status(window.address(), bytes);
+    throw;
+  }
+  cuda.cuMemUnmap(window.address(), bytes);
+  zeros_[bytes] = pages;
+  return pages;
+}
+
+void Tier::grant_reading(cu::DevicePtr address, std::size_t bytes) const {
+  std::vector<cu::MemAccessDesc> readers = access_[static_cast<int>(Access::Devices)];
+  for (cu::MemAccessDesc& reader : readers) reader.flags = cu::ACCESS_READ;
+  if (driver().cuMemSetAccess.status(address, bytes, readers.data(), readers.size()) != cu::SUCCESS)
+    grant_access(address, bytes, Access::Devices);
+}
+
 void Tier::grant_access(cu::DevicePtr address, std::size_t bytes, Access access) const {
   const std::vector<cu::MemAccessDesc>& descriptors = access_[static_cast<int>(access)];
   driver().cuMemSetAccess(address, bytes, descriptors.data(), descriptors.size());

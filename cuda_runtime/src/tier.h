@@ -1,7 +1,9 @@
 // The two memories of a tiered range, and how pages of both are made accessible.
 #pragma once
 
+#include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -13,6 +15,9 @@ namespace dak {
 inline constexpr std::size_t SMALL_HANDLE_PAGES = 1;
 inline constexpr std::size_t LARGE_HANDLE_PAGES = 16;  // 32 MiB: larger ones are made no faster (bench_pages.py)
 inline constexpr std::size_t NEAR_PAGES = 32;          // within 64 MiB of a split, handles are small
+// A range that grows is mapped in blocks of up to 32 MiB, so that a large one takes few calls, and in no fewer
+// than this many of them, so that it grows in small steps.
+inline constexpr std::size_t MOST_BLOCK_PAGES = 16, BLOCKS_PER_RANGE = 64;
 
 enum class Access { Devices, Cpu };
 
@@ -40,6 +45,12 @@ class Tier {
   // Let the devices read and write mapped pages of one tier; with Access::Cpu the CPU too (host pages).
   void grant_access(cu::DevicePtr address, std::size_t bytes, Access access) const;
 
+  // A local allocation of zeros, the same one for all who ask for this size while one of them holds it. It is
+  // mapped where a range has no memory of its own yet, so nobody may write to it.
+  std::shared_ptr<const PhysicalPages> zeros(std::size_t bytes);
+  // Let the devices read mapped pages. Where the driver refuses that, they may write to them too.
+  void grant_reading(cu::DevicePtr address, std::size_t bytes) const;
+
  private:
   const int device_, peer_;
   Place local_, remote_;
@@ -47,6 +58,8 @@ class Tier {
   std::size_t page_bytes_ = 0;
   cu::Stream stream_ = nullptr;
   std::unique_ptr<PagePool> pool_;
+  std::mutex zeros_mutex_;
+  std::map<std::size_t, std::weak_ptr<const PhysicalPages>> zeros_;  // by size
 };
 
 }  // namespace dak

@@ -365,7 +365,7 @@ Result cuMemSetAccess(cu::DevicePtr address, std::size_t bytes, const cu::MemAcc
     mapping->second.open_to_cpu = false;
     for (std::size_t i = 0; i < count; ++i) {
       const auto type = access[i].location.type;
-      if (access[i].flags != cu::ACCESS_READWRITE) return false;
+      if (access[i].flags != cu::ACCESS_READWRITE && access[i].flags != cu::ACCESS_READ) return false;
       if (type == cu::LOCATION_DEVICE) device = true;
       else if (!host) return false;
       else if (type == cu::LOCATION_HOST_NUMA && host_numa() == "host") return false;
@@ -375,7 +375,9 @@ Result cuMemSetAccess(cu::DevicePtr address, std::size_t bytes, const cu::MemAcc
   });
   if (!valid) return cu::ERROR_INVALID_VALUE;
   whole_mappings(address, bytes, [&](auto mapping) { return mapping->second.accessible = true; });
-  mprotect(reinterpret_cast<void*>(address), bytes, PROT_READ | PROT_WRITE);
+  // a write to what is only to be read ends the process, as a fault on a GPU does
+  const int writing = access[0].flags == cu::ACCESS_READWRITE ? PROT_WRITE : 0;
+  mprotect(reinterpret_cast<void*>(address), bytes, PROT_READ | writing);
   return cu::SUCCESS;
 }
 Result cuMemExportToShareableHandle(void* file, cu::AllocationHandle handle, cu::HandleType type,
@@ -448,6 +450,12 @@ Result cuMemcpyAsync(cu::DevicePtr target, cu::DevicePtr source, std::size_t byt
   ENTER(cuMemcpyAsync);
   return copy(target, source, bytes);
 }
+Result cuMemsetD8Async(cu::DevicePtr target, unsigned char value, std::size_t bytes, cu::Stream) {
+  ENTER(cuMemsetD8Async);
+  if (!accessible(target, bytes)) return ILLEGAL_ADDRESS;
+  std::memset(reinterpret_cast<void*>(target), value, bytes);
+  return cu::SUCCESS;
+}
 Result cuMemcpyHtoDAsync(cu::DevicePtr target, const void* source, std::size_t bytes, cu::Stream) {
   ENTER(cuMemcpyHtoDAsync);
   return copy(target, reinterpret_cast<cu::DevicePtr>(source), bytes);
@@ -500,6 +508,7 @@ Result cuGetProcAddress_v2(const char* name, void** pointer, int, std::uint64_t,
       KNOWN(cuMemExportToShareableHandle), KNOWN(cuMemImportFromShareableHandle), KNOWN(cuMemAlloc),
       KNOWN(cuMemFree), KNOWN(cuMemHostAlloc), KNOWN(cuMemFreeHost), KNOWN(cuMemHostRegister),
       KNOWN(cuMemHostUnregister), KNOWN(cuMemHostGetDevicePointer), KNOWN(cuMemcpyAsync),
+      KNOWN(cuMemsetD8Async),
       KNOWN(cuMemcpyHtoDAsync), KNOWN(cuMemcpyDtoHAsync), KNOWN(cuStreamCreate), KNOWN(cuStreamDestroy),
       KNOWN(cuStreamSynchronize), KNOWN(cuStreamIsCapturing), KNOWN(cuEventCreate), KNOWN(cuEventDestroy),
       KNOWN(cuEventRecord), KNOWN(cuEventSynchronize)};

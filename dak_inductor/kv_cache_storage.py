@@ -1,0 +1,293 @@
+"""The memory of a whole KV cache: committed as the context grows, in all layers at once."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from dak_inductor.cuda_runtime.tier import Tier
+from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
+from dak_inductor.errors import CacheError, ContextLengthError, DeviceMemoryError, HostMemoryError
+from dak_inductor.kv_cache_geometry import CacheGeometry
+from dak_inductor.kv_cache_layer_storage import LayerStorage, aligned_split, capacity_of
+from dak_inductor.placement import LAUNCH_LOCK
+from dak_inductor.plan import OpUse, TensorSpec
+
+GRAPH = "decode"
+_REORDER_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """Keys or values of one layer before they have memory: `nbytes` for all `capacity` tokens."""
+
+    name: str
+    layer: int
+    row_bytes: int
+    nbytes: int
+    capacity: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CacheTensor:
+    """Keys or values of one layer in their buffer; what a plan moves, as it moves weights."""
+
+    name: str
+    buffer: TieredBuffer
+    spec: TensorSpec  # as planned at creation
+    fixed: bool  # its split was asked for, so that no plan moves it
+
+    @property
+    def live_spec(self) -> TensorSpec:
+        """The spec with where the tensor is to lie now, and the page grid that its moves follow."""
+        buffer = self.buffer
+        remote = buffer.nbytes - buffer.split
+        return replace(
+            self.spec,
+            granularity=256 if not self.fixed else 1,
+            min_remote=remote if self.fixed else 0,
+            max_remote=remote if self.fixed else None,
+            current_remote=remote,
+            page=None if self.fixed else buffer.page_bytes,
+            first_page_split=None if self.fixed else -buffer.start_offset % buffer.page_bytes,
+        )
+
+
+def tensor_plans(
+    geometry: CacheGeometry, *, label: str, prefill_chunk: int
+) -> tuple[TensorPlan, ...]:
+    """What a cache is made of, keys and values of each layer in turn."""
+    plans = []
+    for number, shape in enumerate(geometry.layers):
+        capacity = capacity_of(shape, geometry.max_len, prefill_chunk)
+        for kind, row in zip(("keys", "values"), geometry.row_bytes(shape), strict=True):
+            name = f"{label}.layers.{number}.{kind}"
+            plans.append(TensorPlan(name, number, row, capacity * row, capacity))
+    return tuple(plans)
+
+
+class CacheStorage:
+    """All layers of one cache. Not thread-safe, as no cache is.
+
+    Args:
+        geometry: the layers.
+        tier: where their memory comes from.
+        device: where they are used.
+        plans: the tensors, and `splits` the bytes of each, by name, that are to be local.
+        fixed: the splits were asked for and stay.
+        expected: tokens to expect in the cache when a plan is made.
+    """
+
+    def __init__(
+        self,
+        geometry: CacheGeometry,
+        tier: Tier,
+        device: torch.device,
+        plans: Sequence[TensorPlan],
+        splits: dict[str, int],
+        *,
+        fixed: bool,
+        expected: int,
+    ) -> None:
+        self.geometry = geometry
+        self.tier = tier
+        self.device = device
+        self.expected = expected
+        self.tensors: list[CacheTensor] = []
+        for plan in plans:
+            split = aligned_split(splits[plan.name], plan.row_bytes, tier, plan.nbytes)
+            buffer = tier.allocate_growing(plan.nbytes, split=split)
+            buffer.label = plan.name
+            spec = TensorSpec(plan.name, plan.nbytes)
+            self.tensors.append(CacheTensor(plan.name, buffer, spec, fixed or tier.whole_tensors))
+        self.layers = [
+            LayerStorage(
+                shape,
+                geometry,
+                (self.tensors[2 * i].buffer, self.tensors[2 * i + 1].buffer),
+                capacity=plans[2 * i].capacity,
+                device=device,
+            )
+            for i, shape in enumerate(geometry.layers)
+        ]
+        self._place = {tensor.name: place for place, tensor in enumerate(self.tensors)}
+        self._room = min(layer.room for layer in self.layers)
+        self._ready = 0  # a length that every layer is prepared for
+        for layer in self.layers:
+            _owners[layer] = weakref.ref(self)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in every layer; between the layers of a step, in the last one."""
+        return self.layers[-1].tokens
+
+    def bytes_by_tier(self) -> TierBytes:
+        """Bytes that have memory now, by tier."""
+        return sum((tensor.buffer.bytes_by_tier() for tensor in self.tensors), TierBytes())
+
+    def claimed_bytes(self) -> TierBytes:
+        """Bytes of the pages held at full length, by tier."""
+        return sum((tensor.buffer.claimed_bytes() for tensor in self.tensors), TierBytes())
+
+    def planned_bytes(self) -> TierBytes:
+        """Bytes of keys and values at full length, by tier."""
+        local = sum(tensor.buffer.split for tensor in self.tensors)
+        return TierBytes(local, sum(tensor.buffer.nbytes for tensor in self.tensors) - local)
+
+    def prepare(self, length: int, tokens: int) -> None:
+        """Make every layer ready for `tokens` more that bring the context to `length`.
+
+        Raises ContextLengthError past `max_len`, HostMemoryError or DeviceMemoryError where the
+        pages do not fit: before anything is changed.
+        """
+        if length <= self._ready and tokens <= self._room:
+            return
+        self._check_length(length)
+        self._grow([layer.slots_after(length, tokens) for layer in self.layers], length)
+        for layer in self.layers:
+            layer.make_slots(length, tokens)
+        ready = min(layer.ready for layer in self.layers)
+        self._ready = min(ready, self.geometry.max_len)
+
+    def commit(self, length: int) -> None:
+        """Take memory for a context of `length` tokens now. Raises what `prepare` raises."""
+        self._check_length(length)
+        self._grow([min(length, layer.capacity) for layer in self.layers], length)
+
+    def _check_length(self, length: int) -> None:
+        if length > self.geometry.max_len:
+            raise ContextLengthError(
+                f"a context of {length} tokens, and the KV cache was made for max_len="
+                f"{self.geometry.max_len}; {self.tokens} tokens are in it and stay. Make it with "
+                f"dak.kv_cache(model, max_len={length}) or more, or call reset()"
+            )
+
+    def _grow(self, slots: list[int], length: int) -> None:
+        short = [
+            (layer, wanted)
+            for layer, wanted in zip(self.layers, slots, strict=True)
+            if wanted > layer.committed
+        ]
+        if not short:
+            return
+        what = f"the KV cache at {length} tokens of {self.geometry.max_len}"
+        with LAUNCH_LOCK:
+            ahead = [(layer, layer.ahead(wanted)) for layer, wanted in short]
+            try:
+                self.tier.check_growth(_growth(ahead), what)
+                short = ahead
+            except (HostMemoryError, DeviceMemoryError):
+                self.tier.check_growth(_growth(short), what)
+            self._wait_for_readers()
+            for layer, wanted in short:
+                layer.grow(wanted)
+
+    def _wait_for_readers(self) -> None:
+        """Pages change under an address that kernels in flight may read through a mask."""
+        if self.device.type != "cuda":
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise CacheError(
+                "the KV cache cannot grow while a CUDA graph is being captured: call "
+                "cache.commit(tokens) with the most tokens that its replays will reach before"
+            )
+        torch.cuda.synchronize(self.device)
+
+    def reset(self) -> None:
+        """Empty; what is committed stays so."""
+        self._ready = 0
+        for layer in self.layers:
+            layer.reset()
+
+    def crop(self, tokens: int) -> None:
+        """Take the last `tokens` tokens back. Raises CacheError; then nothing is changed."""
+        if not 0 <= tokens <= self.tokens:
+            raise CacheError(f"crop({-tokens}): there are {self.tokens} tokens in the cache")
+        for layer in self.layers:
+            layer.check_crop(tokens)
+        for layer in self.layers:
+            layer.crop(tokens)
+
+    def set_starts(self, starts: torch.Tensor) -> None:
+        """int [batch]: the first token of each sequence that is not padding."""
+        if tuple(starts.shape) != (self.geometry.batch,):
+            raise CacheError(
+                f"starts of shape {tuple(starts.shape)}: one per sequence, {self.geometry.batch}"
+            )
+        for layer in self.layers:
+            layer.padded = True
+            layer.starts.copy_(starts.to(self.device) - layer.base).clamp_(min=0)
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Let sequence i be what sequence `order[i]` was. Only those that change are copied."""
+        if len(order) != self.geometry.batch:
+            raise CacheError(
+                f"an order of {len(order)} sequences for a cache of {self.geometry.batch}"
+            )
+        targets = [i for i, source in enumerate(order) if i != source]
+        sources = [order[i] for i in targets]
+        for layer in self.layers:
+            piece = max(1, _REORDER_BYTES // max(layer.row_bytes))
+            layer.reorder(targets, sources, piece)
+
+    def as_expected(self, use: OpUse) -> OpUse:
+        """A use as it is to be expected: of this cache's tensors, up to the expected context."""
+        place = self._place.get(use.tensor)
+        if place is None:
+            return use
+        expected = self._expected_share(place)
+        touched = min(use.touched_bytes, self.tensors[place].buffer.nbytes * expected)
+        return replace(use, touched_bytes=touched, untouched_share=1 - expected)
+
+    def default_uses(self) -> list[OpUse]:
+        """What a decode step is taken to read before it is seen."""
+        return [
+            self.as_expected(use)
+            for use in decode_uses(self.geometry, [(t.name, t.buffer.nbytes) for t in self.tensors])
+        ]
+
+    def _expected_share(self, place: int) -> float:
+        """Share of a tensor that the context is expected to reach, in tokens now or to come."""
+        capacity = self.layers[place // 2].capacity
+        return min(capacity, max(self.expected, self.tokens, 1)) / capacity
+
+
+def decode_uses(geometry: CacheGeometry, tensors: Sequence[tuple[str, int]]) -> list[OpUse]:
+    """One use per tensor (name, bytes): a decode step that reads all of it once."""
+    return [
+        OpUse(
+            op=f"{name.rpartition('.')[0]}:attention",
+            graph=GRAPH,
+            tensor=name,
+            kind="attention",
+            touched_bytes=float(nbytes),
+            other_bytes=0.0,
+            flops=2.0 * nbytes / geometry.dtype.itemsize * geometry.group,
+            calls=1.0,
+            dtype=str(geometry.dtype).removeprefix("torch."),
+            module=name.rpartition(".")[0],
+            m=1,
+        )
+        for name, nbytes in tensors
+    ]
+
+
+_owners: weakref.WeakKeyDictionary[LayerStorage, weakref.ref[CacheStorage]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def owner_of(layer: LayerStorage) -> CacheStorage:
+    """The cache of a layer. Raises CacheError once it is gone."""
+    reference = _owners.get(layer)
+    cache = None if reference is None else reference()
+    if cache is None:
+        raise CacheError("this layer's KV cache is gone: keep the cache that dak.kv_cache returned")
+    return cache
+
+
+def _growth(wanted: Sequence[tuple[LayerStorage, int]]) -> TierBytes:
+    return sum((layer.growth(slots) for layer, slots in wanted), TierBytes())
