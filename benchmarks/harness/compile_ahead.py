@@ -1,4 +1,4 @@
-"""Compiles every instance of the linear kernel into the user's cache, on all cores.
+"""Compiles every instance of the linear and attention kernels into the user's cache, on all cores.
 
 One compiles in about a second; a first run that meets them one by one waits for each.
 
@@ -18,9 +18,10 @@ MODULE = "dak_inductor.benchmarks.harness.compile_ahead"
 def compile_part(part: int, count: int, *, architecture: str = "sm_90a") -> int:
     """Every `count`-th instance from `part` on; returns how many. Raises CompilationError."""
     from dak_inductor.cuda_runtime.nvrtc import compiler
-    from dak_inductor.lowering.linear.instances import all_instances
+    from dak_inductor.lowering.attention import instances as attention
+    from dak_inductor.lowering.linear import instances as linear
 
-    instances = all_instances()[part::count]
+    instances = (*linear.all_instances(), *attention.all_instances())[part::count]
     for kernel in instances:
         compiler().cubin(kernel, architecture=architecture)
     return len(instances)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from functools import lru_cache
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from dak_inductor.lowering.attention import tensor_maps
 from dak_inductor.lowering.attention.configuration import MAXIMUM_QUERIES, choose, refusal
 from dak_inductor.lowering.attention.launch import CachedTensor, launch
 from dak_inductor.lowering.attention.problem import DTYPES, AttentionMasking, AttentionProblem
+from dak_inductor.lowering.refusals import HOPPER, capability, log_once
 
 log = logging.getLogger(__name__)
-
-_HOPPER = (9, 0)
+_log_once = partial(log_once, log, "a stock kernel reads tiered keys and values: %s")
 
 
 def run(
@@ -113,7 +113,7 @@ def _refusal_of_tensors(
     bounds = [tensor for tensor in (lengths, starts) if tensor is not None]
     if any(tensor.device != query.device for tensor in (key, value, *bounds)):
         return "its operands are on different devices"
-    if _capability(query.device.index) != _HOPPER:
+    if capability(query.device.index) != HOPPER:
         return "the GPU is no Hopper card (compute capability 9.0)"
     if key.shape != value.shape:
         return f"keys are {tuple(key.shape)} and values {tuple(value.shape)}"
@@ -140,13 +140,3 @@ def _refusal_of_tiers(buffers: tuple[TieredBuffer | None, TieredBuffer | None]) 
     if any(not buffer.device_record for buffer in tiered):
         return "the tier of keys or values has no record in device memory"
     return None
-
-
-@lru_cache(maxsize=16)
-def _capability(device_index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device_index)
-
-
-@lru_cache(maxsize=256)
-def _log_once(reason: str) -> None:
-    log.info("a stock kernel reads tiered keys and values: %s", reason)

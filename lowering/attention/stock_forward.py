@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dak_inductor.lowering.attention.staged_parts import Forward
+from dak_inductor.lowering.refusals import capability
 
 log = logging.getLogger(__name__)
 
@@ -32,15 +33,15 @@ def available(query: Tensor, value_dim: int) -> tuple[Forward, ...]:
     if not query.is_cuda or query.dtype not in _HALF or head_dim % 8 or value_dim % 8:
         return ()
     found: list[Forward] = []
-    capability = _capability(query.device.index)
+    generation = capability(query.device.index)
     fits = max(head_dim, value_dim) <= _CUDNN_HEAD
     refused = (query.dtype, head_dim, value_dim) in _refused
     cuda = torch.backends.cuda
-    if capability >= (9, 0) and fits and not refused and cuda.cudnn_sdp_enabled() and _cudnn():
+    if generation >= (9, 0) and fits and not refused and cuda.cudnn_sdp_enabled() and _cudnn():
         found.append("cudnn")
     fits = head_dim == value_dim <= _FLASH_HEAD
     flash = cuda.flash_sdp_enabled() and cuda.is_flash_attention_available()
-    if capability >= (8, 0) and fits and flash:
+    if generation >= (8, 0) and fits and flash:
         found.append("flash")
     return tuple(found)
 
@@ -86,11 +87,6 @@ def _cudnn_attend(
         log.info("flash attention instead of cuDNN's for heads of %d: %s", kind[1], error)
         return None
     return out.transpose(1, 2).contiguous(), lse.reshape(lse.shape[:3])
-
-
-@lru_cache(maxsize=16)
-def _capability(device_index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device_index)
 
 
 @lru_cache(maxsize=1)

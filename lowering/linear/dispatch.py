@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -22,8 +22,10 @@ from dak_inductor.lowering.linear.configuration import (
 from dak_inductor.lowering.linear.launch import Operand, launch, profile_of, worker_count
 from dak_inductor.lowering.linear.problem import DTYPES, Activation, LinearProblem
 from dak_inductor.lowering.linear.ring_plan import prefers_ring
+from dak_inductor.lowering.refusals import HOPPER, capability, log_once
 
 log = logging.getLogger(__name__)
+_log_once = partial(log_once, log, "a stock kernel reads a tiered weight: %s")
 
 _ACTIVATIONS = {
     "none": Activation.NONE,
@@ -31,7 +33,6 @@ _ACTIVATIONS = {
     "gelu": Activation.GELU,
     "gelu_tanh": Activation.GELU_TANH,
 }
-_HOPPER = (9, 0)
 
 
 def run(
@@ -185,7 +186,7 @@ def _refusal(
         return f"its operands are not all bfloat16 or all float16 (x is {x.dtype})"
     if any(tensor.device != x.device for tensor in tensors):
         return "its operands are on different devices"
-    if _capability(x.device.index) != _HOPPER:
+    if capability(x.device.index) != HOPPER:
         return "the GPU is no Hopper card (compute capability 9.0)"
     if x.numel() == 0:
         return "it has no tokens"
@@ -198,13 +199,3 @@ def _refusal(
         if reason is not None:
             return f"of the weight, {reason}"
     return None
-
-
-@lru_cache(maxsize=16)
-def _capability(device_index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device_index)
-
-
-@lru_cache(maxsize=256)
-def _log_once(reason: str) -> None:
-    log.info("a stock kernel reads a tiered weight: %s", reason)

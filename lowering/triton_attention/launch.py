@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import triton
@@ -13,6 +13,7 @@ from dak_inductor.cuda_runtime import address_table
 from dak_inductor.lowering import residency  # noqa: F401  (registers torch.ops.dak.residency)
 from dak_inductor.lowering.attention import operands
 from dak_inductor.lowering.attention.stored_tokens import StoredTokens, stored_tokens
+from dak_inductor.lowering.refusals import capability, log_once
 from dak_inductor.lowering.triton_attention.configuration import (
     DEFAULT_WINDOW,
     TileShape,
@@ -24,6 +25,7 @@ from dak_inductor.lowering.triton_attention.decode import combine_kernel, decode
 from dak_inductor.lowering.triton_linear.configuration import device_limits
 
 log = logging.getLogger(__name__)
+_log_once = partial(log_once, log, "the portable attention kernel does not take a call: %s")
 
 _MOST_HEAD = 256
 _LEAST_CAPABILITY = (8, 0)
@@ -194,7 +196,7 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> s
         return reason
     if max(query.shape[3], value.shape[3]) > _MOST_HEAD:
         return f"a head of more than {_MOST_HEAD}"
-    if query.is_cuda and _capability(query.device.index) < _LEAST_CAPABILITY:
+    if query.is_cuda and capability(query.device.index) < _LEAST_CAPABILITY:
         return "it needs compute capability 8.0 or newer"
     return None
 
@@ -206,13 +208,3 @@ def _programs(device: torch.device, shape: TileShape, itemsize: int) -> int:
     tile = shape.tokens * (shape.head_columns + shape.value_columns)
     shared = (shape.stages * tile + shape.rows * shape.head_columns) * itemsize
     return max(2, limits.processors * min(2, max(1, limits.shared_bytes_per_processor // shared)))
-
-
-@lru_cache(maxsize=16)
-def _capability(device_index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device_index)
-
-
-@lru_cache(maxsize=256)
-def _log_once(reason: str) -> None:
-    log.info("the portable attention kernel does not take a call: %s", reason)

@@ -44,7 +44,7 @@ class Launches(list[Options]):
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     """A Hopper card, on which every cache is tiered."""
     found = Launches()
-    monkeypatch.setattr(dispatch, "_capability", lambda _: (9, 0))
+    monkeypatch.setattr(dispatch, "capability", lambda _: (9, 0))
     monkeypatch.setattr(dispatch.address_table, "lookup", lambda address: Buffer(address))
     monkeypatch.setattr(dispatch, "launch", found)
     return found

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import gc
 import random
-from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial as bind
 
 import pytest
@@ -30,6 +29,8 @@ from dak_inductor.lowering.attention import (
 from dak_inductor.lowering.attention.partial_results import PartialResult, PartialResults
 from dak_inductor.lowering.attention.staged_parts import PrefillProblem
 from dak_inductor.lowering.attention.stored_tokens import rectangles, stored_tokens
+
+from .fake_queues import Scheduler
 
 H200 = hardware.load("h200")
 NAN = float("nan")
@@ -217,7 +218,7 @@ def test_notes_die_with_their_buffer() -> None:
     before = len(host_lengths._lengths)
     host_lengths.note_length(call.buffers[0], 40)
     assert len(host_lengths._lengths) == before + 1
-    assert not host_lengths.length_of(call.buffers[0]).plain  # type: ignore[union-attr]
+    assert host_lengths.length_of(call.buffers[0]) == host_lengths.HostLength(40)
     del call
     gc.collect()
     assert len(host_lengths._lengths) == before
@@ -368,50 +369,6 @@ def test_tokens_are_placed_by_their_buffer() -> None:
 
 
 # --- the order ---
-
-
-@dataclass
-class Scheduler:
-    """Queues whose work runs in any order that their marks allow, chosen by `random`."""
-
-    random: random.Random
-    queues: list[FakeQueue] = field(default_factory=list)
-    reached: set[int] = field(default_factory=set)
-    marks: int = 0
-
-    def queue(self) -> FakeQueue:
-        self.queues.append(FakeQueue(self))
-        return self.queues[-1]
-
-    def drain(self) -> None:
-        while any(queue.entries for queue in self.queues):
-            able = [queue for queue in self.queues if queue.able()]
-            assert able, "the queues wait for each other"
-            self.random.choice(able).step()
-
-
-class FakeQueue:
-    def __init__(self, scheduler: Scheduler) -> None:
-        self.scheduler = scheduler
-        self.entries: deque = deque()
-
-    def run(self, work: Callable[[], object]) -> None:
-        self.entries.append((work, None))
-
-    def record(self) -> int:
-        self.scheduler.marks += 1
-        mark = self.scheduler.marks
-        self.entries.append((lambda: self.scheduler.reached.add(mark), None))
-        return mark
-
-    def wait(self, mark: int) -> None:
-        self.entries.append((lambda: None, mark))
-
-    def able(self) -> bool:
-        return bool(self.entries) and self.entries[0][1] in (None, *self.scheduler.reached)
-
-    def step(self) -> None:
-        self.entries.popleft()[0]()
 
 
 def staged_result(seed: int, *, without: str = "") -> tuple[Tensor, Tensor]:

@@ -19,39 +19,9 @@ from dak_inductor.errors import (
     OptionError,
 )
 
+from .small_models import FAMILIES, build, prompt
+
 transformers = pytest.importorskip("transformers", reason="needs transformers")
-
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
-    "mistral": ("MistralConfig", "MistralForCausalLM", {"sliding_window": 8}),
-    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {"sliding_window": 8, "head_dim": 32}),
-}
-
-
-def build(family: str = "llama", **changes: Any) -> Any:
-    config, model, own = FAMILIES[family]
-    made = getattr(transformers, config)(**{**SIZES, **own, **changes})
-    return getattr(transformers, model)(made).eval()
-
-
-def prompt(batch: int, length: int, padding: int = 0) -> dict[str, torch.Tensor]:
-    """Random tokens, the last sequence padded on the left."""
-    tokens = torch.randint(1, SIZES["vocab_size"], (batch, length))
-    mask = torch.ones_like(tokens)
-    tokens[-1, :padding] = mask[-1, :padding] = 0
-    return {"input_ids": tokens, "attention_mask": mask}
 
 
 def make(model: Any, *, batch: int = 2, max_len: int = 100, **options: Any) -> Any:

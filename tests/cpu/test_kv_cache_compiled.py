@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,33 +17,13 @@ from dak_inductor.lowering import counters
 from dak_inductor.offloaded import record_of
 from dak_inductor.session import SESSION
 
-transformers = pytest.importorskip("transformers", reason="needs transformers")
+from . import small_models
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-
-
-def build(family: str = "Llama") -> Any:
-    own = {} if family == "Llama" else {"sliding_window": 8}
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **own})
-    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+build = partial(small_models.build, num_hidden_layers=2)
 
 
 def prompt(batch: int = 2, length: int = 10, padding: int = 3) -> dict[str, torch.Tensor]:
-    tokens = torch.randint(1, 512, (batch, length))
-    mask = torch.ones_like(tokens)
-    tokens[-1, :padding] = mask[-1, :padding] = 0
-    return {"input_ids": tokens, "attention_mask": mask}
+    return small_models.prompt(batch, length, padding)
 
 
 def generate(model: Any, inputs: dict[str, torch.Tensor], new: int, **options: Any) -> torch.Tensor:
@@ -60,7 +41,7 @@ def _counted_anew() -> None:
 
 
 @pytest.mark.parametrize("attention", [True, False], ids=["dak", "stock"])
-@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_generate_compiles_prefill_and_decode_once(family, attention):
     model, inputs = build(family), prompt()
     expected = generate(model, inputs, 70)
@@ -77,7 +58,7 @@ def test_generate_compiles_prefill_and_decode_once(family, attention):
         assert cache.get_seq_length() == 79
         layer = cache.layers[0]
         assert layer.lengths.tolist() == [layer.storage.slots] * 2
-        assert (layer.storage.base > 0) == (family == "Mistral")
+        assert (layer.storage.base > 0) == (family == "mistral")
         assert int(layer.place[0]) == layer.storage.base
     read = {r.tensor: r.bytes for r in dak.stats().reads if r.kind == "attention"}
     assert len(read) == 8  # keys and values of two layers of two caches
@@ -104,7 +85,7 @@ def test_memory_is_committed_between_compiled_steps():
 
 
 @pytest.mark.parametrize("attention", [True, False], ids=["dak", "stock"])
-@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_a_forward_in_one_trace(family, attention):
     model = build(family)
     tokens = prompt(2, 70, 0)["input_ids"]
@@ -124,12 +105,12 @@ def test_a_forward_in_one_trace(family, attention):
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=1e-5)
     assert graphs() <= 3
     assert cache.get_seq_length() == 70 and (cache.layers[0].storage.base > 0) == (
-        family == "Mistral"
+        family == "mistral"
     )
 
 
 def test_a_long_prompt_on_a_window():
-    model, inputs = build("Mistral"), prompt(2, 70)
+    model, inputs = build("mistral"), prompt(2, 70)
     expected = generate(model, inputs, 10)
     dak.offload(model, offload_ratio=0.4, remote="simulated")
     cache = dak.kv_cache(model, batch=2, max_len=200, prefill_chunk=16)
@@ -146,7 +127,7 @@ def test_a_long_prompt_on_a_window():
 
 
 def test_without_the_backend_notes_run_in_the_graph():
-    for family in ("Llama", "Mistral"):
+    for family in ("llama", "mistral"):
         torch._dynamo.reset()
         model, inputs = build(family), prompt()
         expected = generate(model, inputs, 60)
@@ -229,7 +210,7 @@ def test_notes_are_taken_out_of_the_graph():
         found.append((before, steps, after, [type(i) for i in inputs]))
         return graph.forward
 
-    model = build("Mistral")
+    model = build("mistral")
     cache = dak.kv_cache(
         model, batch=2, max_len=100, prefill_chunk=16, offload_ratio=0.6, remote="simulated"
     )

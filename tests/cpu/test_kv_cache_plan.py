@@ -16,27 +16,15 @@ from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
 from dak_inductor.planner import make_plan
 from dak_inductor.session import SESSION
 
-transformers = pytest.importorskip("transformers", reason="needs transformers")
+from . import small_models
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "max_position_embeddings": 4096,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 ROW = 2 * 2 * 32 * 4  # bytes of a token in one tensor, batch 2
 
 
 def build() -> Any:
     """The same random model each time."""
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+    return small_models.build(hidden_size=128, intermediate_size=256, max_position_embeddings=4096)
 
 
 def offloaded(budget: int) -> tuple[Any, OffloadedModel]:

@@ -6,33 +6,16 @@ No GPU is needed: TMA copies, multicast within clusters, wgmma, and registers th
 from __future__ import annotations
 
 import collections
-import re
 from dataclasses import replace
 
 import pytest
 
-from dak_inductor.cuda_runtime.nvrtc import KernelInstance, assemble
+from dak_inductor.cuda_runtime.nvrtc import KernelInstance
 from dak_inductor.lowering.linear.instances import all_instances
 
+from .kernel_names import MOST_REGISTERS, barrier_names, name_of, options
+
 INSTANCES = all_instances()
-MOST_REGISTERS = 65536 // 384 // 8 * 8
-"""Of a thread, where a CTA of 384 threads is to fit an SM."""
-
-
-def options(kernel: KernelInstance) -> dict[str, int | bool]:
-    return dict(kernel.configuration)
-
-
-def name_of(kernel: KernelInstance) -> str:
-    """Numbers by their first letter, flags by their name where they are set."""
-    parts = [
-        name if value is True else f"{name[0]}{value}"
-        for name, value in kernel.configuration
-        if value is not False
-    ]
-    return "-".join(parts)
-
-
 every_instance = pytest.mark.parametrize("kernel", INSTANCES, ids=name_of)
 
 
@@ -63,14 +46,6 @@ def test_compiles_to_its_instructions(kernel: KernelInstance, disassembler) -> N
     found = disassembler.usage(kernel)
     assert found["LOCAL"] == 0 and found["STACK"] == 0, found
     assert found["REG"] <= MOST_REGISTERS, found
-
-
-def barrier_names(kernel: KernelInstance) -> set[bytes]:
-    """What the waits in the kernel's sources call their barriers."""
-    source = assemble(kernel.name)
-    texts = [source.text, *(text for _, text in source.headers)]
-    found = re.findall(r'\bwait<[^;{]*?"([^"]+)"\s*\)', "\n".join(texts))
-    return {name.encode() for name in found}
 
 
 def test_debug_builds_name_their_barriers(disassembler) -> None:  # type: ignore[no-untyped-def]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import random
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -24,6 +23,8 @@ from dak_inductor.lowering.linear.configuration import MAXIMUM_TOKENS
 from dak_inductor.lowering.linear.problem import LinearProblem
 from dak_inductor.lowering.linear.queues import Queues
 from dak_inductor.lowering.linear.ring_plan import Residency
+
+from .fake_queues import FakeQueue, Scheduler
 
 H200 = hardware.load("h200")
 HOST, PEER = H200.link("cpu"), H200.link("cuda:1")
@@ -168,59 +169,6 @@ def test_residencies_of_a_cut_row_and_of_whole_rows() -> None:
 
 
 # --- the order ---
-
-
-@dataclass
-class Scheduler:
-    """Two queues whose work runs in any order that their marks allow, chosen by `random`."""
-
-    random: random.Random
-    queues: list[FakeQueue] = field(default_factory=list)
-    reached: set[int] = field(default_factory=set)
-    marks: int = 0
-
-    def queue(self) -> FakeQueue:
-        self.queues.append(FakeQueue(self))
-        return self.queues[-1]
-
-    def drain(self) -> None:
-        while any(queue.entries for queue in self.queues):
-            able = [queue for queue in self.queues if queue.able()]
-            assert able, "the queues wait for each other"
-            self.random.choice(able).step()
-
-
-class FakeQueue:
-    def __init__(self, scheduler: Scheduler) -> None:
-        self.scheduler = scheduler
-        self.entries: deque = deque()
-
-    def run(self, work) -> None:
-        self.entries.append(("run", work))
-
-    def record(self) -> int:
-        self.scheduler.marks += 1
-        self.entries.append(("record", self.scheduler.marks))
-        return self.scheduler.marks
-
-    def wait(self, mark: int) -> None:
-        assert any(("record", mark) in queue.entries for queue in self.scheduler.queues), (
-            "a mark that was not recorded yet is waited for in vain"
-        )
-        self.entries.append(("wait", mark))
-
-    def able(self) -> bool:
-        if not self.entries:
-            return False
-        kind, what = self.entries[0]
-        return kind != "wait" or what in self.scheduler.reached
-
-    def step(self) -> None:
-        kind, what = self.entries.popleft()
-        if kind == "run":
-            what()
-        elif kind == "record":
-            self.scheduler.reached.add(what)
 
 
 @pytest.mark.parametrize("in_out", [False, True])

@@ -5,9 +5,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from dak_inductor.cuda_runtime.tier import Tier
+    from dak_inductor.cuda_runtime.window import Window
 
 FOLDER = Path(__file__).parent
 
@@ -52,9 +57,37 @@ def remote(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture
+def tier(remote: str, device: torch.device) -> Tier:
+    """Either remote tier."""
+    from dak_inductor.cuda_runtime.tiers import open_tier
+
+    return open_tier(remote, device=device)
+
+
+@pytest.fixture
+def host_tier(device: torch.device) -> Tier:
+    """Host memory, where what is tested does not depend on the tier."""
+    from dak_inductor.cuda_runtime.tiers import open_tier
+
+    return open_tier("cpu", device=device)
+
+
+@pytest.fixture
+def window(tier: Tier, device: torch.device) -> Iterator[Window]:
+    """The window of the link, put back afterwards."""
+    from dak_inductor.cuda_runtime.window import window_of
+
+    found = window_of(device, tier.name)
+    before = found.nbytes
+    yield found
+    torch.cuda.synchronize()
+    found.set(before)
+
+
 @pytest.fixture(scope="session")
-def linear_kernels() -> None:
-    """All linear kernels in the cache, compiled on all cores: one by one they take minutes."""
+def compiled_kernels() -> None:
+    """All kernels in the cache, compiled on all cores: one by one they take minutes."""
     if missing() is None:
         from dak_inductor.benchmarks.harness.compile_ahead import compile_ahead
 

@@ -23,7 +23,6 @@ from dak_inductor.benchmarks.harness.attention_case import (
 from dak_inductor.benchmarks.harness.attention_reference import AttentionCall, make_reference
 from dak_inductor.benchmarks.harness.linear_reference import poison_free_memory
 from dak_inductor.cuda_runtime.tier import Tier
-from dak_inductor.cuda_runtime.tiers import open_tier
 from dak_inductor.lowering.attention import dispatch
 from dak_inductor.lowering.attention.configuration import HEAD_DIMS
 
@@ -31,18 +30,6 @@ DTYPES = (torch.bfloat16, torch.float16)
 RATIOS = (1, 4, 7, 8)
 QUERIES = (1, 3, 16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture
-def tier(remote: str, device: torch.device) -> Tier:
-    """Either remote tier."""
-    return open_tier(remote, device=device)
-
-
-@pytest.fixture
-def host_tier(device: torch.device) -> Tier:
-    """Host memory, where what is tested does not depend on the tier."""
-    return open_tier("cpu", device=device)
 
 
 def assert_right(case: AttentionCase, what: object = "") -> None:

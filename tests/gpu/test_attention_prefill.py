@@ -29,7 +29,6 @@ from dak_inductor.benchmarks.harness.linear_reference import poison_free_memory
 from dak_inductor.benchmarks.harness.timing import capture
 from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
-from dak_inductor.cuda_runtime.tiers import open_tier
 from dak_inductor.lowering.attention import (
     host_lengths,
     partial_results,
@@ -45,18 +44,6 @@ dtypes = pytest.mark.parametrize("dtype", HALF, ids=str)
 forwards = pytest.mark.parametrize("forward", FORWARDS)
 
 Restrict = Callable[[Forward], None]
-
-
-@pytest.fixture
-def tier(remote: str, device: torch.device) -> Tier:
-    """Either remote tier."""
-    return open_tier(remote, device=device)
-
-
-@pytest.fixture
-def host_tier(device: torch.device) -> Tier:
-    """Host memory, where what is tested does not depend on the tier."""
-    return open_tier("cpu", device=device)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -22,25 +21,12 @@ from dak_inductor.benchmarks.harness.timing import CapturedStep, capture
 from dak_inductor.cuda_runtime.device_records import RecordCounters
 from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
-from dak_inductor.cuda_runtime.tiers import open_tier
-from dak_inductor.cuda_runtime.window import Window, window_of
+from dak_inductor.cuda_runtime.window import Window
 from dak_inductor.lowering.attention.configuration import HEAD_DIMS, tile_of
 
 SPEC = AttentionSpec(4, 8, 4, 1, 6000)  # 49 MB of keys, as much of values
 LARGEST_SLOT = 16 << 10
 """Bytes of a tile of keys; a window below it lets one through at a time."""
-
-
-@pytest.fixture
-def tier(remote: str, device: torch.device) -> Tier:
-    """Either remote tier."""
-    return open_tier(remote, device=device)
-
-
-@pytest.fixture
-def host_tier(device: torch.device) -> Tier:
-    """Host memory, where what is tested does not depend on the tier."""
-    return open_tier("cpu", device=device)
 
 
 def at(spec: AttentionSpec, *names: str) -> AttentionSpec:
@@ -174,16 +160,6 @@ def test_one_split_gives_the_same_bits(tier: Tier, device: torch.device) -> None
                 again = step() if attempt % 2 else case.run()
                 assert isinstance(again, torch.Tensor)
                 assert torch.equal(first, again), f"{spec}, {name}, attempt {attempt}"
-
-
-@pytest.fixture
-def window(tier: Tier, device: torch.device) -> Iterator[Window]:
-    """The window of the link, put back afterwards."""
-    found = window_of(device, tier.name)
-    before = found.nbytes
-    yield found
-    torch.cuda.synchronize()
-    found.set(before)
 
 
 def test_bytes_in_flight_stay_within_the_window(

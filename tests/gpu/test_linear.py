@@ -30,7 +30,6 @@ from dak_inductor.benchmarks.harness.linear_reference import (
     poison_free_memory,
 )
 from dak_inductor.cuda_runtime.tier import Tier
-from dak_inductor.cuda_runtime.tiers import open_tier
 
 TOKENS = (
     1, 2, 3, 7, 8, 16, 17, 31, 32, 33, 64, 65, 127, 128, 129, 200, 256, 300, 512, 1000, 1024, 2048,
@@ -41,22 +40,10 @@ LARGEST_CLUSTER_TOKENS = 4096
 SIZES = ((1000, 4104), (264, 72), (8, 8), (6144, 4096))
 DTYPES = (torch.bfloat16, torch.float16)
 LAYOUTS = ("out_in", "in_out")
-pytestmark = pytest.mark.usefixtures("linear_kernels")
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
-
-
-@pytest.fixture
-def tier(remote: str, device: torch.device) -> Tier:
-    """Either remote tier."""
-    return open_tier(remote, device=device)
-
-
-@pytest.fixture
-def host_tier(device: torch.device) -> Tier:
-    """Host memory, where what is tested does not depend on the tier."""
-    return open_tier("cpu", device=device)
 
 
 def share(rows: int, row_bytes: int, fraction: float) -> int:

@@ -20,11 +20,10 @@ from dak_inductor.benchmarks.harness.linear_reference import make_reference
 from dak_inductor.benchmarks.harness.timing import CapturedStep, capture
 from dak_inductor.cuda_runtime.device_records import RecordCounters
 from dak_inductor.cuda_runtime.tier import Tier
-from dak_inductor.cuda_runtime.tiers import open_tier
-from dak_inductor.cuda_runtime.window import Window, window_of
+from dak_inductor.cuda_runtime.window import Window
 from dak_inductor.lowering.linear import dispatch
 
-pytestmark = pytest.mark.usefixtures("linear_kernels")
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
 N, K = 3072, 4096
 NBYTES = N * K * 2
@@ -42,12 +41,6 @@ def _no_ring_within_reach_of_clusters(monkeypatch: pytest.MonkeyPatch) -> Iterat
     dispatch.configuration_of.cache_clear()
     yield
     dispatch.configuration_of.cache_clear()
-
-
-@pytest.fixture
-def tier(remote: str, device: torch.device) -> Tier:
-    """Either remote tier."""
-    return open_tier(remote, device=device)
 
 
 def case_of(
@@ -165,16 +158,6 @@ def test_one_split_gives_the_same_bits(tier: Tier, device: torch.device) -> None
                 again = step() if attempt % 2 else case.run()
                 assert isinstance(again, torch.Tensor)
                 assert torch.equal(first, again), f"M={m}, {name}, attempt {attempt}"
-
-
-@pytest.fixture
-def window(tier: Tier, device: torch.device) -> Iterator[Window]:
-    """The window of the link, put back afterwards."""
-    found = window_of(device, tier.name)
-    before = found.nbytes
-    yield found
-    torch.cuda.synchronize()
-    found.set(before)
 
 
 def test_bytes_in_flight_stay_within_the_window(

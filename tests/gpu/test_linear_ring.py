@@ -13,7 +13,6 @@ from dak_inductor.benchmarks.harness.linear_reference import make_reference, poi
 from dak_inductor.benchmarks.harness.timing import capture
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.tier import Tier
-from dak_inductor.cuda_runtime.tiers import open_tier
 from dak_inductor.lowering.linear import ring, ring_plan
 
 TOKENS = (129, 512, 4097, 8192)
@@ -21,12 +20,6 @@ N, K = 3072, 4096
 NBYTES = N * K * 2
 LAYOUTS = ("out_in", "in_out")
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
-
-
-@pytest.fixture
-def tier(remote: str, device: torch.device) -> Tier:
-    """Either remote tier."""
-    return open_tier(remote, device=device)
 
 
 def stored_row_bytes(layout: str) -> int:

@@ -20,20 +20,13 @@ from dak_inductor.benchmarks.harness.linear_reference import (
     poison_free_memory,
 )
 from dak_inductor.cuda_runtime.tier import Tier
-from dak_inductor.cuda_runtime.tiers import open_tier
 
-pytestmark = pytest.mark.usefixtures("linear_kernels")
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
 SECONDS = 8.0
 BUFFER_BYTES = 24 << 20
 CALLS_PER_WEIGHT = 12
 TOKEN_LIMITS = (1, 8, 16, 17, 64, 128, 130, 300, 1024, 4100)
-
-
-@pytest.fixture
-def tier(remote: str, device: torch.device) -> Tier:
-    """Either remote tier."""
-    return open_tier(remote, device=device)
 
 
 def test_random_calls_against_the_reference(tier: Tier, device: torch.device) -> None:

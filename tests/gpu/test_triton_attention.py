@@ -28,25 +28,12 @@ from dak_inductor.benchmarks.harness.linear_reference import poison_free_memory
 from dak_inductor.benchmarks.harness.timing import capture
 from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
-from dak_inductor.cuda_runtime.tiers import open_tier
-from dak_inductor.cuda_runtime.window import window_of
+from dak_inductor.cuda_runtime.window import Window
 from dak_inductor.lowering.triton_attention import launch
 from dak_inductor.lowering.triton_attention.configuration import tile_shape
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture
-def tier(remote: str, device: torch.device) -> Tier:
-    """Either remote tier."""
-    return open_tier(remote, device=device)
-
-
-@pytest.fixture
-def host_tier(device: torch.device) -> Tier:
-    """Host memory, where what is tested does not depend on the tier."""
-    return open_tier("cpu", device=device)
 
 
 def at(spec: AttentionSpec, *names: str) -> AttentionSpec:
@@ -176,24 +163,20 @@ def test_a_split_and_the_lengths_move_between_replays_of_one_graph(
         assert bool(output.isfinite().all())
 
 
-def test_the_window_is_kept(tier: Tier, device: torch.device) -> None:
+def test_the_window_is_kept(tier: Tier, device: torch.device, window: Window) -> None:
     spec = at(AttentionSpec(1, 8, 4, 1, 20000), "tokens")
     case = make_case(spec, tier, device)
-    window = window_of(device, tier.name)
-    before = window.nbytes
+    usual = window.nbytes
     each = tile_shape(4, 128, 128, spec.dtype).bytes_in_flight(2)
     counter = ReadCounter(case.buffers)
-    try:
-        for nbytes in (1, before, 8 * each):
-            window.set(nbytes)
-            torch.cuda.synchronize()
-            counter.reset()
-            assert_right(case, nbytes)
-            torch.cuda.synchronize()
-            reads = counter.read()
-            assert reads is not None and 0 < reads.peak_window <= max(nbytes, each)
-    finally:
-        window.set(before)
+    for nbytes in (1, usual, 8 * each):
+        window.set(nbytes)
+        torch.cuda.synchronize()
+        counter.reset()
+        assert_right(case, nbytes)
+        torch.cuda.synchronize()
+        reads = counter.read()
+        assert reads is not None and 0 < reads.peak_window <= max(nbytes, each)
 
 
 def test_what_is_refused(host_tier: Tier, device: torch.device) -> None:

@@ -18,7 +18,6 @@ from dak_inductor.benchmarks.harness.linear_reference import poison_free_memory
 from dak_inductor.benchmarks.harness.timing import capture
 from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
-from dak_inductor.cuda_runtime.tiers import open_tier
 from dak_inductor.lowering import registry
 
 TOKENS = (1, 2, 16, 17, 64, 200, 513)
@@ -36,16 +35,6 @@ def _only_triton() -> Iterator[None]:
     registry.forget()
     with registry.only("triton"), torch.no_grad():
         yield
-
-
-@pytest.fixture
-def tier(remote: str, device: torch.device) -> Tier:
-    return open_tier(remote, device=device)
-
-
-@pytest.fixture
-def host_tier(device: torch.device) -> Tier:
-    return open_tier("cpu", device=device)
 
 
 def weight_in(
