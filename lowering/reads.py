@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 
@@ -12,6 +11,7 @@ from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.read_count import queue_count
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
 from dak_inductor.lowering import counters
+from dak_inductor.lowering.refusals import HOPPER, capability
 
 
 def extent(tensor: torch.Tensor) -> int:
@@ -117,7 +117,7 @@ def count_on_device(
     `operand`: any view of it.
     """
     device = operand.device
-    if device.type == "cuda" and has_kernels(device.index):
+    if device.type == "cuda" and capability(device.index) >= HOPPER:
         queue_count(buffer.device_record, spans, device_index=device.index)
         return
     add_reads(_words(operand), spans)
@@ -126,12 +126,6 @@ def count_on_device(
 def _words(operand: torch.Tensor) -> torch.Tensor:
     words: torch.Tensor = torch.ops.dak.residency.default(operand)
     return words
-
-
-@lru_cache(maxsize=16)
-def has_kernels(device_index: int) -> bool:
-    """Whether kernels of ours can be made for that GPU."""
-    return torch.cuda.get_device_capability(device_index) >= (9, 0)
 
 
 def add_reads(words: torch.Tensor, reads: Sequence[tuple[int, int]]) -> None:

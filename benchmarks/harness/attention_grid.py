@@ -12,7 +12,6 @@ import torch
 from dak_inductor.benchmarks.harness.linear_grid import Shard
 
 FRACTIONS = (0.0, 0.005, 0.01, 0.02, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0)
-MEBIBYTE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,10 +30,12 @@ from dak_inductor.lowering.attention.staged_parts import Forward, Part, Piece, P
 from dak_inductor.lowering.attention.staged_plan import StagedPlan
 from dak_inductor.lowering.attention.stored_tokens import StoredTokens, count_reads, stored_tokens
 from dak_inductor.lowering.linear.launch import profile_of
-from dak_inductor.lowering.linear.queues import main_and_side
+from dak_inductor.lowering.linear.queues import queues_of
+from dak_inductor.lowering.refusals import log_once
 from dak_inductor.lowering.stock_attention import stored
 
 log = logging.getLogger(__name__)
+_log_once = partial(log_once, log, "a stock kernel reads tiered keys and values: %s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +202,8 @@ def _run(
     if not _aligned(query):
         query = query.clone(memory_format=torch.contiguous_format)  # once, not in each call
     work = StagedAttention(query, keys, values, masks, plan.forward, partials)
-    staging.issue(plan.parts, work, slots, *main_and_side(query.device), count)
+    queues = queues_of(query.device)
+    staging.issue(plan.parts, work, slots, queues.main, queues.copies, count)
     return partials.result()
 
 
@@ -292,8 +295,3 @@ def _distinct(keys: StoredTokens, values: StoredTokens) -> tuple[StoredTokens, .
     """Keys and values; once where they are one tensor."""
     same = keys.tensor.data_ptr() == values.tensor.data_ptr()
     return (keys,) if same else (keys, values)
-
-
-@lru_cache(maxsize=256)
-def _log_once(reason: str) -> None:
-    log.info("a stock kernel reads tiered keys and values: %s", reason)

@@ -74,12 +74,6 @@ def queues_of(device: torch.device) -> Queues:
     return Queues(StreamQueue(main), copies, products)
 
 
-def main_and_side(device: torch.device) -> tuple[Queue, Queue]:
-    """The current stream of `device`, and a stream for copies beside it."""
-    queues = queues_of(device)
-    return queues.main, queues.copies
-
-
 @lru_cache(maxsize=256)
 def _side(device_index: int, main: int, purpose: str) -> torch.cuda.Stream:
     """One for each main stream: a capture on one stream must not meet work for another.
