@@ -1,7 +1,8 @@
 """Loading a checkpoint from the page cache into the host tier: rate, and host memory taken for it.
 
 Bars: at least 5 GB/s into memory that the machine has already given; for N bytes offloaded at most
-N + 2 MiB per tensor + 1%. A safetensors file of about 8 GB is made first and read once.
+N + 2 MiB per tensor + 1%. A safetensors file of about 8 GB is made first and read once. Beside it
+the driver's own part is measured: making as many pages, neither mapped nor filled.
 
     python benchmarks/bench_load.py --out DIR [--layers 18] [--folder /dev/shm]
 """
@@ -27,10 +28,14 @@ from dak_inductor.benchmarks.harness import command_line
 from dak_inductor.benchmarks.harness.memory import PeakMemory, host_bytes_used
 from dak_inductor.benchmarks.harness.models import LLAMA3_8B, TINY, DecoderBlocks, Workload
 from dak_inductor.benchmarks.harness.record import Verdict, make_record
+from dak_inductor.cuda_runtime import vmm
+from dak_inductor.cuda_runtime.tiers import open_tier
+from dak_inductor.cuda_runtime.vmm import VmmTier
 from dak_inductor.offloaded import OffloadedWeight, record_of
 
 BAR_RATE = 5e9
 PAGE = 2 << 20
+PAGES_AT_ONCE = 112 << 20
 CHECKED_TENSORS = 12
 COLUMNS = ("repeat", "seconds", "gigabytes_per_second", "remote_bytes", "pages_held",
            "system_used", "system_peak", "contents_same")  # fmt: skip
@@ -80,6 +85,18 @@ def warm_host_memory(nbytes: int) -> None:
         for start in range(0, nbytes, 1 << 30)
     ]
     del pieces
+
+
+def page_rate(tier: VmmTier, nbytes: int) -> float:
+    """Bytes/s at which the driver makes host pages, in the handles that a load uses."""
+    count = max(1, nbytes // PAGES_AT_ONCE)
+    begun = time.perf_counter()
+    made = [tier._tier.make(PAGES_AT_ONCE, 0) for _ in range(count)]
+    seconds = time.perf_counter() - begun
+    del made
+    gc.collect()
+    vmm.drain(60)
+    return count * PAGES_AT_ONCE / seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +164,10 @@ def load_once(workload: Workload, path: Path, arguments: argparse.Namespace) -> 
     }
 
 
-def verdicts(rows: Sequence[dict[str, object]], *, decides: bool) -> list[Verdict]:
-    """Rate, memory by pages and by the system's count, contents."""
+def verdicts(
+    rows: Sequence[dict[str, object]], making: float | None, *, decides: bool
+) -> list[Verdict]:
+    """Rate, memory by pages and by the system's count, contents. `making`: rate of pages alone."""
 
     def median(name: str) -> float:
         return statistics.median(float(str(row[name])) for row in rows)
@@ -157,7 +176,12 @@ def verdicts(rows: Sequence[dict[str, object]], *, decides: bool) -> list[Verdic
     same = all(row["contents_same"] for row in rows)
     all_remote = all(float(str(row["remote_bytes"])) > 0 for row in rows)
     note = "" if decides else "not at full size on a GPU"
+    driver = [] if making is None else [
+        Verdict("load rate against making the pages alone", rate / making, 0.9, "x",
+                rate >= 0.9 * making if decides else None, f"{making / 1e9:.2f} GB/s"),
+    ]  # fmt: skip
     return [
+        *driver,
         Verdict("load rate", rate, BAR_RATE, "B/s", rate >= BAR_RATE if decides else None, note),
         Verdict("host memory, pages held", median("pages_held"), allowed, "B",
                 median("pages_held") <= allowed),
@@ -186,12 +210,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             warm_host_memory(round(1.1 * workload.linear_bytes))
             rows.append({"repeat": repeat, **load_once(workload, path, arguments)})
             gc.collect()
+    tier = open_tier(arguments.remote, device=device)
+    making = page_rate(tier, workload.linear_bytes) if isinstance(tier, VmmTier) else None
     decides = device.type == "cuda" and workload.linear_bytes >= 4e9
     record = make_record(
         "load",
         arguments=command_line.arguments_dict(arguments),
         cells=rows,
-        verdicts=verdicts(rows, decides=decides),
+        verdicts=verdicts(rows, making, decides=decides),
         notes=[f"file of {workload.linear_bytes / 1e9:.2f} GB under {parent}"],
         commit=arguments.commit,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.fx import Node
 
@@ -42,6 +44,20 @@ def attention_operator(node: Node) -> Match | str:
         rewrite=False,
         refusal=call if isinstance(call, str) else _ONE_SIDED,
     )
+
+
+def attention_in_place(node: Node) -> Match | str:
+    """The rule of dak::attention, which transformers' attention function "dak" calls itself."""
+    query, key, value, _, _, mask, scale, causal = node.args[:8]
+    assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
+    assert mask is None or isinstance(mask, Node)
+    assert isinstance(scale, float)
+    match = over_cache(
+        AttentionCall(node, query, key, value, mask=mask, scale=scale, causal=bool(causal))
+    )
+    if match is None:
+        return "keys and values are computed in the graph; there is no cache to tier"
+    return replace(match, rewrite=True, refusal="")  # it is written already
 
 
 def over_cache(call: AttentionCall) -> Match | None:

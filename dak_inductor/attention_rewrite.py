@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import dak_inductor.lowering.ops  # noqa: F401  (registers torch.ops.dak)
 from dak_inductor.attention_calls import AttentionCall, read_attention
 from dak_inductor.dead_nodes import erase_unused, is_pure
 from dak_inductor.normalise import value_of
+from dak_inductor.sizes import shape_of
 from dak_inductor.views import VIEWS
 
 _aten = torch.ops.aten
@@ -53,19 +55,61 @@ def write_attention(node: Node) -> None:
 
 
 def write_update(node: Node) -> None:
-    """Make an index_copy_ into memory that is not row-major an index_put_ of the same values.
+    """Make an update of tokens of memory that is not row-major, as index_copy_ or index_put_, an
+    operator dak::write_tokens; or an index_put_, where it is of something else.
 
-    Inductor's decomposition of the former ends in a row-major copy of all of the memory, which for
-    a cache that lies token by token is a copy of the cache per step; the latter is done in place.
+    Inductor's decomposition of index_copy_ ends in a row-major copy of all of the memory, which for
+    a cache that lies token by token is a copy of the cache per step.
     """
-    target, dimension, index, source = node.args
-    memory, position = value_of(target), value_of(index)
-    if memory.is_contiguous() or position.dim() != 1 or memory.dim() == 0:
+    update = _read_update(node)
+    if update is None or value_of(update.memory).is_contiguous():
         return
-    assert isinstance(dimension, int)
-    before = [None] * (dimension % memory.dim())
-    node.target = _aten.index_put_.default
-    node.args = (target, [*before, index], source)
+    memory, index, source = update.memory, update.index, update.source
+    if update.dimension == 2 and _is_tokens(value_of(memory), value_of(index), value_of(source)):
+        node.replace_all_uses_with(memory)
+        node.target, node.args = torch.ops.dak.write_tokens.default, (memory, index, source)
+        node.meta = {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta")}
+    else:
+        node.target = _aten.index_put_.default
+        node.args = (memory, [*[None] * update.dimension, index], source)
+
+
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """`memory`, at `index` along `dimension`, becomes `source`."""
+
+    memory: Node
+    dimension: int
+    index: Node
+    source: Node
+
+
+def _read_update(node: Node) -> _Update | None:
+    if node.target is _aten.index_copy_.default:
+        memory, dimension, index, source = node.args
+        assert isinstance(dimension, int)
+    elif node.target is _aten.index_put_.default and not any(node.args[3:]):
+        memory, indices, source = node.args[:3]
+        assert isinstance(indices, (list, tuple))
+        found = [i for i, index in enumerate(indices) if index is not None]
+        if len(found) != 1:
+            return None
+        dimension, index = found[0], indices[found[0]]
+    else:
+        return None
+    assert isinstance(memory, Node) and isinstance(index, Node) and isinstance(source, Node)
+    value = value_of(memory)
+    if value.dim() == 0 or value_of(index).dim() != 1 or value_of(index).dtype == torch.bool:
+        return None
+    return _Update(memory, dimension % value.dim(), index, source)
+
+
+def _is_tokens(memory: torch.Tensor, index: torch.Tensor, source: torch.Tensor) -> bool:
+    """Whether this is what dak::write_tokens takes, without broadcasts."""
+    if memory.dim() != 4 or source.dim() != 4 or source.dtype != memory.dtype:
+        return False
+    wanted = (*shape_of(memory)[:2], shape_of(index)[0], shape_of(memory)[3])
+    return shape_of(source) == wanted
 
 
 def _first_tokens(operand: Node, call: AttentionCall) -> Node:

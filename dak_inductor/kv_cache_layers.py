@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-import dak_inductor.kv_cache_steps  # noqa: F401  (registers torch.ops.dak.kv_step)
+import dak_inductor.kv_cache_steps
+import dak_inductor.lowering.ops_cache  # noqa: F401  (registers torch.ops.dak.write_tokens)
 from dak_inductor.attention_function import note_bounds
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
 from dak_inductor.errors import CacheError
@@ -80,8 +81,8 @@ class TieredLayer(CacheLayerMixin):
             self._prepare(tokens)
         slots = torch.arange(tokens, device=self.device) + self.lengths[0]
         self.lengths.add_(tokens)
-        self.keys.index_copy_(2, slots, key_states)
-        self.values.index_copy_(2, slots, value_states)
+        torch.ops.dak.write_tokens(self.keys, slots, key_states)
+        torch.ops.dak.write_tokens(self.values, slots, value_states)
         if not torch.compiler.is_compiling():
             self._advance(tokens)
         return self.keys, self.values

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+import dak_inductor.lowering.ops  # noqa: F401  (registers torch.ops.dak)
 from dak_inductor.attention_calls import AttentionCall, attention_of_scores, read_attention
-from dak_inductor.attention_match import attention_operator, over_cache
+from dak_inductor.attention_match import attention_in_place, attention_operator, over_cache
 from dak_inductor.normalise import value_of
 from dak_inductor.op_match import Match, Read, dtype_name, nbytes
 from dak_inductor.sizes import add, minimum, product, shape_of
@@ -191,4 +192,5 @@ RULES: dict[Any, Rule] = {
     _aten.index.Tensor: _gather,
     _aten.index_select.default: _index_select,
     _aten._grouped_mm.default: _grouped_mm,
+    torch.ops.dak.attention.default: attention_in_place,
 }

@@ -16,7 +16,7 @@ from torch.fx import Node
 from dak_inductor.normalise import value_of
 from dak_inductor.op_table import Op
 from dak_inductor.sizes import Size, shape_of
-from dak_inductor.views import changes_not, input_behind, written_between
+from dak_inductor.views import SWAPS, changes_not, input_behind, written_between
 
 _aten = torch.ops.aten
 _dak = torch.ops.dak
@@ -153,8 +153,8 @@ def _without_transposes(product: Product) -> Product:
 
 
 def _transposes(node: Node) -> bool:
-    if node.target in (_aten.t.default, _aten.numpy_T.default):
+    if node.target in (_aten.t.default, _aten.numpy_T.default, _aten.mT.default):
         return len(shape(node)) == 2
-    if node.target is _aten.transpose.int:
+    if node.target in SWAPS:
         return len(shape(node)) == 2 and set(node.args[1:]) in ({0, 1}, {-2, -1})
     return node.target is _aten.permute.default and list(node.args[1:]) == [[1, 0]]

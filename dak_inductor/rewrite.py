@@ -61,10 +61,11 @@ def rewrite(graph_module: GraphModule, table: OpTable) -> GraphModule:
     for node in list(graph.nodes):
         kind = eligible.get(node.name)
         if kind == "attention":
-            write_attention(node)
+            if node.target is not _dak.attention.default:
+                write_attention(node)
         elif kind is not None and node.target in _TARGETS:
             _retarget(node)
-        elif node.target is _aten.index_copy_.default:
+        else:
             write_update(node)
     result = GraphModule(graph_module, graph)
     copy_graph_attributes(graph_module, result)

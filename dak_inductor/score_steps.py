@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from dak_inductor.normalise import value_of
 from dak_inductor.sizes import shape_of
-from dak_inductor.views import changes_not
+from dak_inductor.views import SWAPS, changes_not
 
 _aten = torch.ops.aten
 _SOFTMAX = (_aten.softmax.int, _aten._softmax.default)
@@ -168,7 +168,9 @@ def _transposed(value: object) -> Node | None:
         return None
     source = value.args[0]
     assert isinstance(source, Node)
-    if value.target is _aten.transpose.int and tuple(value.args[1:]) in _TRANSPOSED:
+    if value.target is _aten.mT.default:
+        return source
+    if value.target in SWAPS and tuple(value.args[1:]) in _TRANSPOSED:
         return source
     if value.target is _aten.permute.default and list(value.args[1:]) == [[0, 1, 3, 2]]:
         return source

@@ -20,6 +20,9 @@ VIEWS = frozenset(
         _aten.detach.default,
         _aten.detach_.default,
         _aten.expand.default,
+        _aten.expand_as.default,
+        _aten.mT.default,
+        _aten.movedim.int,
         _aten.narrow.default,
         _aten.numpy_T.default,
         _aten.permute.default,
@@ -28,13 +31,17 @@ VIEWS = frozenset(
         _aten.squeeze.default,
         _aten.squeeze.dim,
         _aten.squeeze.dims,
+        _aten.swapaxes.default,
+        _aten.swapdims.default,
         _aten.t.default,
         _aten.transpose.int,
         _aten.unflatten.int,
         _aten.unsqueeze.default,
         _aten.view.default,
+        _aten.view_as.default,
     }
 )
+SWAPS = frozenset({_aten.transpose.int, _aten.swapaxes.default, _aten.swapdims.default})
 # These share it where the layout allows; for following a KV cache to its input they count as views.
 MAYBE_VIEWS = frozenset(
     {
@@ -131,7 +138,10 @@ def written_between(first: Node, last: Node, operands: Iterable[Node]) -> bool:
 
 def updated_in_place(node: Node) -> bool:
     """Whether the graph writes to the memory of this graph input."""
-    return any(_writes_first(user) and memory_behind(user) is node for user in _showing(node))
+    return any(
+        _writes_first(user) and memory_behind(user.args[0]) is node  # type: ignore[arg-type]
+        for user in _showing(node)
+    )
 
 
 def _showing(node: Node) -> Iterable[Node]:

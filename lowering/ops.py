@@ -6,7 +6,8 @@ tiered weight and attention over a tiered cache go to a kernel that counts on th
 others, and what no kernel takes, run as their stock equivalent, which reads the tiered tensor
 through its address.
 
-The products are in `ops_linear`, attention is in `ops_attention`; here are the rest:
+The products are in `ops_linear`, attention is in `ops_attention`, writes to a KV cache are in
+`ops_cache`; here are the rest:
 
     dak::embedding(weight [V, D], indices, padding_idx, ...)         -> [..., D]
     dak::gather(table [E, ...], indices) -> indices.shape + table.shape[1:]
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import dak_inductor.lowering.ops_cache  # noqa: F401  (registers torch.ops.dak.write_tokens)
 from dak_inductor.lowering import reads
 from dak_inductor.lowering.operator_record import Operator
 from dak_inductor.lowering.ops_attention import ATTENTION_OPERATOR

@@ -90,7 +90,8 @@ class Recorder:
 
     def __call__(self, graph_module, _):
         graph = normalise(graph_module)
-        self.graphs.append(rewrite(graph, build_op_table(graph)))
+        self.table = build_op_table(graph)
+        self.graphs.append(rewrite(graph, self.table))
         return self.graphs[-1].forward
 
     def calls(self, name="dak.attention.default"):
@@ -234,6 +235,9 @@ def test_lengths_and_starts_of_a_compiled_step_are_the_tensors_of_the_cache():
     assert len(recorder.graphs) == 1, "no recompilation as the context grows"
     calls = recorder.calls()
     assert len(calls) == 2
+    attention = [op for op in recorder.table.ops if op.kind == "attention"]
+    assert {op.node for op in attention} == {call.name for call in calls}
+    assert len({op.operand for op in attention}) == 4, "keys and values of both layers"
     for call in calls:
         *_, lengths, starts, mask, _, causal, window, softcap = call.args
         assert (mask, causal, window, softcap) == (None, True, 0, 0.0)

@@ -19,6 +19,7 @@ FOLDER = Path(__file__).parent
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpus(count): needs that many GPUs of one host")
+    config.addinivalue_line("markers", "alone: measures the time or the memory of the whole card")
 
 
 def missing(gpus: int = 1) -> str | None:

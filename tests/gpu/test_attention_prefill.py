@@ -455,6 +455,7 @@ def test_slots_take_no_more_than_the_ring(tier: Tier, device: torch.device) -> N
         assert more <= staged_plan.RING_BYTES + partials + rounding, "a temporary, or more slots"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("queries", [2048, 8192])
 def test_time_is_near_the_estimate(tier: Tier, device: torch.device, queries: int) -> None:
     """Copies and forwards overlap: staged is faster than one after the other."""

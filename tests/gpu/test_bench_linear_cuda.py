@@ -15,6 +15,7 @@ from dak_inductor.benchmarks.harness.yardstick import Ceilings
 CEILINGS = Ceilings(hbm_stream=4.6e12, link_direct=5e10, link_copy=5e10, matmul_flops=8e14)
 
 
+@pytest.mark.alone
 def test_a_small_grid_is_measured_and_counted(
     tmp_path: Path, remote: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -209,6 +209,7 @@ def test_own_graph_of_a_compiled_step_survives_moved_splits(device: torch.device
         wanted.check(output.float().flatten(0, 1).cpu())
 
 
+@pytest.mark.alone
 def test_two_models_share_one_budget(device: torch.device) -> None:
     size = SIZES["middle"]
     first, second = make_llama(size, seed=0), make_llama(size, seed=1)

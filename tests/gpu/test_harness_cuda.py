@@ -34,6 +34,7 @@ def test_provider_is_accurate_in_a_graph(device: torch.device, remote: str, name
     assert float(str(row["realised"])) == pytest.approx(wanted, abs=0.02)
 
 
+@pytest.mark.alone
 def test_ceilings_are_measured_and_in_order(device: torch.device, remote: str) -> None:
     found = ceilings.measure(device, remote, TimingRule(target_seconds=0.1))
     assert found.hbm_stream > found.best_link > 1e9
@@ -52,6 +53,7 @@ def test_a_captured_step_replays_on_new_inputs(device: torch.device) -> None:
     assert torch.equal(output, x * 2)
 
 
+@pytest.mark.alone
 def test_driver_counts_what_is_allocated(device: torch.device) -> None:
     torch.cuda.synchronize()
     before = device_bytes_used(device.index)

@@ -74,6 +74,7 @@ def in_steps(model: Any, tokens: torch.Tensor, cache: Any, steps: tuple[int, ...
     return torch.cat(parts, dim=1)
 
 
+@pytest.mark.alone
 def test_a_growing_buffer_reads_zeros_and_then_memory(device: torch.device, remote: str) -> None:
     tier = growing_tier(remote, device)
     free = torch.cuda.mem_get_info(device)[0]
@@ -87,7 +88,7 @@ def test_a_growing_buffer_reads_zeros_and_then_memory(device: torch.device, remo
         before = buffer.committed
         buffer.grow(pages * PAGE)
         assert buffer.committed >= pages * PAGE
-        assert int(everything.view(torch.uint8)[before : buffer.committed].amax()) == 0
+        assert not everything.view(torch.uint8)[before : buffer.committed].any()
         everything.view(torch.uint8)[before : buffer.committed].fill_(3)
         rest = everything[buffer.committed // 4 :]
         assert rest.numel() == 0 or float(rest.amax()) == float(rest.amin()) == 0.0
@@ -191,6 +192,7 @@ def test_growth_under_cuda_graphs(device: torch.device, remote: str) -> None:
     assert verdict.passed, verdict
 
 
+@pytest.mark.alone
 def test_weights_and_cache_stay_within_gpu_memory(device: torch.device) -> None:
     """A context whose cache is larger than the budget: the driver's own count says what is held."""
     gc.collect()

@@ -207,6 +207,7 @@ def test_slots_take_no_more_than_the_ring(
         del output
 
 
+@pytest.mark.alone
 def test_time_is_near_the_estimate(tier: Tier, device: torch.device) -> None:
     """Copies and products overlap: staged is faster than one after the other."""
     from dak_inductor import hardware

@@ -202,6 +202,7 @@ def test_restore_gives_plain_tensors_back(
         assert torch.equal(parameter.cpu(), before[name])
 
 
+@pytest.mark.alone
 def test_memory_goes_back_with_the_model(device: torch.device) -> None:
     dak.offload(Stack(depth=1), offload_ratio=0.5)  # pays for the context and libraries
     gc.collect()
@@ -219,6 +220,7 @@ def test_memory_goes_back_with_the_model(device: torch.device) -> None:
     assert free - torch.cuda.mem_get_info(device)[0] < 0.1 * held.local
 
 
+@pytest.mark.alone
 def test_the_card_stays_within_the_budget(device: torch.device, inputs: torch.Tensor) -> None:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)

@@ -19,6 +19,8 @@ if not torch.cuda.is_available():
 if torch.cuda.get_device_capability() < (9, 0):
     pytest.skip("needs compute capability 9.0 (bulk copies)", allow_module_level=True)
 
+pytestmark = pytest.mark.alone
+
 DEVICE = torch.device("cuda", 0)
 MIB = 2**20
 PIECE = 8192
