@@ -1,4 +1,4 @@
-"""Decode attention over tiered caches by shape and remote fraction, against its bars.
+"""Attention over tiered caches, decode and prefill, by shape and remote fraction, against its bars.
 
 The bars are data in `harness/attention_bars.py`. T / L of every cell (T / C where nothing is
 remote), then every cell over its bar, are printed last. A run stopped by its time limit, or by an

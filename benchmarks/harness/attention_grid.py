@@ -11,14 +11,17 @@ import torch
 
 from dak_inductor.benchmarks.harness.linear_grid import Shard
 
+MOST_DECODE_QUERIES = 16
+PREFILL_FRACTIONS = (0.0, 0.1, 0.5, 1.0)
 FRACTIONS = (0.0, 0.005, 0.01, 0.02, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """One decode step over keys and values [batch, kv_heads, tokens, head_dim], all tokens valid.
+    """One step over keys and values [batch, kv_heads, tokens, head_dim], all tokens valid.
 
-    Each head of keys serves `ratio` query heads, `queries` new tokens of each sequence.
+    Each head of keys serves `ratio` query heads, `queries` new tokens of each sequence: few of a
+    decode step, or those of a prefill, which may be all.
     """
 
     batch: int
@@ -33,10 +36,14 @@ class AttentionShape:
         return 2 * self.batch * self.tokens * self.kv_heads * self.head_dim * dtype.itemsize
 
     @property
+    def is_prefill(self) -> bool:
+        return self.queries > MOST_DECODE_QUERIES
+
+    @property
     def flops(self) -> float:
-        """Of both products."""
-        rows = self.batch * self.kv_heads * self.ratio * self.queries
-        return 4.0 * rows * self.tokens * self.head_dim
+        """Of both products; a query sees the tokens up to its own."""
+        pairs = self.queries * (self.tokens - self.queries) + self.queries * (self.queries + 1) // 2
+        return 4.0 * self.batch * self.kv_heads * self.ratio * pairs * self.head_dim
 
     def __str__(self) -> str:
         text = f"{self.batch}x{self.tokens}x{self.kv_heads}x{self.ratio}x{self.head_dim}"
@@ -61,14 +68,25 @@ SHAPES = (
     *(AttentionShape(8, 16384, 8, 4, head_dim) for head_dim in (64, 80, 96, 192, 256)),
     AttentionShape(8, 16384, 8, 4, queries=4),
     AttentionShape(8, 16384, 8, 8, queries=16),
+    # whole prompts, and a chunk behind a long context
+    *(AttentionShape(1, tokens, 8, 4, queries=tokens) for tokens in (2048, 8192, 32768)),
+    *(AttentionShape(4, tokens, 8, 8, queries=tokens) for tokens in (2048, 8192)),
+    AttentionShape(1, 8192, 32, 1, queries=8192),
+    AttentionShape(1, 32768, 8, 4, queries=2048),
 )  # fmt: skip
 QUICK_SHAPES = (
     *_of((8, 4), ((1, 16384), (8, 32768), (128, 1024))),
     *_of((32, 1), ((1, 4096), (16, 4096))),
     *_of((8, 8), ((32, 8192),)),
+    AttentionShape(4, 2048, 8, 4, queries=2048),
+    AttentionShape(1, 8192, 8, 4, queries=8192),
 )
 WHOLE_GRID = Shard()
-TINY_SHAPES = (AttentionShape(2, 40, 2, 4, 64), AttentionShape(1, 33, 2, 1, 80, 3))
+TINY_SHAPES = (
+    AttentionShape(2, 40, 2, 4, 64),
+    AttentionShape(1, 33, 2, 1, 80, 3),
+    AttentionShape(1, 40, 2, 2, 64, 40),
+)
 """For machines without a GPU."""
 
 
@@ -83,8 +101,17 @@ class Unit:
 def units(
     shapes: Sequence[AttentionShape], fractions: Sequence[float], shard: Shard = WHOLE_GRID
 ) -> list[Unit]:
-    """The units of a shard, a contiguous part of the grid: few shapes are measured in two."""
-    every = [Unit(shape, fraction) for shape in shapes for fraction in fractions]
+    """The units of a shard, a contiguous part of the grid: few shapes are measured in two.
+
+    A prefill is measured at a few fractions only, where the grid has these.
+    """
+    few = set(PREFILL_FRACTIONS) if set(PREFILL_FRACTIONS) <= set(fractions) else set(fractions)
+    every = [
+        Unit(shape, fraction)
+        for shape in shapes
+        for fraction in fractions
+        if not shape.is_prefill or fraction in few
+    ]
     first = len(every) * (shard.index - 1) // shard.count
     last = len(every) * shard.index // shard.count
     return every[first:last]

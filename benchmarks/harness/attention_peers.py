@@ -1,4 +1,4 @@
-"""Other ways to run one decode attention: torch's own on resident and on split caches, and copies.
+"""Other ways to run one attention: torch's own on resident and on split caches, and copies.
 
 All run a round: one call on each of several equal caches.
 """
@@ -33,7 +33,7 @@ BACKENDS = (
 
 @dataclass(frozen=True, slots=True)
 class StockAttention:
-    """torch's attention for a few queries at the end of a cache, by one backend (None: any).
+    """torch's attention for the queries at the end of a cache, by one backend (None: any).
 
     `packed`: query heads that share a head of keys become queries of that head. Only for one query
     each, which sees all tokens.
@@ -61,9 +61,10 @@ class StockAttention:
             grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
             result = functional.scaled_dot_product_attention(grouped, key, value)
             return result.reshape(batch, heads, 1, head_dim)
-        mask = _own_tokens(queries, tokens, query.device) if queries > 1 else None
+        whole = queries == tokens
+        mask = None if whole or queries == 1 else _own_tokens(queries, tokens, query.device)
         return functional.scaled_dot_product_attention(
-            query, key, value, mask, enable_gqa=heads != kv_heads
+            query, key, value, mask, is_causal=whole, enable_gqa=heads != kv_heads
         )
 
 

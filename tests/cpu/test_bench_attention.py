@@ -52,6 +52,22 @@ def test_bars_are_against_the_bound_or_the_resident_kernel() -> None:
     assert attention_bars.missed(cell(0.0, seconds=1.04e-4, direct=1.0))
 
 
+def test_a_prefill_is_against_the_larger_of_both() -> None:
+    for fraction in attention_grid.PREFILL_FRACTIONS:
+        slow = cell(fraction, seconds=1.16e-4, prefill=True)
+        assert list(attention_bars.missed(slow)) == ["prefill: T <= 1.15 max(L, C)"]
+        for other in ("direct", "resident"):
+            assert not attention_bars.missed(replace(slow, **{other: 1.01e-4}))  # type: ignore[arg-type]
+    assert attention_bars.mean_over_direct([slow]) is None
+
+
+def test_flops_are_of_what_queries_see() -> None:
+    step, prompt = AttentionShape(2, 40, 3, 4, 64), AttentionShape(2, 40, 3, 4, 64, 40)
+    assert step.flops == 4 * 2 * 12 * 40 * 64 and not step.is_prefill
+    assert prompt.flops == 4 * 2 * 12 * (40 * 41 // 2) * 64 and prompt.is_prefill
+    assert len(attention_grid.units([prompt], attention_grid.FRACTIONS)) == 4
+
+
 def test_verdicts_name_the_worst_cell_and_the_geometric_mean() -> None:
     cells = [
         cell(0.02, seconds=1.02e-4),
@@ -91,7 +107,7 @@ def test_the_grid_covers_what_was_asked_and_shards_cover_it_once() -> None:
             attention_grid.parse_shapes(text)
 
 
-@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("queries", [1, 3, 40])
 def test_stock_variants_compute_the_same(queries: int) -> None:
     shape = (2, 2, 40, 64)
     cache = (torch.randn(shape), torch.randn(shape))
