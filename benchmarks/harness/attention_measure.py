@@ -82,9 +82,8 @@ def resident_case(
     caches: list[Cache] = [(first[0], first[1])]
     caches += [(first[0].clone(), first[1].clone()) for _ in range(copies - 1)]
     heads = shape.kv_heads * shape.ratio
-    query = torch.randn(
-        shape.batch, heads, shape.queries, shape.head_dim, dtype=dtype, device=device
-    )
+    projected = (shape.batch, shape.queries, heads, shape.head_dim)  # as a model has it
+    query = torch.randn(projected, dtype=dtype, device=device).transpose(1, 2)
     bound = direct_bound(Work(shape.cache_bytes(dtype), 0, shape.flops), ceilings)
     tried: dict[str, float | str] = {}
     found: list[tuple[float, StockAttention]] = []

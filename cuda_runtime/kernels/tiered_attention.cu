@@ -8,7 +8,8 @@
 // to finish adds them up.
 //
 // Lengths, where the caches are cut, and the window that bounds the remote bytes in flight are read
-// from device memory when the kernel starts: a captured launch serves them all.
+// from device memory when the kernel starts: a captured launch serves them all. That, the division of
+// work and copies of the first tiles to L2 go ahead while the kernels before still run.
 #include "attention/arguments.cuh"
 #include "attention/consumer.cuh"
 #include "attention/layout.cuh"
@@ -25,17 +26,19 @@ namespace dak {
 
 namespace attention {
 
+// By several threads: the barriers of each slot and task.
 template <TieredAttentionConfiguration configuration>
-__device__ __forceinline__ void initialise(Head& head) {
+__device__ __forceinline__ void initialise(Head& head, u32 thread) {
   for (u32 team = 0; team < configuration.teams; ++team) {
-    for (u32 slot = 0; slot < configuration.slots; ++slot) {
-      ptx::mbarrier_init(&head.full[team][slot], Arrivals<configuration>::full);
-      ptx::mbarrier_init(&head.empty[team][slot], Arrivals<configuration>::empty);
+    if (thread < configuration.slots) {
+      ptx::mbarrier_init(&head.full[team][thread], Arrivals<configuration>::full);
+      ptx::mbarrier_init(&head.empty[team][thread], Arrivals<configuration>::empty);
+    }
+    if (thread < maximum_tasks) {
+      ptx::mbarrier_init(&head.announced[team][thread], Arrivals<configuration>::announced);
     }
   }
   ptx::fence_mbarrier_init();
-  head.remote_tokens = 0;
-  head.longest_remote = 0;
 }
 
 }  // namespace attention
@@ -53,37 +56,55 @@ __global__ void __launch_bounds__(attention::threads, 1)
   const u32 workers = gridDim.x * configuration.teams;
 
   // different warps, so that none waits for another
-  if (threadIdx.x == 0) attention::initialise<configuration>(head);
-  if (threadIdx.x % 32 == 0 && threadIdx.x / 32 - 1 < 2) {
-    attention::read_split(arguments, threadIdx.x / 32 - 1, head);
+  if (threadIdx.x < attention::maximum_slots) {
+    attention::initialise<configuration>(head, threadIdx.x);
+  }
+  if (threadIdx.x % 32 == 31 && threadIdx.x / 32 < 3) {
+    attention::read_residency(arguments, threadIdx.x / 32, head);
   }
   if (threadIdx.x == 96) {
     ptx::prefetch_tensor_map(&maps.caches[0].wide.boxes[attention::boxes - 1]);
     ptx::prefetch_tensor_map(&maps.caches[1].wide.boxes[attention::boxes - 1]);
     ptx::launch_dependents();
   }
+  const attention::Bounds<configuration> bounds(arguments, head);
+  bounds.read();
   // rows without a query are 0
   for (u32 i = threadIdx.x; i < attention::consumer_warpgroups * L::query_bytes / 16;
        i += attention::threads) {
     reinterpret_cast<uint4*>(queries)[i] = make_uint4(0, 0, 0, 0);
   }
-  // lengths and new tokens come from the kernels before
-  ptx::wait_for_predecessors();
-  __syncthreads();
-  attention::plan<configuration>(arguments, workers, head);
 
   // neighbouring runs on neighbouring CTAs, the few remote ones on different ones
+  const u32 producer = threadIdx.x / 32 - attention::consumer_warpgroups * 4;
+  const bool produces = threadIdx.x % 32 == 0 && producer < configuration.teams;
+  // Planned by the bounds of now, while the kernels before still run, and again in the rare case
+  // that those have written others.
+#pragma unroll 1
+  for (bool certain = bounds.constant();; certain = true) {
+    __syncthreads();
+    attention::plan<configuration>(arguments, workers, head);
+    if (produces) {
+      attention::Producer<configuration>::prepare(arguments, maps, head, producer,
+                                                  producer * gridDim.x + blockIdx.x);
+    }
+    __syncwarp();
+    ptx::wait_for_predecessors();
+    if (certain || !__syncthreads_or(bounds.changed())) break;
+    bounds.read();
+  }
+
   if (warpgroup == attention::consumer_warpgroups) {
-    ptx::release_registers<72>();
-    const u32 team = threadIdx.x / 32 % 4;
-    if (threadIdx.x % 32 == 0 && team < configuration.teams) {
-      attention::Producer<configuration> producer(
-          arguments, maps, head, slots + team * configuration.slots * L::slot_bytes, team);
-      producer.run(team * gridDim.x + blockIdx.x);
+    ptx::release_registers<104>();
+    if (produces) {
+      attention::Producer<configuration>(
+          arguments, maps, head, slots + producer * configuration.slots * L::slot_bytes, producer,
+          producer * gridDim.x + blockIdx.x, workers)
+          .run();
     }
     __syncwarp();
   } else {
-    ptx::take_registers<216>();
+    ptx::take_registers<200>();
     const u32 team = warpgroup / L::warpgroups;
     attention::Consumer<configuration> consumer(
         arguments, head, queries + warpgroup * L::query_bytes,

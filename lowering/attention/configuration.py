@@ -18,11 +18,12 @@ from dak_inductor.lowering.attention.problem import ELEMENT_BYTES, AttentionProb
 THREADS = 384
 CONSUMER_WARPGROUPS = 2
 WARPGROUP_ROWS = 64
-HEAD_BYTES = 9 * 1024
+HEAD_BYTES = 11 * 1024
 MAXIMUM_SLOTS = 16
 MAXIMUM_BATCH = 512
 SHARED_BYTES = 227 * 1024
 BOX_TOKENS = (8, 16, 32, 64)
+MOST_CHUNKS = 4
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 MAXIMUM_QUERIES = 16
@@ -79,6 +80,19 @@ class AttentionConfiguration:
 
     def units(self, problem: AttentionProblem) -> int:
         return problem.batch * problem.kv_heads * self.row_blocks(problem)
+
+    def most_chunks(self, problem: AttentionProblem) -> int:
+        """That the end of a local run may be cut into: where results are large, few."""
+        return MOST_CHUNKS if min(self.rows, problem.rows) <= 16 else 2
+
+    def least_chunk(self, problem: AttentionProblem) -> int:
+        """Tiles of a chunk, so that writing its result takes little of the time to read it."""
+        return 2 + min(self.rows, problem.rows) // 8
+
+    def partial_slots(self, problem: AttentionProblem, workers: int) -> int:
+        """Unfinished results at most, whatever the lengths and splits (attention/slots.cuh)."""
+        # of each line a slot for each unit and one for each part
+        return 2 * self.units(problem) + workers * (1 + self.most_chunks(problem))
 
     def slot_floats(self, problem: AttentionProblem) -> int:
         """fp32 elements of an unfinished result."""

@@ -13,14 +13,17 @@ from torch import Tensor
 from dak_inductor.cuda_runtime.kernel import load
 from dak_inductor.cuda_runtime.launch_words import words_for
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
-from dak_inductor.cuda_runtime.window import window_of
+from dak_inductor.cuda_runtime.window import Window, window_of
 from dak_inductor.lowering.attention.configuration import THREADS, AttentionConfiguration
 from dak_inductor.lowering.attention.problem import AttentionMasking, AttentionProblem
 from dak_inductor.lowering.attention.tensor_maps import byte_strides, cache_maps
+from dak_inductor.lowering.linear.launch import profile_of
 
-_CACHE = struct.Struct("<5Q")
-_REST = struct.Struct("<7Q3Q8I2f")
+_CACHE = struct.Struct("<5Q2I")
+_REST = struct.Struct("<7Q3Q8I2f2I2f2I")
 _LOG2_E = math.log2(math.e)
+_PIECE_SECONDS = 8e-6
+"""In which a worker has a piece of a few remote tokens: 6 us on the H200, most of them latency."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class CachedTensor:
         if self.buffer is not None:
             record = self.buffer.device_record
             offset = self.tensor.data_ptr() - self.buffer.address
-        return _CACHE.pack(record, offset, batch, heads, tokens)
+        return _CACHE.pack(record, offset, batch, heads, tokens, *divisor(tokens // 16))
 
 
 def launch(
@@ -65,14 +68,12 @@ def launch(
     index = query.device.index
     kernel = load(configuration.kernel(bounded_waits=bounded_waits), index)
     ctas = _sm_count(index)
-    units = configuration.units(problem)
-    # a slot for each unit and each run of both lines
-    slots = 2 * units + ctas * configuration.teams + 2
+    slots = configuration.partial_slots(problem, ctas * configuration.teams)
     partials = torch.empty(
         slots * configuration.slot_floats(problem), dtype=torch.float32, device=query.device
     )
     stream = torch.cuda.current_stream(index).cuda_stream
-    counters = words_for(index, units * configuration.warpgroups, stream)
+    counters = words_for(index, 1 + configuration.units(problem) * configuration.warpgroups, stream)
     tiers = [cache.buffer.tier for cache in caches if cache.buffer is not None]
     window = window_of(query.device, tiers[0]) if tiers else None
     scale, cap = _score_factors(masking)
@@ -100,6 +101,10 @@ def launch(
             masking.window,
             scale,
             cap,
+            configuration.most_chunks(problem),
+            configuration.least_chunk(problem),
+            *_remote_costs(index, window, configuration),
+            *divisor(configuration.row_blocks(problem)),
         )
     )
     kernel.launch(
@@ -117,6 +122,23 @@ def _score_factors(masking: AttentionMasking) -> tuple[float, float]:
     if masking.softcap == 0:
         return masking.scale * _LOG2_E, 0.0
     return masking.softcap * _LOG2_E, 2 * _LOG2_E * masking.scale / masking.softcap
+
+
+def divisor(number: int) -> tuple[int, int]:
+    """Multiplier and shift for division by `number` (kernels/schedule/divisor.cuh)."""
+    shift = (number - 1).bit_length()
+    return (((1 << shift) - number) << 32) // number + 1, shift
+
+
+def _remote_costs(
+    device_index: int, window: Window | None, configuration: AttentionConfiguration
+) -> tuple[float, float]:
+    """Local tiles that all SMs read while the link brings one, and while a worker has a piece."""
+    if window is None:
+        return 0.0, 0.0
+    bandwidth = profile_of(device_index).hbm_bandwidth
+    tile_seconds = 2 * configuration.slot_bytes / bandwidth
+    return bandwidth / window.link.direct_bandwidth, _PIECE_SECONDS / tile_seconds
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -24,7 +24,6 @@ MAXIMUM_STAGES = 16
 SHARED_BYTES = 227 * 1024  # of an SM, for one CTA
 SHARED_BYTES_OF_TWO = 113 * 1024
 ROW_BYTES = 128
-WORKER_BYTES = 48 * 1024
 FEW_ROWS = (8, 16, 32, 64)  # boxes for tiles that lack rows
 TURN_PITCH = 68
 
@@ -33,6 +32,10 @@ MAXIMUM_CLUSTER = 16
 MAXIMUM_TOKENS = MAXIMUM_CLUSTER * TOKEN_TILES[-1]
 DECODE_TOKENS = 128
 """Up to this many tokens one CTA holds all of them."""
+WORKER_BYTES = 32 * 1024
+"""That a remote worker wants to have on their way. An SM has no more than 16 KiB of a host's memory
+under way, 7 GB/s, whatever it asks for: 8 of them fill a PCIe link, and with twice that asked for
+each they are within the window."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from dak_inductor.lowering.linear.configuration import (
     FEW_ROWS,
     LATE_SECONDS,
     THREADS,
+    WORKER_BYTES,
     LinearConfiguration,
     most_remote_workers,
     piece_seconds,
@@ -28,10 +29,12 @@ from dak_inductor.lowering.linear.configuration import (
     step_seconds,
 )
 from dak_inductor.lowering.linear.problem import Activation, LinearProblem
+from dak_inductor.lowering.linear.tail import tail_rule
 from dak_inductor.lowering.linear.tensor_maps import matrix_map
 
 _WEIGHT = struct.Struct("<4Q")
-_REST = struct.Struct("<3Q2Q2Q6I3fI")
+_REST = struct.Struct("<3Q2Q3Q7I3fI3I")
+_CLAIM_WORDS = 32  # the word that all CTAs add to has a line of L2 to itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +84,14 @@ def launch(
         workers, most_remote_workers(configuration, profile, window.link, window.nbytes)
     )
     step = step_seconds(configuration, profile)
+    tail = tail_rule(problem, configuration, profile, workers)
     slots = 2 * most_remote + workers  # a remote run may leave one and keep one
-    if problem.in_out:
-        slots += configuration.tiles(problem)
+    slots += configuration.tiles(problem) if problem.in_out else 0
+    slots += tail.slots(configuration.tiles(problem))
     partials = torch.empty(slots * configuration.partial_bytes, dtype=torch.uint8, device=x.device)
     stream = torch.cuda.current_stream(index).cuda_stream
-    flags = words_for(index, slots * configuration.cluster * CONSUMER_WARPGROUPS, stream)
+    flags = slots * configuration.cluster * CONSUMER_WARPGROUPS
+    words = words_for(index, _CLAIM_WORDS + flags, stream)
     second = operands[-1]
     cta_tokens = math.ceil(problem.m / configuration.cluster)
     arguments = (
@@ -99,17 +104,22 @@ def launch(
             out.stride(0),
             0 if residual is None else residual.stride(0),
             partials.data_ptr(),
-            flags,
+            words + 4 * _CLAIM_WORDS,
+            words,
             problem.m,
             cta_tokens,
             problem.n,
             problem.k,
             int(activation),
             most_remote,
+            WORKER_BYTES,
             1 / (window.link.direct_bandwidth * step),
             1 / (reader_bandwidth(window.link) * step),
             piece_seconds(configuration) / step,
             configuration.stages + round(LATE_SECONDS / step),
+            tail.share,
+            tail.pieces,
+            tail.least,
         )
     )
     kernel.launch(

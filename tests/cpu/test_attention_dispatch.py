@@ -14,6 +14,7 @@ from dak_inductor.lowering.attention import dispatch, launch, staged, tensor_map
 from dak_inductor.lowering.attention.configuration import (
     HEAD_DIMS,
     MAXIMUM_BATCH,
+    MOST_CHUNKS,
     AttentionConfiguration,
     choose,
     refusal,
@@ -166,9 +167,9 @@ def test_maps_and_arguments_see_the_strides_of_a_cache() -> None:
     ):
         assert tensor_maps.refusal(cache) is not None
     packed = launch.CachedTensor(key, Buffer(key.data_ptr() - 512)).packed()  # type: ignore[arg-type]
-    assert launch._CACHE.unpack(packed) == (4096, 512, 512, 256, 1024)
+    assert launch._CACHE.unpack(packed) == (4096, 512, 512, 256, 1024, *launch.divisor(64))
     assert launch._CACHE.unpack(launch.CachedTensor(key, None).packed())[:2] == (0, 0)
-    assert 2 * launch._CACHE.size + launch._REST.size == 200
+    assert 2 * launch._CACHE.size + launch._REST.size == 240
 
 
 @pytest.mark.parametrize(("size", "bytes_at_once"), [(64, 2), (80, 0), (96, 1), (128, 3), (192, 2)])
@@ -195,6 +196,10 @@ def test_configurations_hold_their_queries() -> None:
             assert found.rows * found.row_blocks(problem) >= problem.rows
             assert found.row_blocks(problem) == 1 or found.teams == 1
             assert found.slot_floats(problem) % 4 == 0
+            assert 0 < found.most_chunks(problem) <= MOST_CHUNKS
+            # a chunk's result is a small part of its keys and values
+            read = found.least_chunk(problem) * 2 * found.slot_bytes
+            assert 2 * min(found.rows, problem.rows) * head_dim <= read
             rows = min(found.rows, problem.rows)
             assert found.slot_floats(problem) >= rows * (head_dim + 2)
     assert choose(replace(PROBLEM, dtype=torch.float16)) == AttentionConfiguration(128, 64, 2, True)

@@ -41,6 +41,7 @@ def test_compiles_to_its_instructions(kernel: KernelInstance, disassembler) -> N
     assert copies == {"UTMALDG.4D"}
     panels = head_dim // 64 + (head_dim % 64 > 0)
     assert used["UTMALDG.4D"] == panels, "one copy for each panel, of keys and values alike"
+    assert any(code.startswith("UTMAPF") for code in used), "first tiles are asked for ahead"
     products = {code: count for code, count in used.items() if code.startswith("HGMMA")}
     assert any(".BF16" in code for code in products) != bool(options(kernel)["half"]), products
     tile = int(options(kernel)["tile"])
@@ -57,7 +58,7 @@ def test_debug_builds_name_their_barriers(disassembler) -> None:  # type: ignore
     """A wait that never ends is a trap with the barrier's name, in debug builds alone."""
     kernel = INSTANCES[0]
     expected = barrier_names(kernel)
-    assert len(expected) == 3
+    assert len(expected) == 4
     debug = {**options(kernel), "bounded_waits": True}
     bounded = disassembler.cubin(replace(kernel, configuration=tuple(debug.items()))).image
     assert {name for name in expected if name in bounded} == expected

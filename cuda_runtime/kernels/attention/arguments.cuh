@@ -1,6 +1,7 @@
 // What the host hands to the attention kernel. lowering/attention/launch.py packs this record.
 #pragma once
 
+#include "schedule/divisor.cuh"
 #include "schedule/tier_record.cuh"
 #include "types.cuh"
 
@@ -14,6 +15,7 @@ struct Cache {
   u64 batch_bytes;
   u64 head_bytes;
   u64 token_bytes;
+  schedule::Divisor token_grains;  // token_bytes / 16
 };
 
 struct Arguments {
@@ -24,7 +26,8 @@ struct Arguments {
   const void* query;    // [batch, heads * ratio, queries, head_dim]
   void* out;            // [batch, queries, heads * ratio, head_dim], contiguous
   float* partials;      // unfinished results
-  u32* counters;        // zero between launches; for each unit and warpgroup: pieces that arrived
+  u32* counters;        // zero between launches; claims, then for each unit and warpgroup the
+                        // pieces that arrived
   u64 query_batch;      // elements from one to the next, multiples of 8
   u64 query_head;
   u64 query_row;
@@ -38,7 +41,12 @@ struct Arguments {
   u32 visible;          // tokens that a query sees back from there; 0: all
   float scale;          // of scores, times log2(e); under a soft cap the cap times log2(e)
   float cap;            // 2 log2(e) scale / cap; 0: none
+  u32 most_chunks;      // that the end of a local run is cut into,
+  u32 least_chunk;      // of so many tiles or more
+  float remote_tile;    // local tiles that are read while the link brings a remote one,
+  float remote_piece;   // and while a worker has a piece of a remote unit
+  schedule::Divisor blocks;  // row_blocks
 };
-static_assert(sizeof(Cache) == 40 && sizeof(Arguments) == 200);
+static_assert(sizeof(Cache) == 48 && sizeof(Arguments) == 240);
 
 }  // namespace dak::attention

@@ -5,11 +5,10 @@
 #include "attention/layout.cuh"
 #include "attention/queries.cuh"
 #include "attention/results.cuh"
-#include "attention/slots.cuh"
 #include "attention/softmax.cuh"
+#include "attention/task.cuh"
 #include "attention/units.cuh"
 #include "attention/visibility.cuh"
-#include "attention/walk.cuh"
 #include "pipeline/ring.cuh"
 #include "pipeline/wait.cuh"
 #include "ptx/bulk_copy.cuh"
@@ -24,7 +23,6 @@ namespace dak::attention {
 template <TieredAttentionConfiguration configuration>
 class Consumer {
   using L = Layout<configuration>;
-  using TeamUnits = Units<L::tile, L::row_bytes>;
   using Wide = tile::Panel<64>;
   using Tail = tile::Panel<L::tail == 0 ? 64 : L::tail>;
   static constexpr u32 tile_tokens = L::tile;
@@ -43,30 +41,34 @@ class Consumer {
         part_(part),
         warpgroup_(warpgroup),
         thread_(thread),
-        units_(arguments, head.division, head.sequences),
         results_(arguments, head, part, warpgroup, thread) {}
 
-  // All pieces of worker `worker` of `workers`.
+  // All tasks of worker `worker` of `workers`.
   __device__ __forceinline__ void run(u32 worker, u32 workers) {
     if (part_ == 0) {
       for (u32 i = worker; i < arguments_.batch; i += workers) {
         if (head_.sequences[i].begin == head_.sequences[i].end) results_.blank(i);
       }
     }
-    Walk<L::tile, L::row_bytes> walk(units_, head_.division, worker);
-    walk.seek(arguments_.batch);
-    Piece piece;
-    while (walk.next(piece)) work(piece, walk.remote());
+    pipeline::RingPosition task;
+    for (;;) {
+      pipeline::wait<configuration.bounded_waits>(&head_.announced[team_][task.stage],
+                                                  task.parity, "task announced");
+      if (head_.tasks[team_][task.stage].tiles == 0) break;
+      work(head_.tasks[team_][task.stage]);
+      task.advance(maximum_tasks);
+    }
   }
 
  private:
-  __device__ __forceinline__ void work(const Piece& piece, bool remote) {
+  __device__ __forceinline__ void work(const Task& task) {
     const QueryRows rows =
-        QueryRows::of_unit(arguments_, piece.sequence, piece.head, L::rows, part_);
-    synchronize();  // the products of the piece before have ended in all warps
+        QueryRows::of_unit(arguments_, task.sequence, task.head, L::rows, part_);
+    const Span span = task.span;
+    synchronize();  // the products of the task before have ended in all warps
     load_queries<configuration>(arguments_, rows, query_, thread_);
     ptx::fence_proxy_async_shared();
-    const Visibility visible(arguments_, rows, piece.span, head_.sequences[piece.sequence].end,
+    const Visibility visible(arguments_, rows, span, head_.sequences[task.sequence].end,
                              thread_ / 32 * 16 + thread_ % 32 / 4);
     synchronize();
 
@@ -75,15 +77,20 @@ class Consumer {
     for (u32 r = 0; r < L::head_dim / 2; ++r) sums[r] = 0.0f;
     Softmax<tile_tokens> softmax;
     softmax.clear();
+    int first = task.first;
 #pragma unroll 1
-    for (u32 i = piece.first; i < piece.last; ++i) {
-      add_tile(piece, TeamUnits::first_token(piece.span, i, remote), visible, sums, softmax);
+    for (u32 left = task.tiles; left > 0; --left, first += tile_tokens) {
+      add_tile(span, first, visible, sums, softmax);
     }
     softmax.finish(arguments_.scale);
-    finish(piece, rows, remote, sums, softmax);
+    if (task.slots.total() == 1) {
+      results_.write(rows, sums, softmax);
+    } else {
+      results_.publish(rows, sums, softmax, task.slot, task.unit, task.slots);
+    }
   }
 
-  __device__ __forceinline__ void add_tile(const Piece& piece, int first,
+  __device__ __forceinline__ void add_tile(const Span& span, int first,
                                            const Visibility& visible,
                                            float (&sums)[L::head_dim / 2],
                                            Softmax<tile_tokens>& softmax) {
@@ -98,7 +105,7 @@ class Consumer {
     softmax.template add<configuration.half>(scores, powers, arguments_.scale, factor);
 #pragma unroll
     for (u32 r = 0; r < L::head_dim / 2; ++r) sums[r] *= factor[r / 2 % 2];
-    multiply_values(piece, first, powers, sums);
+    multiply_values(span, first, powers, sums);
   }
 
   // scores = Q K^T
@@ -133,13 +140,12 @@ class Consumer {
   }
 
   // sums += P V
-  __device__ __forceinline__ void multiply_values(const Piece& piece, int first,
+  __device__ __forceinline__ void multiply_values(const Span& span, int first,
                                                   const u32 (&powers)[depths][4],
                                                   float (&sums)[L::head_dim / 2]) {
     u8* values = wait_for_slot();
-    const u32 begin = static_cast<u32>(max(0, piece.span.begin - first));
-    const u32 end =
-        static_cast<u32>(min(static_cast<int>(tile_tokens), piece.span.end - first));
+    const u32 begin = static_cast<u32>(max(0, span.begin - first));
+    const u32 end = static_cast<u32>(min(static_cast<int>(tile_tokens), span.end - first));
     if (begin > 0 || end < tile_tokens) clear_rows(values, begin, end);
     ptx::wgmma_fence_registers(sums);
     ptx::wgmma_fence();
@@ -182,24 +188,6 @@ class Consumer {
     synchronize();
   }
 
-  __device__ __forceinline__ void finish(const Piece& piece, const QueryRows& rows, bool remote,
-                                         const float (&sums)[L::head_dim / 2],
-                                         const Softmax<tile_tokens>& softmax) const {
-    const int boundary = units_.boundary(piece.sequence, piece.head);
-    const u32 tiles[2] = {units_.span(piece.sequence, boundary, false).tiles,
-                          units_.span(piece.sequence, boundary, true).tiles};
-    const Place place = units_.place(piece.sequence, piece.head);
-    const u32 unit = piece.sequence * units_.heads() + piece.head;
-    const u32 units = arguments_.batch * units_.heads();
-    const Slots slots = Slots::of_unit(head_.division, place, tiles, unit, units);
-    if (slots.total() == 1) {
-      results_.write(rows, sums, softmax);
-    } else {
-      const u32 slot = Slots::line_begin(head_.division, remote, units) + unit + piece.run;
-      results_.publish(rows, sums, softmax, slot, unit, slots);
-    }
-  }
-
   __device__ __forceinline__ u8* wait_for_slot() const {
     pipeline::wait<configuration.bounded_waits>(&head_.full[team_][position_.stage],
                                                 position_.parity, "slot full");
@@ -224,7 +212,6 @@ class Consumer {
   const u32 part_;
   const u32 warpgroup_;  // of the consumers
   const u32 thread_;     // in the warpgroup
-  const TeamUnits units_;
   const Results<configuration> results_;
   pipeline::RingPosition position_{};
 };

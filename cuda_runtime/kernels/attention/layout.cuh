@@ -2,7 +2,9 @@
 #pragma once
 
 #include "attention/arguments.cuh"
+#include "attention/task.cuh"
 #include "attention/units.cuh"
+#include "attention/walk.cuh"
 #include "ptx/mbarrier.cuh"
 #include "tile/panel.cuh"
 #include "types.cuh"
@@ -25,20 +27,30 @@ constexpr u32 threads = 128 * (consumer_warpgroups + 1);
 constexpr u32 warpgroup_threads = 128;
 constexpr u32 warpgroup_rows = 64;  // of the first operand of wgmma: queries
 constexpr u32 maximum_slots = 16;
+// A task is written when all slots of the tasks before are asked for, at least two of each. So who
+// is still about the task that lay there before would have to hold more slots than there are.
+constexpr u32 maximum_tasks = 10;
+static_assert(2 * (maximum_tasks - 1) > maximum_slots);
 
 // The head of shared memory; queries and slots follow at `head_bytes`.
 struct Head {
   ptx::mbarrier_t full[consumer_warpgroups][maximum_slots];
   ptx::mbarrier_t empty[consumer_warpgroups][maximum_slots];
+  ptx::mbarrier_t announced[consumer_warpgroups][maximum_tasks];
+  Task tasks[consumer_warpgroups][maximum_tasks];
+  Rest rests[consumer_warpgroups];   // what a producer has left,
+  Piece first[consumer_warpgroups];  // and its first piece, found ahead of the kernels before
   u32 in_flight[consumer_warpgroups][maximum_slots];  // remote bytes asked for into a slot
   u32 last[consumer_warpgroups];  // whether a warpgroup was the last to arrive
+  u32 window;  // of the link
+  u32 remote_units;
   u32 remote_tokens;   // of all units,
   u32 longest_remote;  // and of the longest
   Division division;
   Sequence sequences[maximum_batch + 1];
 };
 
-constexpr u32 head_bytes = 9 * 1024;
+constexpr u32 head_bytes = 11 * 1024;
 static_assert(sizeof(Head) <= head_bytes);
 
 template <TieredAttentionConfiguration configuration>
@@ -73,6 +85,7 @@ template <TieredAttentionConfiguration configuration>
 struct Arrivals {
   static constexpr u32 full = 1;  // the producer, which also announces bytes
   static constexpr u32 empty = Layout<configuration>::warpgroups;  // one thread of each
+  static constexpr u32 announced = 1;                              // the producer
 };
 
 }  // namespace attention

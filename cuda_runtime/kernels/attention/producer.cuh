@@ -3,11 +3,14 @@
 
 #include "attention/arguments.cuh"
 #include "attention/layout.cuh"
+#include "attention/task.cuh"
 #include "attention/units.cuh"
 #include "attention/walk.cuh"
 #include "pipeline/ring.cuh"
 #include "pipeline/wait.cuh"
+#include "ptx/memory_order.cuh"
 #include "ptx/tensor_copy_4d.cuh"
+#include "schedule/tapered_line.cuh"
 #include "types.cuh"
 
 namespace dak::attention {
@@ -35,34 +38,109 @@ class Producer {
   static constexpr bool bounded = configuration.bounded_waits;
 
  public:
-  // `slots`: of the team.
+  // `slots`: of the team. `worker` of `workers`.
   __device__ __forceinline__ Producer(const Arguments& arguments, const TensorMaps& maps,
-                                      Head& head, u8* slots, u32 team)
-      : arguments_(arguments), maps_(maps), head_(head), slots_(slots), team_(team) {}
+                                      Head& head, u8* slots, u32 team, u32 worker, u32 workers)
+      : arguments_(arguments),
+        maps_(maps),
+        head_(head),
+        slots_(slots),
+        team_(team),
+        worker_(worker),
+        claims_{head.division.lines[0].claimable(), workers} {}
 
-  __device__ __forceinline__ void run(u32 worker) {
-    const TeamUnits units(arguments_, head_.division, head_.sequences);
-    Walk<L::tile, L::row_bytes> walk(units, head_.division, worker);
-    walk.seek(arguments_.batch);
-    Piece piece;
-    while (walk.next(piece)) {
-      const u32 local_tokens[2] = {count(units, piece, walk.remote(), 0),
-                                   count(units, piece, walk.remote(), 1)};
+  // Finds a worker's first piece, and asks L2 for its first tiles. Nothing here depends on what the
+  // kernels before still write: copies to shared memory would, of the newest tokens.
+  static __device__ __forceinline__ void prepare(const Arguments& arguments,
+                                                 const TensorMaps& maps, Head& head, u32 team,
+                                                 u32 worker) {
+    const TeamUnits units(arguments, head.division, head.sequences);
+    Walk<L::tile, L::row_bytes> walk(units, Rest{});
+    walk.enter_first(head.division, worker, arguments.batch);
+    const Piece piece = walk.next();
+    head.rests[team] = walk.rest();
+    head.first[team] = piece;
+    head.tasks[team][0] = Task::of_piece(units, head.division, piece, arguments.batch);
+    // host memory has no place in L2
+    if (piece.line == 1) return;
+    const u32 last = min(piece.last, piece.first + configuration.slots / 2);
 #pragma unroll 1
-      for (u32 i = piece.first; i < piece.last; ++i) {
-        const int first = TeamUnits::first_token(piece.span, i, walk.remote());
-        const int end = min(first + static_cast<int>(L::tile), piece.span.end);
+    for (u32 i = piece.first; i < last; ++i) {
+      const int first = TeamUnits::first_token(piece.span, i, false);
 #pragma unroll 1
-        for (u32 side = 0; side < 2; ++side) {
-          const u32 local = side == 0 ? local_tokens[0] : local_tokens[1];
-          fill(side, piece, first, end > static_cast<int>(local));
-        }
-      }
+      for (u32 side = 0; side < 2; ++side) prefetch(arguments, maps.caches[side], piece, first);
     }
-    report(worker);
+  }
+
+  // All pieces of the worker; after `prepare`.
+  __device__ __forceinline__ void run() {
+    const TeamUnits units(arguments_, head_.division, head_.sequences);
+    Walk<L::tile, L::row_bytes> walk(units, head_.rests[team_]);
+    Piece piece = head_.first[team_];
+    pipeline::RingPosition task;
+    for (;;) {
+      ptx::mbarrier_arrive(&head_.announced[team_][task.stage]);
+      if (piece.first == piece.last) break;
+      read(units, piece, walk.done());
+      if (walk.done()) claim(walk);
+      piece = walk.next();
+      task.advance(maximum_tasks);
+      head_.tasks[team_][task.stage] =
+          Task::of_piece(units, head_.division, piece, arguments_.batch);
+    }
+    report();
   }
 
  private:
+  // Asks for all tiles of a piece, and where nothing comes after it for a chunk of the local line.
+  __device__ __forceinline__ void read(const TeamUnits& units, const Piece& piece, bool final) {
+    const bool remote = piece.line == 1;
+    const u32 local_tokens[2] = {count(units, piece, remote, 0), count(units, piece, remote, 1)};
+#pragma unroll 1
+    for (u32 i = piece.first; i < piece.last; ++i) {
+      const int first = TeamUnits::first_token(piece.span, i, remote);
+      const int end = min(first + static_cast<int>(L::tile), piece.span.end);
+      // late, so that who is slow claims less, and early enough for an answer in time
+      if (final && i + 1 == piece.last && claims_.chunks > 0) {
+        before_ = ptx::add_relaxed_gpu(arguments_.counters, 1);
+      }
+#pragma unroll 1
+      for (u32 side = 0; side < 2; ++side) {
+        const u32 local = side == 0 ? local_tokens[0] : local_tokens[1];
+        fill(side, piece, first, end > static_cast<int>(local));
+      }
+    }
+  }
+
+  // Takes the chunk that was asked for, if there is one.
+  __device__ __forceinline__ void claim(Walk<L::tile, L::row_bytes>& walk) {
+    if (claims_.chunks == 0) return;
+    if (claims_.granted(before_)) {
+      const schedule::TaperedLine& line = head_.division.lines[0];
+      walk.enter(0, line.chunk(before_), line.chunk_part(before_), arguments_.batch);
+    } else if (claims_.last(before_)) {
+      *arguments_.counters = 0;
+    }
+  }
+
+  static __device__ __forceinline__ void prefetch(const Arguments& arguments,
+                                                  const CacheMaps& maps, const Piece& piece,
+                                                  int first) {
+    constexpr u32 box = L::tile == 32 ? boxes - 2 : boxes - 1;
+    const int head = static_cast<int>(arguments.blocks.quotient(piece.head));
+    const int sequence = static_cast<int>(piece.sequence);
+#pragma unroll 1
+    for (u32 row = 0; row < L::tile; row += rows_at_least << box) {
+      const int token = first + static_cast<int>(row);
+#pragma unroll 1
+      for (u32 panel = 0; panel < L::wide_panels + (L::tail > 0); ++panel) {
+        const BoxMaps& map = panel < L::wide_panels ? maps.wide : maps.tail;
+        ptx::tensor_prefetch_4d(&map.boxes[box], static_cast<int>(panel * 64), head, sequence,
+                                token);
+      }
+    }
+  }
+
   // Counts what a piece reads of keys or values; returns how many tokens of the head are all local.
   __device__ __forceinline__ u32 count(const TeamUnits& units, const Piece& piece, bool remote,
                                        u32 side) {
@@ -116,11 +194,11 @@ class Producer {
   __device__ __forceinline__ void load(u8* target, const ptx::TensorMap* map, u32 panel,
                                        const Piece& piece, int token, ptx::mbarrier_t* full) {
     ptx::tensor_load_4d(target, map, static_cast<int>(panel * 64),
-                        static_cast<int>(piece.head / arguments_.row_blocks),
+                        static_cast<int>(arguments_.blocks.quotient(piece.head)),
                         static_cast<int>(piece.sequence), token, full, ptx::evict_first);
   }
 
-  // Returns when `bytes` more may be asked for. A worker with remote tiles has no others.
+  // Returns when `bytes` more may be asked for.
   __device__ __forceinline__ void keep_window(u32 bytes) {
     while (in_flight_ > 0 && in_flight_ + bytes > head_.division.quota) {
       pipeline::wait<bounded>(&head_.full[team_][oldest_.stage], oldest_.parity,
@@ -139,14 +217,14 @@ class Producer {
   }
 
   // Adds what this team has asked for to the records of the buffers.
-  __device__ __forceinline__ void report(u32 worker) const {
+  __device__ __forceinline__ void report() const {
 #pragma unroll
     for (u32 side = 0; side < 2; ++side) {
       schedule::TierRecord* record = arguments_.caches[side].record;
       if (record == nullptr) continue;
       // keys and values may lie in one buffer: that is one call
       const bool again = side == 1 && record == arguments_.caches[0].record;
-      if (worker == 0 && !again) atomicAdd(&record->calls, 1ull);
+      if (worker_ == 0 && !again) atomicAdd(&record->calls, 1ull);
       if (local_bytes_[side] > 0) atomicAdd(&record->local_bytes, local_bytes_[side]);
       if (remote_bytes_[side] > 0) atomicAdd(&record->remote_bytes, remote_bytes_[side]);
       if (most_in_flight_ > 0) {
@@ -162,6 +240,9 @@ class Producer {
   Head& head_;
   u8* const slots_;
   const u32 team_;
+  const u32 worker_;
+  const schedule::Claims claims_;
+  u32 before_ = 0;  // claims before this worker's last
   pipeline::RingPosition position_{};
   pipeline::RingPosition oldest_{};  // slot that may still be in flight
   u32 pending_ = 0;                  // slots from there on

@@ -20,7 +20,7 @@ struct QueryRows {
   // `part` of `rows` is what the warpgroup has of the unit `head`, which may be a part of a head.
   static __device__ __forceinline__ QueryRows of_unit(const Arguments& arguments, u32 sequence,
                                                       u32 head, u32 rows, u32 part) {
-    const u32 kv_head = head / arguments.row_blocks;
+    const u32 kv_head = arguments.blocks.quotient(head);
     const u32 first = (head - kv_head * arguments.row_blocks) * rows + part * warpgroup_rows;
     const u32 total = arguments.ratio * arguments.queries;
     const u32 count = first < total ? min(warpgroup_rows, total - first) : 0;

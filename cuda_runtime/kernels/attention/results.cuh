@@ -12,6 +12,7 @@
 #include "attention/softmax.cuh"
 #include "ptx/convert.cuh"
 #include "ptx/exponent.cuh"
+#include "ptx/memory_order.cuh"
 #include "ptx/warpgroup.cuh"
 #include "types.cuh"
 
@@ -115,18 +116,16 @@ class Results {
   }
 
   __device__ __forceinline__ bool arrives_last(u32 unit, u32 pieces) const {
-    __threadfence();
     synchronize();
     if (thread_ == 0) {
-      u32* counter = arguments_.counters + unit * L::warpgroups + part_;
-      const bool last = atomicAdd(counter, 1) + 1 == pieces;
+      // for the whole warpgroup: barriers hand on what is known on either side of them
+      u32* counter = arguments_.counters + 1 + unit * L::warpgroups + part_;
+      const bool last = ptx::add_acquire_release_gpu(counter, 1) + 1 == pieces;
       if (last) *counter = 0;
       head_.last[warpgroup_] = last;
     }
     synchronize();
-    const bool last = head_.last[warpgroup_] != 0;
-    if (last) __threadfence();
-    return last;
+    return head_.last[warpgroup_] != 0;
   }
 
   __device__ __forceinline__ void combine(const QueryRows& rows, const Slots& slots) const {
@@ -147,19 +146,25 @@ class Results {
           weights[i] = __ldcg(weight_at(slot, row));
           parts[i] = __ldcg(reinterpret_cast<const float4*>(sums_at(slot, row)) + vector);
         }
+        // of all at once, and scaled apart: one after the other they would wait for each power
+        float highest = peak;
+#pragma unroll
+        for (u32 i = 0; i < at_once; ++i) highest = fmaxf(highest, weights[i].x);
+        const float shift = highest == minus_infinity ? 0.0f : highest;
+        const float before = ptx::exp2_approximate(peak - shift);
+        peak = highest;
+        sum *= before;
+        total = make_float4(total.x * before, total.y * before, total.z * before,
+                            total.w * before);
 #pragma unroll
         for (u32 i = 0; i < at_once; ++i) {
           if (first + i >= count) break;
-          const float highest = fmaxf(peak, weights[i].x);
-          const float shift = highest == minus_infinity ? 0.0f : highest;
-          const float before = ptx::exp2_approximate(peak - shift);
           const float now = ptx::exp2_approximate(weights[i].x - shift);
-          peak = highest;
-          sum = sum * before + weights[i].y * now;
-          total.x = total.x * before + parts[i].x * now;
-          total.y = total.y * before + parts[i].y * now;
-          total.z = total.z * before + parts[i].z * now;
-          total.w = total.w * before + parts[i].w * now;
+          sum += weights[i].y * now;
+          total.x += parts[i].x * now;
+          total.y += parts[i].y * now;
+          total.z += parts[i].z * now;
+          total.w += parts[i].w * now;
         }
       }
       const float inverse = inverse_of(sum);

@@ -2,15 +2,15 @@
 #pragma once
 
 #include "attention/units.cuh"
-#include "schedule/even_line.cuh"
+#include "schedule/tapered_line.cuh"
 #include "types.cuh"
 
 namespace dak::attention {
 
 // Slots of a unit: `count[line]` from `first[line]` on.
 //
-// Pieces of a line lie on a staircase: from one to the next either the unit or the run is the next.
-// So unit + run is a slot that no other piece of the line has.
+// Pieces of a line lie on a staircase: from one to the next either the unit or the part is the
+// next. So unit + part is a slot that no other piece of the line has.
 struct Slots {
   u32 first[2];
   u32 count[2];
@@ -28,16 +28,16 @@ struct Slots {
 #pragma unroll
     for (u32 line = 0; line < 2; ++line) {
       if (tiles[line] == 0) continue;
-      const schedule::EvenLine& cut = division.lines[line];
-      const u32 run = cut.run_of(place.begin[line]);
-      slots.count[line] = cut.run_of(place.begin[line] + tiles[line] - 1) - run + 1;
-      slots.first[line] = line_begin(division, line, units) + unit + run;
+      const schedule::TaperedLine& cut = division.lines[line];
+      const u32 part = cut.part_of(place.begin[line]);
+      slots.count[line] = cut.part_of(place.begin[line] + tiles[line] - 1) - part + 1;
+      slots.first[line] = line_begin(division, line, units) + unit + part;
     }
     return slots;
   }
 
   static __device__ __forceinline__ u32 line_begin(const Division& division, u32 line, u32 units) {
-    return line == 0 ? 0 : units + division.lines[0].runs;
+    return line == 0 ? 0 : units + division.lines[0].parts();
   }
 };
 

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "attention/arguments.cuh"
-#include "schedule/even_line.cuh"
+#include "schedule/tapered_line.cuh"
 #include "types.cuh"
 
 namespace dak::attention {
@@ -27,7 +27,7 @@ struct Sequence {
 // How the work is divided, the same in all CTAs.
 struct Division {
   u64 splits[2];  // bytes of the key and value buffers that are local
-  schedule::EvenLine lines[2];  // local, remote
+  schedule::TaperedLine lines[2];  // local, remote
   u32 remote_workers;  // they have a run of the remote line, the other workers one of the local line
   u32 quota;           // bytes that each of them may have in flight
 };
@@ -53,6 +53,7 @@ struct Place {
 // What a sequence adds to the lines, all heads.
 struct Count {
   u32 tiles[2];  // local, remote
+  u32 remote_units;
   u32 remote_tokens;
   u32 longest_remote;  // tokens of one head
 };
@@ -91,18 +92,16 @@ class Units {
   __device__ __forceinline__ Edge edge(u32 side, u32 sequence, u32 head) const {
     const Cache& cache = arguments_.caches[side];
     const u64 first = cache.offset + sequence * cache.batch_bytes +
-                      head / arguments_.row_blocks * cache.head_bytes;
+                      arguments_.blocks.quotient(head) * cache.head_bytes;
     const u64 split = division_.splits[side];
     const u64 local = split > first ? split - first : 0;
     if (local >= arguments_.tokens * cache.token_bytes) return {arguments_.tokens, 0};
-    // a 64-bit division would take 0.3 us
     constexpr u32 grain = 16;
     const u32 grains = static_cast<u32>(local / grain);
-    const u32 token_grains = static_cast<u32>(cache.token_bytes / grain);
-    const u32 whole = grains / token_grains;
-    const u32 bytes = grains % token_grains * grain;
+    const u32 whole = cache.token_grains.quotient(grains);
+    const u32 rest = grains - whole * static_cast<u32>(cache.token_bytes / grain);
     // what follows in the row belongs to other heads
-    return bytes >= row_bytes ? Edge{whole + 1, 0} : Edge{whole, bytes};
+    return rest >= row_bytes / grain ? Edge{whole + 1, 0} : Edge{whole, rest * grain};
   }
 
   // The first token of a unit that is not all local.
@@ -147,8 +146,9 @@ class Units {
     Place place{{tokens.before[0], tokens.before[1]}};
     const int first = boundary(sequence, 0);
     const bool equal = equal_heads(sequence, first);
+#pragma unroll 1
     for (u32 i = 0; i < (equal ? 1 : head); ++i) {
-      const int at = equal ? first : boundary(sequence, i);
+      const int at = boundary(sequence, i);
       const u32 heads = equal ? head : 1;
       place.begin[0] += span(sequence, at, false).tiles * heads;
       place.begin[1] += span(sequence, at, true).tiles * heads;
@@ -162,13 +162,15 @@ class Units {
     if (tokens.begin == tokens.end) return sum;
     const int first = boundary(sequence, 0);
     const bool equal = equal_heads(sequence, first);
+#pragma unroll 1
     for (u32 i = 0; i < (equal ? 1 : heads()); ++i) {
-      const int at = equal ? first : boundary(sequence, i);
+      const int at = boundary(sequence, i);
       const u32 count = equal ? heads() : 1;
       const Span remote = span(sequence, at, true);
       const u32 length = static_cast<u32>(max(0, remote.end - remote.begin));
       sum.tiles[0] += span(sequence, at, false).tiles * count;
       sum.tiles[1] += remote.tiles * count;
+      sum.remote_units += length > 0 ? count : 0;
       sum.remote_tokens += length * count;
       sum.longest_remote = max(sum.longest_remote, length);
     }
@@ -189,31 +191,5 @@ class Units {
   const Division& division_;
   const Sequence* const sequences_;
 };
-
-// Cuts the lines into runs.
-//
-// As many workers have remote runs as fill the window, each with at most 64 KiB in flight: few CTAs
-// with much in flight leave more of the SMs to the local part. Where tiles have few tokens a worker
-// cannot hold that much, and more of them share the window.
-//
-// `slot_bytes`, `slots`: of a worker. `count`: of all sequences.
-__device__ __forceinline__ void divide(Division& division, const Count& count, u32 workers,
-                                       u32 window, u32 tile, u32 row_bytes, u32 slots) {
-  u32 remote = 0;
-  division.quota = 0;
-  if (count.tiles[1] > 0) {
-    const u32 rounded = (count.longest_remote + rows_at_least - 1) / rows_at_least * rows_at_least;
-    const u32 largest = min(tile, rounded) * row_bytes;  // of a slot
-    const u32 mean = (count.remote_tokens + count.tiles[1] - 1) / count.tiles[1] * row_bytes;
-    const u32 in_flight = max(largest, min(64u * 1024u, slots * mean));
-    remote = max(1u, window / in_flight);
-    if (count.tiles[0] > 0) remote = min(remote, max(1u, workers - 1));
-    remote = min(min(remote, workers), count.tiles[1]);
-    division.quota = window / remote;
-  }
-  division.remote_workers = remote;
-  division.lines[1] = schedule::EvenLine::cut(count.tiles[1], remote);
-  division.lines[0] = schedule::EvenLine::cut(count.tiles[0], workers - remote);
-}
 
 }  // namespace dak::attention

@@ -1,6 +1,7 @@
 // What the host hands to the linear kernel. lowering/linear/launch.py packs these records.
 #pragma once
 
+#include "schedule/tail.cuh"
 #include "schedule/tier_record.cuh"
 #include "types.cuh"
 
@@ -23,19 +24,22 @@ struct Arguments {
   const void* residual;  // or null
   u64 out_stride;        // elements from one token to the next
   u64 residual_stride;
-  float* partials;  // unfinished sums, a slot for each run that starts within a tile
+  float* partials;  // unfinished sums: slots of the runs, then of the pieces of the tail
   u32* flags;       // zero between launches; for each slot, CTA of the cluster and warpgroup
+  u32* claims;      // zero between launches; counts the claims of the tail's pieces
   u32 tokens;      // M
   u32 cta_tokens;  // of each CTA of a cluster; its tile may be wider
   u32 features;    // N, of one weight
   u32 depth;       // K
   Activation activation;
   u32 maximum_remote_workers;
+  u32 worker_bytes;    // that a remote worker wants to have on their way
   float link_steps;    // local steps that the link takes for a byte,
   float reader_steps;  // and that one worker takes alone
   float piece_steps;   // local steps that adding up a piece of a tile takes
   u32 late_steps;      // that the worker started last is behind
+  schedule::TailRule tail;  // of the local line
 };
-static_assert(sizeof(Weight) == 32 && sizeof(Arguments) == 160);
+static_assert(sizeof(Weight) == 32 && sizeof(Arguments) == 184);
 
 }  // namespace dak::linear

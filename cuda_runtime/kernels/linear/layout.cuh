@@ -3,6 +3,7 @@
 
 #include "ptx/mbarrier.cuh"
 #include "schedule/line.cuh"
+#include "schedule/tail.cuh"
 #include "tile/operand.cuh"
 #include "types.cuh"
 
@@ -40,6 +41,8 @@ struct Head {
   ptx::mbarrier_t cluster_empty[maximum_stages];
   schedule::Line remote;
   schedule::Line local;
+  schedule::Tail tail;  // of the local line
+  u32 claimed[maximum_stages];  // the piece of the tail that begins in a stage
   Boundary boundaries[2];
   u32 remote_workers;
   u32 quota;         // stages that each remote worker may have in flight,
@@ -70,15 +73,14 @@ struct Layout {
   static constexpr u32 turn_bytes = weights * turn_elements * 4;
   static constexpr u32 shared_bytes = head_bytes + configuration.stages * stage_bytes +
                                       consumer_warpgroups * turn_bytes;
-  // Of a remote worker. An SM has no more than 16 KiB of a host's memory on its way, whatever it asks
-  // for: 7 GB/s, so 8 of them fill a PCIe link, and with 48 KiB asked for each they are in the window.
-  static constexpr u32 wanted_in_flight = 48 * 1024 / weight_bytes;
-  static constexpr u32 stages_in_flight =
-      wanted_in_flight < 2 ? 2
-      : wanted_in_flight < configuration.stages ? wanted_in_flight : configuration.stages;
   static constexpr u32 depth = tile::columns;  // of a step along K
   // fp32 sums of a partial tile of one CTA
   static constexpr u32 partial_elements = rows * configuration.tokens;
+  // Of the local line. Clusters are bound by operations, not by their share of bandwidth; where the
+  // boundary lies along K each tile waits for both lines; and pieces of more than 64 KiB of sums take
+  // as long to add up as a tail could win. lowering/linear/tail.py has the same rule.
+  static constexpr bool has_tail = !configuration.cluster && !configuration.in_out &&
+                                   configuration.blocks * configuration.tokens <= 128;
 
   static_assert(configuration.stages >= 2 && configuration.stages <= maximum_stages);
   static_assert(configuration.blocks == 1 || configuration.blocks == 2);

@@ -2,6 +2,9 @@
 //
 // A worker that starts within a tile puts its sums into a slot and raises the slot's flag. The worker
 // of the tile's first piece waits for the flags, lowers them and adds the slots in their order.
+//
+// Nobody waits for pieces of the tail: the flag of the tile's first piece counts them, and whoever
+// finds all there sets it back and adds all slots up, its own among them, in their order.
 #pragma once
 
 #include "linear/arguments.cuh"
@@ -15,12 +18,22 @@
 
 namespace dak::linear {
 
+struct SlotRange {
+  u32 first;
+  u32 count;
+};
+
 // Used by all threads of one warpgroup.
 template <TieredLinearConfiguration configuration>
 struct PartialSums {
   using L = Layout<configuration>;
   using Sums = tile::Accumulator<configuration.tokens>;
   static constexpr u32 blocks = configuration.blocks;
+  // Slots that are asked for before the first of them is added: where there is little to add, latency
+  // is all that counts.
+  static constexpr u32 registers = Sums::registers * blocks;
+  static constexpr u32 registers_at_once = configuration.ctas_per_sm == 1 ? 64 : 16;
+  static constexpr u32 at_once = registers < registers_at_once ? registers_at_once / registers : 1;
 
   const Arguments& arguments;
   u32 rank;
@@ -28,17 +41,27 @@ struct PartialSums {
   u32 warpgroup;
   u32 thread;
 
-  __device__ __forceinline__ void publish(const Sums (&sums)[blocks], u32 slot) const {
+  // Each thread may add again at once what it stored; others only after `publish` or `arrives_last`.
+  __device__ __forceinline__ void store(const Sums (&sums)[blocks], u32 slot) const {
 #pragma unroll
     for (u32 block = 0; block < blocks; ++block) sums[block].store(place(slot, block), thread);
+  }
+
+  __device__ __forceinline__ void publish(u32 slot) const {
     synchronize();
     if (thread == 0) ptx::store_release_gpu(flag(slot), 1);
   }
 
-  // For this warpgroup itself: each thread adds again what it kept.
-  __device__ __forceinline__ void keep(const Sums (&sums)[blocks], u32 slot) const {
-#pragma unroll
-    for (u32 block = 0; block < blocks; ++block) sums[block].store(place(slot, block), thread);
+  // Whether the last of these slots to be stored is that of this warpgroup.
+  __device__ __forceinline__ bool arrives_last(const SlotRange& slots) const {
+    synchronize();
+    bool last = false;
+    if (thread == 0) {
+      u32* arrived = flag(slots.first);
+      last = ptx::add_acquire_release_gpu(arrived, 1) + 1 == slots.count;
+      if (last) *arrived = 0;
+    }
+    return ptx::named_barrier_or(1 + warpgroup, tile::warpgroup_threads, last);
   }
 
   __device__ __forceinline__ void add_kept(Sums (&sums)[blocks], u32 slot) const {
@@ -46,20 +69,39 @@ struct PartialSums {
     for (u32 block = 0; block < blocks; ++block) sums[block].add(place(slot, block), thread);
   }
 
-  // Adds `count` slots from `first` on.
-  __device__ __forceinline__ void collect(Sums (&sums)[blocks], u32 first, u32 count) const {
-    for (u32 i = thread; i < count; i += tile::warpgroup_threads) {
-      wait_for(flag(first + i));
-      *flag(first + i) = 0;
+  // Waits until they have been published.
+  __device__ __forceinline__ void await(const SlotRange& slots) const {
+    for (u32 i = thread; i < slots.count; i += tile::warpgroup_threads) {
+      wait_for(flag(slots.first + i));
+      *flag(slots.first + i) = 0;
     }
     synchronize();
-    // latency counts where there is little to add
-    constexpr int registers = Sums::registers * blocks;
-    constexpr int at_once = registers < 16 ? 16 / registers : 1;
-#pragma unroll at_once
-    for (u32 i = 0; i < count; ++i) {
+  }
+
+  __device__ __forceinline__ void add(Sums (&sums)[blocks], const SlotRange& slots) const {
+    if constexpr (at_once == 1) {
+#pragma unroll 1
+      for (u32 i = 0; i < slots.count; ++i) add_kept(sums, slots.first + i);
+    } else {
+#pragma unroll 1
+      for (u32 i = 0; i < slots.count; i += at_once) {
+        Sums parts[at_once][blocks];
 #pragma unroll
-      for (u32 block = 0; block < blocks; ++block) sums[block].add(place(first + i, block), thread);
+        for (u32 j = 0; j < at_once; ++j) {
+#pragma unroll
+          for (u32 block = 0; block < blocks; ++block) {
+            parts[j][block].clear();
+            if (i + j < slots.count) {
+              parts[j][block].load(place(slots.first + i + j, block), thread);
+            }
+          }
+        }
+#pragma unroll
+        for (u32 j = 0; j < at_once; ++j) {
+#pragma unroll
+          for (u32 block = 0; block < blocks; ++block) sums[block].add(parts[j][block]);
+        }
+      }
     }
   }
 

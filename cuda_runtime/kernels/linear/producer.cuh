@@ -2,12 +2,14 @@
 #pragma once
 
 #include "linear/arguments.cuh"
+#include "linear/claims.cuh"
 #include "linear/layout.cuh"
 #include "linear/plan.cuh"
 #include "linear/walk.cuh"
 #include "pipeline/ring.cuh"
 #include "pipeline/wait.cuh"
 #include "ptx/grid_dependency.cuh"
+#include "ptx/mbarrier.cuh"
 #include "ptx/tensor_copy.cuh"
 #include "types.cuh"
 
@@ -61,7 +63,7 @@ class Producer {
                                       Head& head, u8* stages, u32 rank, u32 ctas)
       : arguments_(arguments), maps_(maps), head_(head), stages_(stages), rank_(rank), ctas_(ctas) {}
 
-  // All steps of the worker.
+  // All steps of the worker, then pieces of the tail until there are none left.
   //
   // Weights are constant, so the first stages of them are asked for before the kernels that make
   // the tokens have ended.
@@ -81,14 +83,32 @@ class Producer {
 
     pipeline::RingPosition position{ahead % configuration.stages,
                                     ahead / configuration.stages & 1};
-    for (u32 i = ahead; i < total; ++i) {
+    Claims claims(head_.tail, arguments_.claims, gridDim.x);
+    u32 end = total;  // of the runs, then of a piece
+    u32 asks_at = Claims::asks_at(ahead, end);
+    if (L::has_tail && asks_at == end) claims.ask();
+    u32 piece = schedule::Tail::nothing;
+    for (u32 i = ahead;; ++i) {
+      const bool ends = i == end;
+      if (ends) {
+        if constexpr (!L::has_tail) break;
+        piece = claims.take();
+        if (piece == schedule::Tail::nothing) break;
+        const schedule::Run run = head_.tail.run(piece);
+        weights.go_on_at(run.begin);
+        end = i + run.end - run.begin;
+        asks_at = Claims::asks_at(i, end);
+      }
+      if (L::has_tail && i == asks_at) claims.ask();
       pipeline::wait<bounded>(&head_.empty[position.stage], position.parity ^ 1, "stage empty");
+      if (L::has_tail && ends) head_.claimed[position.stage] = piece;
       const Load next = locate(weights.next());
       announce(next, position.stage);
       take_turn(next, i, position.stage);
       load_tokens(next.step.depth, position.stage);
       position.advance(configuration.stages);
     }
+    if (L::has_tail && head_.tail.tiles > 0) end_tail(position);
     report();
   }
 
@@ -97,7 +117,14 @@ class Producer {
     return {step, Extent::of_tile<L::features>(step.feature, arguments_.features)};
   }
 
-  // What will arrive in the stage.
+  // A stage that brings nothing but the word that there is nothing more to claim.
+  __device__ __forceinline__ void end_tail(const pipeline::RingPosition& position) const {
+    pipeline::wait<bounded>(&head_.empty[position.stage], position.parity ^ 1, "stage empty");
+    head_.claimed[position.stage] = schedule::Tail::nothing;
+    ptx::mbarrier_arrive(&head_.full[position.stage]);
+  }
+
+  // What will arrive in the stage. Whoever waits for it sees what was claimed as well.
   __device__ __forceinline__ void announce(const Load& load, u32 stage) const {
     u32 bytes = arguments_.cta_tokens * tile::row_bytes;
     if constexpr (configuration.in_out) {

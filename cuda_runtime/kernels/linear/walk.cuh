@@ -1,4 +1,4 @@
-// The steps of one worker in their order: its remote run, then its local run.
+// The steps of one worker in their order: its remote run, its local run, pieces of the tail.
 #pragma once
 
 #include "linear/layout.cuh"
@@ -72,7 +72,13 @@ class Walk {
     enter(remote_ ? assignment.remote.begin : local_begin_);
   }
 
-  // At most as many times as the assignment has steps.
+  // Goes on from there on the local line, or in its tail.
+  __device__ __forceinline__ void go_on_at(u32 position) {
+    remote_ = false;
+    enter(position);
+  }
+
+  // At most as many times as the assignment, or the piece of the tail, has steps.
   __device__ __forceinline__ Step next() {
     if (remote_ && remote_left_ == 0) {
       remote_ = false;

@@ -17,4 +17,13 @@ __device__ __forceinline__ void tensor_load_4d(void* shared, const TensorMap* ma
       : "memory");
 }
 
+// The box to L2. Later writes are seen all the same: it may be asked for before they are made.
+__device__ __forceinline__ void tensor_prefetch_4d(const TensorMap* map, int c0, int c1, int c2,
+                                                   int c3) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(
+                   reinterpret_cast<u64>(map)),
+               "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+               : "memory");
+}
+
 }  // namespace dak::ptx

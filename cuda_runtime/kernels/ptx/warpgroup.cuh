@@ -21,4 +21,20 @@ __device__ __forceinline__ void named_barrier(u32 id, u32 threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// The same; whether any of them says so.
+__device__ __forceinline__ bool named_barrier_or(u32 id, u32 threads, bool said) {
+  u32 any;
+  asm volatile(
+      "{\n"
+      ".reg .pred said, any;\n"
+      "setp.ne.u32 said, %3, 0;\n"
+      "bar.red.or.pred any, %1, %2, said;\n"
+      "selp.u32 %0, 1, 0, any;\n"
+      "}\n"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(static_cast<u32>(said))
+      : "memory");
+  return any != 0;
+}
+
 }  // namespace dak::ptx

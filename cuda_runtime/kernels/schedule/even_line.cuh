@@ -31,8 +31,8 @@ struct EvenLine {
   // The run that holds a position of the line.
   __device__ __forceinline__ u32 run_of(u32 position) const {
     const u32 in_longer = longer * (length + 1);
-    if (position < in_longer) return position / (length + 1);
-    return longer + (position - in_longer) / length;
+    const bool first = position < in_longer;
+    return (first ? 0 : longer) + (first ? position : position - in_longer) / (length + first);
   }
 };
 

@@ -11,7 +11,8 @@
 // before it: waiting cannot deadlock, whatever else runs.
 //
 // The workers started last come to SMs that the launch before freed last: they have had no time to
-// fetch ahead, so the first runs of the line are theirs and are a little shorter.
+// fetch ahead, so the first runs of the line are theirs and are a little shorter. What is still uneven
+// the line's tail evens out, where it has one (schedule/tail.cuh): tiles cut off before it is shared.
 #pragma once
 
 #include "types.cuh"

@@ -32,7 +32,25 @@ struct Accumulator {
     }
   }
 
-  // Adds what `store` of another CTA has written.
+  // What `store` of another CTA has written.
+  __device__ __forceinline__ void load(const float* global, u32 thread) {
+    const float4* place = reinterpret_cast<const float4*>(global) + thread;
+#pragma unroll
+    for (u32 r = 0; r < registers; r += 4) {
+      const float4 part = __ldcg(place + r / 4 * warpgroup_threads);
+      sums[r] = part.x;
+      sums[r + 1] = part.y;
+      sums[r + 2] = part.z;
+      sums[r + 3] = part.w;
+    }
+  }
+
+  __device__ __forceinline__ void add(const Accumulator& other) {
+#pragma unroll
+    for (u32 r = 0; r < registers; ++r) sums[r] += other.sums[r];
+  }
+
+  // Adds it, without as many registers again.
   __device__ __forceinline__ void add(const float* global, u32 thread) {
     const float4* place = reinterpret_cast<const float4*>(global) + thread;
 #pragma unroll

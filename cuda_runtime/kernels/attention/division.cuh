@@ -1,0 +1,71 @@
+// From what there is on both lines to the runs that workers have of them.
+#pragma once
+
+#include "attention/arguments.cuh"
+#include "attention/units.cuh"
+#include "schedule/tapered_line.cuh"
+#include "types.cuh"
+
+namespace dak::attention {
+
+// At least, where the window lets them. A power of 2: runs of whole units keep in step, and so read
+// the same pages. On the H200 (16 x 4096 tokens, 32 heads, all remote) T / L was 1.01 with 16 readers
+// and 1.03 with 8, but 1.25 with 12 and 1.9 with 6.
+constexpr u32 readers = 16;
+constexpr u32 most_of_reader = 64 * 1024;  // bytes in flight
+constexpr float claimed_share = 0.125f;    // of a local run: SMs start up to 17 us apart
+
+// How many workers read remote memory.
+//
+// As many as fill the window, with a few slots each: boxes give an SM 7 GB/s of host memory,
+// whatever it asks for, so a few must read to fill a link; more would hold up the local part. Where
+// units have few remote tokens each piece takes a worker longer than the link, so that as many
+// workers are needed as have all pieces done in the time of the rest.
+__device__ __forceinline__ u32 count_readers(const Arguments& arguments, const Count& count,
+                                             u32 workers, u32 window, u32 tile, u32 row_bytes,
+                                             u32 slots) {
+  const u32 rounded = (count.longest_remote + rows_at_least - 1) / rows_at_least * rows_at_least;
+  const u32 largest = min(tile, rounded) * row_bytes;  // of a slot
+  const u32 fit = max(1u, window / largest);
+  const u32 each = max(1u, min(fit / readers, min(slots, most_of_reader / largest)));
+  const float tiles = static_cast<float>(count.remote_tokens) * (1.0f / tile);
+  const float rest = max(static_cast<float>(count.tiles[0]), tiles * arguments.remote_tile);
+  const float pieces =
+      __fdividef(static_cast<float>(count.remote_units) * arguments.remote_piece, rest);
+  const u32 for_pieces = static_cast<u32>(min(pieces, static_cast<float>(workers))) + 1;
+  u32 found = min(fit, max(fit / each, for_pieces));
+  if (count.tiles[0] > 0) found = min(found, max(1u, workers / 2));
+  return min(min(found, workers), count.tiles[1]);
+}
+
+// What of the local runs is for claims: enough to even out the SMs, and to keep those workers busy
+// that are done with their remote runs.
+__device__ __forceinline__ float share_for_claims(const Arguments& arguments, const Count& count,
+                                                  u32 workers, u32 remote, u32 tile) {
+  if (remote == 0) return claimed_share;
+  const float link =
+      static_cast<float>(count.remote_tokens) * (1.0f / tile) * arguments.remote_tile;
+  const float pieces =
+      __fdividef(static_cast<float>(count.remote_units) * arguments.remote_piece, remote);
+  const float busy = __fdividef(max(link, pieces), max(1u, count.tiles[0]));
+  const float readers_share = __fdividef(remote, workers);
+  return claimed_share + max(0.0f, 1.0f - busy) * min(0.5f, readers_share);
+}
+
+// Cuts the lines. `count` is of all sequences, `slots` of a worker.
+__device__ __forceinline__ void divide(Division& division, const Arguments& arguments,
+                                       const Count& count, u32 workers, u32 window, u32 tile,
+                                       u32 row_bytes, u32 slots) {
+  u32 remote = 0;
+  if (count.tiles[1] > 0) {
+    remote = count_readers(arguments, count, workers, window, tile, row_bytes, slots);
+  }
+  const float share = share_for_claims(arguments, count, workers, remote, tile);
+  division.remote_workers = remote;
+  division.quota = remote > 0 ? window / remote : 0;
+  division.lines[0] = schedule::TaperedLine::cut(count.tiles[0], workers - remote, share,
+                                                 arguments.most_chunks, arguments.least_chunk);
+  division.lines[1] = schedule::TaperedLine::cut(count.tiles[1], remote);
+}
+
+}  // namespace dak::attention
