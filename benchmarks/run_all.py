@@ -48,6 +48,8 @@ SUITES: Mapping[str, Suite] = {
     "compile": Suite("bench_compile", "compile", limit=540),
     "compile_cpu": Suite("bench_compile", "compile_cpu", ("--cpu",), limit=900),
     "linear": Suite("bench_linear", "linear", ("--limit-seconds", "480"), limit=560),
+    "attention": Suite("bench_attention", "attention", ("--limit-seconds", "480"), limit=560),
+    "long_context": Suite("bench_long_context", "long_context", limit=300),
     "planner": Suite("bench_planner", "planner", limit=900, alone=True),
 }
 DEFAULT = ("move", "decode_step", "load", "over_budget", "compile")

@@ -16,6 +16,7 @@ from dak_inductor.benchmarks import (
     bench_compile,
     bench_decode_step,
     bench_load,
+    bench_long_context,
     bench_move,
     generate_over_budget,
     run_all,
@@ -151,6 +152,15 @@ def test_forced_tokens_win_and_the_logits_are_kept() -> None:
         kept = forced(torch.zeros(2, 1), logits.clone())
         assert kept.argmax(-1).tolist() == wanted
         assert torch.equal(forced.logits[-1], logits)
+
+
+def test_a_long_context_is_filled_read_and_judged(tmp_path: Path) -> None:
+    assert bench_long_context.main(["--out", str(tmp_path), "--remote", "simulated"]) == 0
+    record = json.loads((tmp_path / "long_context.json").read_text())
+    (row,) = record["cells"]
+    assert row["tokens"] >= bench_long_context.TINY_TOKENS and row["cache_remote"] > 0
+    assert row["prefill_tokens"] == bench_long_context.TINY_PREFILL
+    assert {verdict["passed"] for verdict in record["verdicts"]} == {True, None}
 
 
 def test_over_budget_compares_tokens_logits_and_remote_bytes(tmp_path: Path) -> None:

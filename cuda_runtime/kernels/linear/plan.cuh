@@ -13,8 +13,24 @@ __device__ __forceinline__ u32 divide_up(u32 value, u32 divisor) {
   return (value + divisor - 1) / divisor;
 }
 
-__device__ __forceinline__ Boundary boundary(const Weight& weight, u32 rows) {
-  const u64 split = __ldcg(&weight.record->split);
+// What is read from device memory, all at once: beside a launch that streams HBM a load takes 2 us.
+struct Residency {
+  u64 splits[2];
+  u32 window;
+
+  template <TieredLinearConfiguration configuration>
+  static __device__ __forceinline__ Residency read(const Arguments& arguments) {
+    Residency found{};
+#pragma unroll
+    for (u32 i = 0; i < Layout<configuration>::weights; ++i) {
+      found.splits[i] = __ldcg(&arguments.weights[i].record->split);
+    }
+    found.window = __ldcg(arguments.window);
+    return found;
+  }
+};
+
+__device__ __forceinline__ Boundary boundary(const Weight& weight, u64 split, u32 rows) {
   const u64 local = split > weight.offset ? split - weight.offset : 0;
   if (local >= rows * weight.row_bytes) return {rows, 0};
   // rows start at multiples of 16 bytes; a 64-bit division would take 0.3 us
@@ -52,14 +68,15 @@ struct Flight {
 // the weights are stored [in, out] the boundary lies along K: every tile has steps on both lines,
 // and the step that the boundary cuts is a remote one.
 template <TieredLinearConfiguration configuration>
-__device__ __forceinline__ void lay_lines(const Arguments& arguments, Head& head,
-                                          schedule::Line& local, schedule::Line& remote) {
+__device__ __forceinline__ void lay_lines(const Arguments& arguments, const Residency& residency,
+                                          Head& head, schedule::Line& local,
+                                          schedule::Line& remote) {
   using L = Layout<configuration>;
   const u32 steps = divide_up(arguments.depth, L::depth);
   const u32 rows = configuration.in_out ? arguments.depth : arguments.features;
   u32 first_row = rows;
   for (u32 i = 0; i < L::weights; ++i) {
-    head.boundaries[i] = boundary(arguments.weights[i], rows);
+    head.boundaries[i] = boundary(arguments.weights[i], residency.splits[i], rows);
     first_row = min(first_row, head.boundaries[i].row);
   }
   if constexpr (configuration.in_out) {
@@ -113,9 +130,9 @@ __device__ __forceinline__ Flight take_quotas(const Arguments& arguments, u32 wi
 // claims more of it, and the others wait for pieces of their tiles here. None where the boundary lies
 // along K, where remote workers finish the tiles of the others.
 template <TieredLinearConfiguration configuration>
-__device__ __forceinline__ u32 share_remote(const Arguments& arguments, u32 workers, Head& head,
-                                            const schedule::Line& local, schedule::Line& remote) {
-  const u32 window = __ldcg(arguments.window);
+__device__ __forceinline__ u32 share_remote(const Arguments& arguments, u32 window, u32 workers,
+                                            Head& head, const schedule::Line& local,
+                                            schedule::Line& remote) {
   const Flight flight = take_quotas<configuration>(arguments, window, head, remote);
   const float each = flight.mean();
   // one worker may have the end of the tile before the last and the start of the last
@@ -152,7 +169,8 @@ template <TieredLinearConfiguration configuration>
 __device__ __forceinline__ void plan(const Arguments& arguments, u32 workers, Head& head) {
   schedule::Line local{};
   schedule::Line remote{};
-  lay_lines<configuration>(arguments, head, local, remote);
+  const Residency residency = Residency::read<configuration>(arguments);
+  lay_lines<configuration>(arguments, residency, head, local, remote);
   head.remote_workers = 0;
   head.quota = 0;
   head.in_flight = 0;
@@ -164,7 +182,8 @@ __device__ __forceinline__ void plan(const Arguments& arguments, u32 workers, He
   }
   u32 others = workers;  // who are not remote workers
   if (remote.total() > 0) {
-    const u32 length = share_remote<configuration>(arguments, workers, head, local, remote);
+    const u32 length =
+        share_remote<configuration>(arguments, residency.window, workers, head, local, remote);
     if (workers > head.remote_workers) {
       others = workers - head.remote_workers;
       if (length > 0) {
