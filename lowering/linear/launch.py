@@ -33,7 +33,7 @@ from dak_inductor.lowering.linear.tail import tail_rule
 from dak_inductor.lowering.linear.tensor_maps import matrix_map
 
 _WEIGHT = struct.Struct("<4Q")
-_REST = struct.Struct("<3Q2Q3Q7I3fI3I")
+_REST = struct.Struct("<3Q2Q3Q7I3fI4I4x")
 _CLAIM_WORDS = 32  # the word that all CTAs add to has a line of L2 to itself
 
 
@@ -120,6 +120,7 @@ def launch(
             tail.share,
             tail.pieces,
             tail.least,
+            tail.spared,
         )
     )
     kernel.launch(

@@ -19,11 +19,15 @@ from dak_inductor.lowering.linear.problem import LinearProblem
 
 _UNIT = 256  # kernels/schedule/tail.cuh counts shares in parts of that size
 
-SHARE = 23 / _UNIT
-"""Of the local tiles: runs of equal length end 4 to 5% apart on the H200, and the worker started
-last is up to 17 us behind."""
-PIECE_BYTES = 128 * 1024
-"""Of weights, at least, in a piece: 4 us of an SM's share of HBM, some times what a claim takes."""
+SHARE = 64 / _UNIT
+"""Of the local tiles. Beside remote reads a few SMs of the H200 stream HBM a quarter slower than
+others: 28672 x 8192 at 1%, 64 tokens, runs of equal length ended at 103 to 152 us. With a quarter
+left to claims, not a tenth, 8192 x 28672 took 132 us, not 148, and 28672 x 8192 121 as before."""
+SPARED = 4
+"""Workers without runs: on the H200 the CTA on the SM that is freed last has its first step 10 to
+30 us after the others, and with a run of its own ended as much later, launch after launch."""
+PIECE_BYTES = 256 * 1024
+"""Of weights, at least, in a piece: 7 us of an SM's share of HBM, some times what a claim takes."""
 PIECE_COST = 8.0
 """How many times as long as adding it up a piece takes, at least."""
 ADDED_BYTES = 256 * 1024
@@ -39,12 +43,13 @@ class TailRule:
     """What the kernel needs to cut the tail off whatever is local.
 
     `share` is of the local tiles in 256ths, `pieces` of each tile; with fewer than `least` of them
-    there is no tail.
+    there is no tail. `spared` workers, those started last, have no work besides.
     """
 
     share: int
     pieces: int
     least: int
+    spared: int
 
     def slots(self, tiles: int) -> int:
         """Pieces, at most, that leave partial sums, whatever part of `tiles` is local."""
@@ -52,7 +57,7 @@ class TailRule:
         return found if found >= self.least and self.pieces > 1 else 0
 
 
-NO_TAIL = TailRule(share=0, pieces=1, least=1)
+NO_TAIL = TailRule(share=0, pieces=1, least=1, spared=0)
 
 
 def tail_rule(
@@ -71,4 +76,4 @@ def tail_rule(
     length = max(1.0, PIECE_BYTES / configuration.weight_stage_bytes, PIECE_COST * adding)
     pieces = min(int(steps / length), ADDED_BYTES // configuration.partial_bytes)
     least = max(1, math.ceil(workers * PIECES_OF_WORKER))
-    return TailRule(round(SHARE * _UNIT), max(1, pieces), least)
+    return TailRule(round(SHARE * _UNIT), max(1, pieces), least, SPARED)

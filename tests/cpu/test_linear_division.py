@@ -57,7 +57,7 @@ struct Found {
 };
 
 struct Totals {
-  u32 local_runs, tail_tiles, claims;  // what the word holds at the end
+  u32 local_runs, tail_tiles, spared, claims;  // what the word holds at the end
 };
 
 struct Worker {
@@ -87,7 +87,7 @@ u32 divide_work(const Sizes& sizes, Found* found, u32 most, Totals& totals) {
   arguments.tail = sizes.tail;
   Head head{};
   plan<configuration>(arguments, sizes.workers, head);
-  totals = {head.local.long_runs + head.local.short_runs, head.tail.tiles, 0};
+  totals = {head.local.long_runs + head.local.short_runs, head.tail.tiles, head.spared, 0};
 
   u32 steps = 0;
   const auto note = [&](Walk& walk, u32 worker, u32 piece, u32 count) {
@@ -158,7 +158,7 @@ class Sizes(ctypes.Structure):
             "seed",
         )),
         *((name, ctypes.c_float) for name in ("link_steps", "reader_steps", "piece_steps")),
-        *((name, ctypes.c_uint) for name in ("share", "pieces", "least")),
+        *((name, ctypes.c_uint) for name in ("share", "pieces", "least", "spared")),
         ("splits", ctypes.c_uint64 * 2),
     )  # fmt: skip
 
@@ -177,7 +177,9 @@ class Found(ctypes.Structure):
 
 
 class Totals(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_uint) for name in ("local_runs", "tail_tiles", "claims"))
+    _fields_ = tuple(
+        (name, ctypes.c_uint) for name in ("local_runs", "tail_tiles", "spared", "claims")
+    )
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,7 @@ def sizes(draw: st.DrawFn, kind: str) -> Sizes:
         share=draw(st.integers(0, 128)),
         pieces=draw(st.integers(1, steps)),
         least=draw(st.integers(1, 100)),
+        spared=draw(st.sampled_from([0, 4])),
         splits=splits,
     )
 
@@ -274,7 +277,7 @@ def test_the_tail_is_cut_by_sizes_and_claimed_once(
     division = divide(library, kind, given_sizes)
     assert division.totals.claims == 0, "the next launch begins with the word at zero"
     pieces = division.pieces()
-    rule = TailRule(given_sizes.share, given_sizes.pieces, given_sizes.least)
+    rule = TailRule(given_sizes.share, given_sizes.pieces, given_sizes.least, given_sizes.spared)
     count = division.totals.tail_tiles * rule.pieces
     assert sorted(pieces) == list(range(count))
     assert count == 0 or count >= rule.least
@@ -292,6 +295,9 @@ def test_the_tail_is_cut_by_sizes_and_claimed_once(
     assert not lengths or max(lengths) - min(lengths) <= 1
     runs = [step for step in division.steps if not step.remote and step.piece == NOTHING]
     assert not pieces or runs, "the tail is never all there is"
+    assert division.totals.spared <= (rule.spared if pieces else 0)
+    started_last = given_sizes.workers - division.totals.spared
+    assert all(step.worker < started_last for step in runs)
     # who is first and who is last has no part in it
     again = Sizes.from_buffer_copy(given_sizes)
     again.seed ^= 0x5A5A5A5A

@@ -40,6 +40,6 @@ struct Arguments {
   u32 late_steps;      // that the worker started last is behind
   schedule::TailRule tail;  // of the local line
 };
-static_assert(sizeof(Weight) == 32 && sizeof(Arguments) == 184);
+static_assert(sizeof(Weight) == 32 && sizeof(Arguments) == 192);
 
 }  // namespace dak::linear

@@ -45,6 +45,7 @@ struct Head {
   u32 claimed[maximum_stages];  // the piece of the tail that begins in a stage
   Boundary boundaries[2];
   u32 remote_workers;
+  u32 spared;        // workers, the last ones, that have claims alone
   u32 quota;         // stages that each remote worker may have in flight,
   u32 last_quota;    // and of the last tile,
   int last_feature;  // which begins here

@@ -157,10 +157,12 @@ __device__ __forceinline__ u32 share_remote(const Arguments& arguments, u32 wind
   const float busy = max(max(flight.bytes * arguments.link_steps, of_one / runs),
                          static_cast<float>(remote.total()) / runs) +
                      adding * runs;
-  const float claimed = static_cast<float>(head.tail.total_steps());
-  const float fair = (static_cast<float>(local.total()) + claimed + runs * busy) /
+  const float tail = static_cast<float>(head.tail.total_steps());
+  const float fair = (static_cast<float>(local.total()) + tail + runs * busy) /
                      static_cast<float>(workers);
-  const float length = fair - busy - 1.5f * claimed / static_cast<float>(workers);
+  const float claimed = (tail - static_cast<float>(head.spared) * fair) /
+                        static_cast<float>(workers - head.spared);
+  const float length = fair - busy - 1.5f * max(claimed, 0.0f);
   return length > 0.0f ? static_cast<u32>(length) : 0;
 }
 
@@ -174,18 +176,20 @@ __device__ __forceinline__ void plan(const Arguments& arguments, u32 workers, He
   head.remote_workers = 0;
   head.quota = 0;
   head.in_flight = 0;
-  head.tail.tiles = 0;
+  head.tail.tiles = head.spared = 0;
   // With nothing remote the last tile's sums, added up when all else is done, cost 5 to 9 us and the
   // tail gains 4 (28672 x 8192, 1 to 32 tokens); beside a remote part it gains 15.
   if (Layout<configuration>::has_tail && remote.total() > 0) {
     head.tail = schedule::Tail::cut_off(local, arguments.tail);
+    if (head.tail.tiles > 0) head.spared = min(arguments.tail.spared, workers / 8);
   }
   u32 others = workers;  // who are not remote workers
   if (remote.total() > 0) {
     const u32 length =
         share_remote<configuration>(arguments, residency.window, workers, head, local, remote);
+    if (workers <= head.remote_workers + head.spared) head.spared = 0;
     if (workers > head.remote_workers) {
-      others = workers - head.remote_workers;
+      others = workers - head.remote_workers - head.spared;
       if (length > 0) {
         local.short_runs = head.remote_workers;
         local.short_length = length;
@@ -195,8 +199,9 @@ __device__ __forceinline__ void plan(const Arguments& arguments, u32 workers, He
   // One worker adds up all pieces of a tile: the larger they are, the fewer.
   constexpr u32 fit = 256 * 1024 / (Layout<configuration>::partial_elements * 4);
   constexpr u32 most_pieces = fit > 12 ? 12 : fit < 3 ? 3 : fit;
-  // two CTAs on an SM start long before the launch ahead ends
-  const u32 late = configuration.ctas_per_sm == 1 ? arguments.late_steps : 0;
+  // two CTAs on an SM start long before the launch ahead ends; with a tail the last ones have no run
+  const bool evened = configuration.ctas_per_sm > 1 || head.spared > 0;
+  const u32 late = evened ? 0 : arguments.late_steps;
   local.share(min(others, max(1u, local.tiles * most_pieces)), late);
   head.remote = remote;
   head.local = local;

@@ -37,9 +37,9 @@ struct Assignment {
       made.set_remote(head, remote_workers - 1 - worker);
       made.set_local(head, head.local.short_runs > 0
                                ? head.local.long_runs + remote_workers - 1 - worker
-                               : order);
-    } else if (order < head.local.long_runs) {
-      made.set_local(head, order);
+                               : order - head.spared);
+    } else if (order >= head.spared && order - head.spared < head.local.long_runs) {
+      made.set_local(head, order - head.spared);
     }
     return made;
   }

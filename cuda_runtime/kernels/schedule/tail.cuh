@@ -16,6 +16,7 @@ struct TailRule {
   u32 share;   // of the line's tiles, in 256ths
   u32 pieces;  // of each tile; no more than it has steps
   u32 least;   // pieces: a tail of fewer evens out nothing
+  u32 spared;  // workers without a run of their own: those started last
 };
 
 struct Tail {
