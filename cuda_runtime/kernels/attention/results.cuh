@@ -24,7 +24,8 @@ class Results {
   using L = Layout<configuration>;
   static constexpr u32 registers = L::head_dim / 2;
   static constexpr u32 vectors = L::head_dim / 4;
-  static constexpr u32 at_once = 8;  // slots that are asked for before the first is used
+  // Slots that are asked for before the first is used: one sequence on all SMs leaves 36 to a unit.
+  static constexpr u32 at_once = 16;
 
  public:
   // `part`: the warpgroup's place among those of its team.
@@ -142,9 +143,13 @@ class Results {
         float4 parts[at_once];
 #pragma unroll
         for (u32 i = 0; i < at_once; ++i) {
-          const u32 slot = slots.at(min(first + i, count - 1));
-          weights[i] = __ldcg(weight_at(slot, row));
-          parts[i] = __ldcg(reinterpret_cast<const float4*>(sums_at(slot, row)) + vector);
+          weights[i] = make_float2(minus_infinity, 0.0f);
+          parts[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+          if (first + i < count) {
+            const u32 slot = slots.at(first + i);
+            weights[i] = __ldcg(weight_at(slot, row));
+            parts[i] = __ldcg(reinterpret_cast<const float4*>(sums_at(slot, row)) + vector);
+          }
         }
         // of all at once, and scaled apart: one after the other they would wait for each power
         float highest = peak;
@@ -158,7 +163,6 @@ class Results {
                             total.w * before);
 #pragma unroll
         for (u32 i = 0; i < at_once; ++i) {
-          if (first + i >= count) break;
           const float now = ptx::exp2_approximate(weights[i].x - shift);
           sum += weights[i].y * now;
           total.x += parts[i].x * now;
