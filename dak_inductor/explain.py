@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from rich.console import Console, Group
 
-from dak_inductor import hardware, plan_report, template_report
+from dak_inductor import hardware, plan_report, template_report, trial_report
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
 from dak_inductor.errors import ModelError
 from dak_inductor.link_window import LinkWindow, window_in_force
+from dak_inductor.lowering.linear.trials import Trial
 from dak_inductor.offloaded import OffloadedModel, record_of
 from dak_inductor.plan import Plan
 from dak_inductor.plan_report import bytes_text
@@ -24,7 +25,8 @@ from dak_inductor.template_report import OpTemplate, templates_of
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The plan as it stands, and what serves each operator of the graphs seen.
+    """The plan as it stands, what serves each operator of the graphs seen, and what this process
+    has measured of products over the same link.
 
     `str()` gives the report; rich renders it as tables.
     """
@@ -39,6 +41,7 @@ class Explanation:
     templates: tuple[OpTemplate, ...] = ()
     window: LinkWindow | None = None
     caches: TierBytes = field(default_factory=TierBytes)
+    trials: tuple[Trial, ...] = ()
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=150, color_system=None, force_terminal=False)
@@ -50,6 +53,8 @@ class Explanation:
         parts = [plan_report.render(self.plan, title=self._title())]
         if self.templates:
             parts.append(template_report.render(self.templates))
+        if self.trials:
+            parts.append(trial_report.render(self.trials))
         return Group(*parts, *([str(self.window)] if self.window else []))
 
     def _title(self) -> str:
@@ -107,6 +112,7 @@ def explain(model: torch.nn.Module) -> Explanation:
         plan=_as_placed(record),
         templates=tuple(op for item in tables.items() for op in templates_of(*item)),
         window=window_in_force(record.device, record.remote, asked),
+        trials=trial_report.trials_of(record.device, record.remote),
     )
 
 

@@ -27,12 +27,14 @@ class BackendOptions:
     window:   bytes in flight per link; None leaves a link's window as it is.
     strict:   raise instead of warn where nothing is offloaded or a weight became resident.
     plan:     a plan, or the path of a plan file, that is applied instead of the planner's own.
+    trials:   whether products are timed to choose their way; None leaves it as it is, at first on.
     """
 
     strategy: str = "auto"
     window: int | None = None
     strict: bool = False
     plan: Any = None
+    trials: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +92,25 @@ def _from_environment() -> dict[str, Any]:
             raise OptionError(f"DAK_WINDOW={value!r} is not a number of bytes")
         found["window"] = int(value)
     if (value := environment("strict")) is not None:
-        if value.lower() not in _TRUE | _FALSE:
-            raise OptionError(f"DAK_STRICT={value!r}: use 1 or 0")
-        found["strict"] = value.lower() in _TRUE
+        found["strict"] = _switch("DAK_STRICT", value)
+    if (value := environment("trials")) is not None:
+        found["trials"] = _switch("DAK_TRIALS", value)
     return found
+
+
+def trials_by_default() -> bool:
+    """Whether products are timed where no graph was compiled with the option `trials`.
+
+    Raises OptionError.
+    """
+    value = environment("trials")
+    return value is None or _switch("DAK_TRIALS", value)
+
+
+def _switch(name: str, value: str) -> bool:
+    if value.lower() not in _TRUE | _FALSE:
+        raise OptionError(f"{name}={value!r}: use 1 or 0")
+    return value.lower() in _TRUE
 
 
 def _check(options: BackendOptions) -> BackendOptions:
@@ -108,6 +125,8 @@ def _check(options: BackendOptions) -> BackendOptions:
         _check_window(options.window)
     if not isinstance(options.strict, bool):
         raise OptionError(f"strict={options.strict!r}: use True or False")
+    if options.trials is not None and not isinstance(options.trials, bool):
+        raise OptionError(f"trials={options.trials!r}: use True or False")
     return options
 
 

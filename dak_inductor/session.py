@@ -22,6 +22,7 @@ from dak_inductor.cuda_runtime.tier_buffer import TierBytes
 from dak_inductor.errors import DeviceMemoryError, NothingOffloadedError, ResidentCopyError
 from dak_inductor.kv_cache_steps import CacheStep, StepRunner
 from dak_inductor.link_window import set_windows
+from dak_inductor.lowering.linear.trials import TRIALS
 from dak_inductor.offloaded import OffloadedModel, changes, offloaded_models
 from dak_inductor.op_table import OpTable
 from dak_inductor.options import BackendOptions
@@ -176,6 +177,8 @@ class CompiledGraph:
             self._check(binding, arguments)
             if binding.window is not None:
                 set_windows(binding.window, binding.live_buffers().values())
+            if self.settings.trials is not None:
+                TRIALS.switch(self.settings.trials)
             self._bindings[key] = binding
             self._session.add(binding)
         return binding

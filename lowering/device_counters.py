@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 
+import dak_inductor.lowering.residency  # noqa: F401  (registers torch.ops.dak.residency)
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.device_records import RecordCounters, records_of
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+
+_COUNTERS = slice(1, 5)  # words of a record (`dak_inductor.lowering.residency`)
 
 
 def read() -> list[tuple[TieredBuffer, RecordCounters]]:
@@ -27,6 +33,20 @@ def reset() -> None:
     """Start the counters of all live buffers anew."""
     for device in _devices():
         records_of(device).reset_counters()
+
+
+@contextmanager
+def kept(operands: Sequence[torch.Tensor]) -> Iterator[None]:
+    """What is queued inside, on the current stream, leaves the counters of the operands' buffers as
+    they were. What another stream counts meanwhile is lost."""
+    records: list[torch.Tensor] = [torch.ops.dak.residency.default(each) for each in operands]
+    counters = [record[_COUNTERS] for record in records]
+    before = [each.clone() for each in counters]
+    try:
+        yield
+    finally:
+        for each, saved in zip(counters, before, strict=True):
+            each.copy_(saved)
 
 
 def _devices() -> list[torch.device]:

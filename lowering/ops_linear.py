@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 _aten = torch.ops.aten
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Stock = Callable[[], Tensor]
 
 LAYOUTS = ("out_in", "in_out")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -126,10 +127,11 @@ def _serve(
     biases: tuple[Tensor | None, ...],
     residual: Tensor | None,
     activation: str,
+    stock: Stock,
 ) -> Tensor | None:
-    """Offer a call to the kernel, `weights` given as [N, K] views of whatever memory order.
+    """Offer a call to the kernels, `weights` given as [N, K] views of whatever memory order.
 
-    None where it does not take it.
+    None where they do not take it: the caller then runs `stock`, or what is the same.
     """
     run = _runner()
     if run is None or x.dim() == 0:
@@ -140,32 +142,43 @@ def _serve(
         layout, weights = "in_out", tuple(weight.t() for weight in weights)
         if not all(_has_dense_rows(weight) for weight in weights):
             return None
-    return run(x, weights, biases=biases, residual=residual, activation=activation, layout=layout)
+    return run(
+        x,
+        weights,
+        biases=biases,
+        residual=residual,
+        activation=activation,
+        layout=layout,
+        stock=stock,
+    )
 
 
 def _has_dense_rows(matrix: Tensor) -> bool:
     return matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
 
 
-def _serve_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+def _serve_linear(
+    stock: Stock, x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor | None:
     if weight.dim() != 2 or (bias is not None and bias.dim() != 1):
         return None
-    return _serve(x, (weight,), (bias,), None, "none")
+    return _serve(x, (weight,), (bias,), None, "none", stock)
 
 
 def _serve_addmm(
-    bias: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1
+    stock: Stock, bias: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1
 ) -> Tensor | None:
     if beta != 1 or alpha != 1 or bias.shape != b.shape[1:]:
         return None
-    return _serve(a, (b.t(),), (bias,), None, "none")
+    return _serve(a, (b.t(),), (bias,), None, "none", stock)
 
 
-def _serve_matmul(a: Tensor, b: Tensor) -> Tensor | None:
-    return _serve(a, (b.t(),), (None,), None, "none") if b.dim() == 2 else None
+def _serve_matmul(stock: Stock, a: Tensor, b: Tensor) -> Tensor | None:
+    return _serve(a, (b.t(),), (None,), None, "none", stock) if b.dim() == 2 else None
 
 
 def _serve_linear_epilogue(
+    stock: Stock,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -173,10 +186,11 @@ def _serve_linear_epilogue(
     activation: str,
     layout: str,
 ) -> Tensor | None:
-    return _serve(x, (_out_in(weight, layout),), (bias,), residual, activation)
+    return _serve(x, (_out_in(weight, layout),), (bias,), residual, activation, stock)
 
 
 def _serve_gated_linear(
+    stock: Stock,
     x: Tensor,
     gate: Tensor,
     up: Tensor,
@@ -186,7 +200,7 @@ def _serve_gated_linear(
     layout: str,
 ) -> Tensor | None:
     weights = (_out_in(gate, layout), _out_in(up, layout))
-    return _serve(x, weights, (gate_bias, up_bias), None, activation)
+    return _serve(x, weights, (gate_bias, up_bias), None, activation, stock)
 
 
 def _operator(
@@ -200,7 +214,14 @@ def _operator(
     def count(*args: Any, **kwargs: Any) -> None:
         reads.count_dense(name, *operands(*args, **kwargs))
 
-    return Operator(name, schema, stock, count, kernel)
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        count(*args, **kwargs)
+        return stock(*args, **kwargs)
+
+    def serve(*args: Any, **kwargs: Any) -> Tensor | None:
+        return kernel(partial(counted, *args, **kwargs), *args, **kwargs)
+
+    return Operator(name, schema, stock, count, serve)
 
 
 LINEAR_OPERATORS: tuple[Operator, ...] = (

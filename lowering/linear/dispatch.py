@@ -1,38 +1,25 @@
-"""From a call of a dak:: operator to a launch, or to the reason why there is none."""
+"""From a call of a dak:: operator to the way that serves it, or to the reason why none does."""
 
 from __future__ import annotations
 
 import logging
-from functools import lru_cache, partial
+from collections.abc import Callable
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from dak_inductor.cuda_runtime import address_table
-from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
-from dak_inductor.lowering import reads
-from dak_inductor.lowering.linear import ring, tensor_maps
-from dak_inductor.lowering.linear.configuration import (
-    DECODE_TOKENS,
-    MAXIMUM_TOKENS,
-    LinearConfiguration,
-    choose,
-    direct_seconds,
-)
-from dak_inductor.lowering.linear.launch import Operand, launch, profile_of, worker_count
-from dak_inductor.lowering.linear.problem import DTYPES, Activation, LinearProblem
-from dak_inductor.lowering.linear.ring_plan import prefers_ring
+from dak_inductor.lowering import device_counters
+from dak_inductor.lowering.linear import stopwatch, tensor_maps
+from dak_inductor.lowering.linear.configuration import MAXIMUM_TOKENS
+from dak_inductor.lowering.linear.problem import DTYPES, LinearProblem
+from dak_inductor.lowering.linear.product import Product
+from dak_inductor.lowering.linear.trials import TRIALS
+from dak_inductor.lowering.linear.ways import Way, WayName, ways_of
 from dak_inductor.lowering.refusals import HOPPER, capability, log_once
 
 log = logging.getLogger(__name__)
 _log_once = partial(log_once, log, "a stock kernel reads a tiered weight: %s")
-
-_ACTIVATIONS = {
-    "none": Activation.NONE,
-    "silu": Activation.SILU,
-    "gelu": Activation.GELU,
-    "gelu_tanh": Activation.GELU_TANH,
-}
 
 
 def run(
@@ -43,144 +30,77 @@ def run(
     residual: Tensor | None,
     activation: str,
     layout: str,
+    stock: Callable[[], Tensor] | None = None,
 ) -> Tensor | None:
-    """activation(x W^T + bias) (* (x up^T + bias)) + residual, [..., N]; None where it is refused.
+    """activation(x W^T + bias) (* (x up^T + bias)) + residual, [..., N]; None where the caller is
+    to run its stock operator, because this is refused or because that is faster.
 
     Args:
         x: [..., K].
         weights: one, or gate and up; [N, K] for layout "out_in", [K, N] for "in_out".
         biases: [N] or None for each weight.
         residual: [..., N] or None.
+        stock: the stock operator with its count, for trials; without it they do not include it.
 
     A weight with nothing tiered is declined without a word: the stock op serves it. Other reasons
     are logged once each.
     """
-    buffers = [address_table.lookup(weight.data_ptr()) for weight in weights]
+    buffers = tuple(address_table.lookup(weight.data_ptr()) for weight in weights)
     if all(buffer is None for buffer in buffers):
         return None
+    product = Product(x, weights, buffers, biases, residual, activation, layout)
     if x.dim() and x.numel() > MAXIMUM_TOKENS * x.shape[-1]:
-        return _staged(x, weights, buffers, biases, residual, activation, layout)
-    operands = tuple(
-        Operand(weight, None if bias is None else _vectors(bias), buffer)
-        for weight, bias, buffer in zip(weights, biases, buffers, strict=True)
-        if buffer is not None
-    )
-    reason = _refusal(x, weights, operands, biases, residual)
-    if reason is None:
-        rows = x.reshape(-1, x.shape[-1])
-        if tensor_maps.refusal(rows) is not None:
-            rows = rows.contiguous()
-        in_out = layout == "in_out"
-        n = weights[0].shape[1 if in_out else 0]
-        gated = len(weights) == 2
-        problem = LinearProblem(rows.shape[0], n, rows.shape[1], x.dtype, gated, in_out)
-        remote = tuple(_remote_bytes(operand) for operand in operands)
-        tier = operands[0].buffer.tier
-        configuration = configuration_of(problem, remote, tier, x.device.index)
-        if configuration is not None:
-            out = torch.empty((problem.m, n), dtype=x.dtype, device=x.device)
-            added = None if residual is None else _vectors(residual.reshape(-1, n))
-            launch(
-                problem,
-                configuration,
-                x=rows,
-                operands=operands,
-                residual=added,
-                activation=_ACTIVATIONS[activation],
-                out=out,
-            )
-            return out.view(*x.shape[:-1], n)
-        return _staged(x, weights, buffers, biases, residual, activation, layout)
-    _log_once(reason)
-    return None
+        return None if _is_refused(product.ring_refusal()) else product.staged()
+    if _is_refused(_refusal(product)):
+        return None
+    return _fastest(product, stock)
 
 
-def _staged(
-    x: Tensor,
-    weights: tuple[Tensor, ...],
-    buffers: list[TieredBuffer | None],
-    biases: tuple[Tensor | None, ...],
-    residual: Tensor | None,
-    activation: str,
-    layout: str,
-) -> Tensor | None:
-    """`run` through the ring, which takes any number of tokens."""
-    reason = ring.refusal(x, weights, biases=biases, residual=residual, layout=layout)
+def _fastest(product: Product, stock: Callable[[], Tensor] | None) -> Tensor | None:
+    """By the way that trials and estimates choose; None for the stock operator."""
+    facts = product.facts()
+    ways = ways_of(facts.problem, facts.remote_bytes, facts.tier, facts.device_index)
+    if any(way.name == "ring" for way in ways) and _is_refused(product.ring_refusal()):
+        return None
+    runs: dict[WayName, Callable[[], Tensor]] = {
+        way.name: partial(_compute, product, facts.problem, way)
+        for way in ways
+        if way.name != "stock"
+    }
+    if stock is not None:
+        runs["stock"] = stock
+    ways = tuple(way for way in ways if way.name in runs)
+
+    def measure() -> tuple[float, ...]:
+        with device_counters.kept(product.weights):
+            return stopwatch.medians([runs[way.name] for way in ways], product.x.device)
+
+    way = TRIALS.choose(facts, ways, measure)
+    return None if way.name == "stock" else runs[way.name]()
+
+
+def _compute(product: Product, problem: LinearProblem, way: Way) -> Tensor:
+    if way.configuration is None:
+        return product.staged()
+    return product.direct(problem, way.configuration)
+
+
+def _is_refused(reason: str | None) -> bool:
     if reason is not None:
         _log_once(reason)
-        return None
-    return ring.run(
-        x,
-        weights,
-        tuple(buffers),
-        biases=biases,
-        residual=residual,
-        activation=activation,
-        layout=layout,
-    )
+    return reason is not None
 
 
-def _remote_bytes(operand: Operand) -> int:
-    return reads.dense_read(operand.buffer, operand.tensor).remote
-
-
-@lru_cache(maxsize=4096)
-def configuration_of(
-    problem: LinearProblem, remote_bytes: tuple[int, ...], tier: str, device_index: int
-) -> LinearConfiguration | None:
-    """What the kernel runs `problem` with; None where staging is faster or nothing fits.
-
-    `remote_bytes` are those of each weight. They decide on speed only: whatever is chosen stays
-    right when pages move.
-    """
-    if problem.m > MAXIMUM_TOKENS:
-        return None
-    profile = profile_of(device_index)
-    configuration = choose(
-        problem,
-        profile,
-        lambda configuration: worker_count(configuration, device_index),
-        all_local=not any(remote_bytes),
-    )
-    if configuration is None or problem.m <= DECODE_TOKENS:
-        return configuration
-    link = profile.link(tier)
-    direct = direct_seconds(
-        problem,
-        configuration,
-        profile,
-        link,
-        workers=worker_count(configuration, device_index),
-        remote_bytes=sum(remote_bytes),
-    )
-    staged = prefers_ring(problem, remote_bytes, profile, link, direct)
-    return None if staged else configuration
-
-
-def _vectors(tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy of which the kernel can read 16 bytes at a time."""
-    aligned = tensor.data_ptr() % tensor_maps.ALIGNMENT == 0 and tensor.stride(-1) == 1
-    if aligned and all(stride % 8 == 0 for stride in tensor.stride()[:-1]):
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _refusal(
-    x: Tensor,
-    weights: tuple[Tensor, ...],
-    operands: tuple[Operand, ...],
-    biases: tuple[Tensor | None, ...],
-    residual: Tensor | None,
-) -> str | None:
-    """Why the kernel does not take this call."""
-    tensors = [x, *weights, *(bias for bias in biases if bias is not None)]
-    if residual is not None:
-        tensors.append(residual)
-    if len(operands) < len(weights):
+def _refusal(product: Product) -> str | None:
+    """Why no way but the stock operator takes this call of few enough tokens."""
+    x, weights = product.x, product.weights
+    buffers = [buffer for buffer in product.buffers if buffer is not None]
+    tensors = product.tensors
+    if len(buffers) < len(weights):
         return "one of gate and up is offloaded and the other is not"
-    if len({operand.buffer.tier for operand in operands}) > 1:
+    if len({buffer.tier for buffer in buffers}) > 1:
         return "gate and up lie in different remote tiers"
-    if any(not operand.buffer.device_record for operand in operands):
+    if any(not buffer.device_record for buffer in buffers):
         return "the weight's tier has no record in device memory"
     if any(tensor.dtype != x.dtype for tensor in tensors) or x.dtype not in DTYPES:
         return f"its operands are not all bfloat16 or all float16 (x is {x.dtype})"

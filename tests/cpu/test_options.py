@@ -63,6 +63,20 @@ def test_the_environment_mirrors_options_and_the_call_wins(monkeypatch):
         options.parse(None, None)
 
 
+def test_trials_are_on_unless_switched_off(monkeypatch):
+    assert options.parse(None, None).backend.trials is None and options.trials_by_default()
+    assert options.parse(None, {"trials": False}).backend.trials is False
+    monkeypatch.setenv("DAK_TRIALS", "0")
+    assert options.parse(None, None).backend.trials is False and not options.trials_by_default()
+    assert options.parse(None, {"trials": True}).backend.trials is True
+    monkeypatch.setenv("DAK_TRIALS", "some")
+    with pytest.raises(OptionError, match="DAK_TRIALS"):
+        options.trials_by_default()
+    monkeypatch.delenv("DAK_TRIALS")
+    with pytest.raises(OptionError, match="True or False"):
+        options.parse(None, {"trials": 1})
+
+
 def test_a_window_is_a_number_of_bytes(monkeypatch):
     assert options.parse(None, None).backend.window is None
     assert options.parse(None, {"window": 4096}).backend.window == 4096
@@ -77,7 +91,7 @@ def test_a_window_is_a_number_of_bytes(monkeypatch):
 
 @given(st.dictionaries(st.text(max_size=12), st.integers(), min_size=1, max_size=3))
 def test_no_unknown_key_passes_silently(given_options):
-    known = {"strategy", "window", "strict", "plan", "mode"}
+    known = {"strategy", "window", "strict", "plan", "trials", "mode"}
     import torch._inductor.config as inductor_config
 
     keys = {key.replace("-", "_") for key in given_options}

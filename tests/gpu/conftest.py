@@ -96,6 +96,17 @@ def compiled_kernels() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _estimates_choose() -> Iterator[None]:
+    """A test of a kernel runs that kernel, also where another way is faster."""
+    from dak_inductor.lowering.linear.trials import TRIALS
+
+    before = TRIALS.enabled
+    TRIALS.switch(False)
+    yield
+    TRIALS.switch(before)
+
+
+@pytest.fixture(autouse=True)
 def _clean_gpu() -> Iterator[None]:
     """A fixed seed before; afterwards no compiled code, no garbage and no cached memory."""
     torch.manual_seed(0)

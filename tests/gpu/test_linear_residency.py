@@ -21,7 +21,7 @@ from dak_inductor.benchmarks.harness.timing import CapturedStep, capture
 from dak_inductor.cuda_runtime.device_records import RecordCounters
 from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.window import Window
-from dak_inductor.lowering.linear import dispatch
+from dak_inductor.lowering.linear import ways
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
@@ -37,10 +37,10 @@ LARGEST_STAGE = 256 * 128
 @pytest.fixture(autouse=True)
 def _no_ring_within_reach_of_clusters(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The kernel is what these tests look at, also where the ring would be faster."""
-    monkeypatch.setattr(dispatch, "prefers_ring", lambda *_: False)
-    dispatch.configuration_of.cache_clear()
+    monkeypatch.setattr(ways, "prefers_ring", lambda *_: False)
+    ways.ways_of.cache_clear()
     yield
-    dispatch.configuration_of.cache_clear()
+    ways.ways_of.cache_clear()
 
 
 def case_of(

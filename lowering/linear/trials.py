@@ -1,0 +1,156 @@
+"""Which way serves a kind of call: what was measured at the first one, else what is estimated.
+
+Estimates of the kernel and the ring are off by 10 to 40% in prefill, and nothing predicts the stock
+kernels, so where they leave a doubt the ways are timed on the call's own operands.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dak_inductor import options
+from dak_inductor.lowering.linear.call_facts import CallFacts, kind_of
+from dak_inductor.lowering.linear.ways import Way, WayName
+
+log = logging.getLogger(__name__)
+
+LEAST_GAIN = 0.03
+"""By how much the fastest must beat the estimates' choice: repeats of one way differ by 1 to 2%."""
+SURE = 0.5
+"""An estimate below this part of all others is believed."""
+MOST_KINDS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One measurement: the call that it was made on, seconds of each way in the estimates' order,
+    and the one taken for all calls of its kind."""
+
+    call: CallFacts
+    seconds: tuple[tuple[WayName, float], ...]
+    chosen: WayName
+
+    @property
+    def times(self) -> str:
+        return ", ".join(f"{name} {seconds * 1e6:.1f} us" for name, seconds in self.seconds)
+
+    def __str__(self) -> str:
+        return f"{self.call}: {self.times}; {self.chosen} is taken"
+
+
+class Trials:
+    """The choices so far. Thread-safe; one that is made stays."""
+
+    def __init__(self, *, capturing: Callable[[int], bool] | None = None) -> None:
+        self._capturing = capturing or _is_capturing
+        self._lock = threading.Lock()
+        self._chosen: dict[CallFacts, WayName] = {}
+        self._running: set[CallFacts] = set()
+        self._results: list[Trial] = []
+        self._enabled: bool | None = None
+
+    @property
+    def enabled(self) -> bool:
+        """Whether choices are measured; from the environment until `switch` is called."""
+        if self._enabled is None:
+            self._enabled = options.trials_by_default()
+        return self._enabled
+
+    def switch(self, on: bool) -> None:
+        """Off, estimates alone choose, also where something was measured before."""
+        self._enabled = on
+
+    def results(self) -> tuple[Trial, ...]:
+        """What was measured, in order."""
+        with self._lock:
+            return tuple(self._results)
+
+    def choose(
+        self, call: CallFacts, ways: Sequence[Way], measure: Callable[[], Sequence[float]]
+    ) -> Way:
+        """One of `ways`, of which the first is the estimates' choice.
+
+        `measure` gives the seconds of each. It is called for the first call of a kind, unless a
+        graph is being captured; that call's choice is not remembered. While it runs, calls of the
+        same kind from other threads get the estimates' choice.
+        """
+        first = ways[0]
+        if len(ways) == 1 or not self.enabled:
+            return first
+        kind = kind_of(call)
+        with self._lock:
+            chosen = self._chosen.get(kind)
+            if chosen is not None:
+                return next((way for way in ways if way.name == chosen), first)
+            if kind in self._running or len(self._chosen) >= MOST_KINDS:
+                return first
+            if is_sure(ways):
+                self._chosen[kind] = first.name
+                return first
+            if self._capturing(call.device_index):
+                return first
+            self._running.add(kind)
+        try:
+            return self._try(call, kind, ways, measure)
+        finally:
+            with self._lock:
+                self._running.discard(kind)
+
+    def _try(
+        self,
+        call: CallFacts,
+        kind: CallFacts,
+        ways: Sequence[Way],
+        measure: Callable[[], Sequence[float]],
+    ) -> Way:
+        try:
+            seconds = tuple(measure())
+        except torch.OutOfMemoryError:
+            # the call itself may need less than the trial
+            log.info("%s: not measured for want of memory; %s is taken", call, ways[0].name)
+            with self._lock:
+                self._chosen[kind] = ways[0].name
+            return ways[0]
+        way = ways[fastest(seconds)]
+        names = (each.name for each in ways)
+        trial = Trial(call, tuple(zip(names, seconds, strict=True)), way.name)
+        with self._lock:
+            self._chosen[kind] = way.name
+            self._results.append(trial)
+        log.info("%s", trial)
+        return way
+
+
+def is_sure(ways: Sequence[Way]) -> bool:
+    """Whether the first way's estimate is so far below the others that nothing is measured."""
+    first = ways[0].seconds
+    if first is None:
+        return False
+    return all(way.seconds is not None and first < SURE * way.seconds for way in ways[1:])
+
+
+def fastest(seconds: Sequence[float]) -> int:
+    """The position of the least, or 0 where it gains less than `LEAST_GAIN` on that."""
+    best = min(range(len(seconds)), key=seconds.__getitem__)
+    return best if seconds[best] <= (1 - LEAST_GAIN) * seconds[0] else 0
+
+
+def _is_capturing(device_index: int) -> bool:
+    if not torch.cuda.is_available():
+        return False
+    with torch.cuda.device(device_index):
+        return torch.cuda.is_current_stream_capturing()
+
+
+TRIALS = Trials()
+"""Those of this process."""
+
+
+def results() -> tuple[Trial, ...]:
+    """What this process has measured, in order."""
+    return TRIALS.results()
