@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
-from dak_inductor.lowering.linear.queues import Queue
+from dak_inductor.lowering.linear.queues import Queues
 
 
 class StagedPart(Protocol):
@@ -24,6 +24,8 @@ PartType = TypeVar("PartType", bound=StagedPart)
 SlotType = TypeVar("SlotType")
 _Part = TypeVar("_Part", contravariant=True)
 _Slot = TypeVar("_Slot", contravariant=True)
+
+_AHEAD = 2  # copies that are queued before work that does not need them yet
 
 
 class StagedWork(Protocol, Generic[_Part, _Slot]):
@@ -40,42 +42,48 @@ def issue(
     parts: Sequence[PartType],
     work: StagedWork[PartType, SlotType],
     slots: Sequence[SlotType],
-    main: Queue,
-    side: Queue,
+    queues: Queues,
     count: Callable[[], object],
+    *,
+    copy_bound: bool,
 ) -> None:
-    """Queue copies on `side` and the work of all parts, in their order, on `main`.
+    """Queue the copies on a queue of their own, the work of all parts, in their order, on the main.
 
-    `count` is queued where it delays nothing: behind the last copy, if there is one. `main` ends
-    behind all that was queued.
+    The first copy comes first, then the first work, since the host takes as long to queue some
+    copies as the device may take for one; then copies keep a little ahead of the work.
+
+    The main queue ends behind all that was queued. `count` is queued where it delays nothing: where
+    the last staged work waits for its copy (`copy_bound`) ahead of all work, and no second join is
+    needed; else behind the last copy. Never ahead of a copy, since it may have to wait until a GEMM
+    that holds every SM has ended.
     """
+    main, side = queues.main, queues.copies
     staged = [part for part in parts if part.staged]
     computed: list[object] = []
     copied: list[object] = []
 
-    def fetch(position: int) -> None:
-        if position >= len(slots):
-            side.wait(computed[position - len(slots)])
-        side.run(partial(work.stage, staged[position], slots[position % len(slots)]))
-        copied.append(side.record())
-        if len(copied) == len(staged):
-            side.run(count)
+    def fetch(ahead: int) -> None:
+        while len(copied) < min(ahead, len(computed) + len(slots), len(staged)):
+            position = len(copied)
+            if position >= len(slots):
+                side.wait(computed[position - len(slots)])
+            side.run(partial(work.stage, staged[position], slots[position % len(slots)]))
+            copied.append(side.record())
 
     if staged:
         side.wait(main.record())  # earlier work on main may still use the slots' memory
-    for position in range(min(len(slots), len(staged))):
-        fetch(position)
-    for part in parts:
-        if not part.staged:
-            main.run(partial(work.compute, part, None))
-            continue
-        position = len(computed)
-        main.wait(copied[position])
-        main.run(partial(work.compute, part, slots[position % len(slots)]))
-        computed.append(main.record())
-        if len(copied) < len(staged):
-            fetch(len(copied))
-    if not staged:
+        fetch(1)
+    if copy_bound or not staged:
         main.run(count)
-    else:
+    for queued, part in enumerate(parts, 1):
+        if part.staged:
+            position = len(computed)
+            main.wait(copied[position])
+            main.run(partial(work.compute, part, slots[position % len(slots)]))
+            computed.append(main.record())
+        else:
+            main.run(partial(work.compute, part, None))
+        fetch(queued + _AHEAD)
+    if staged and not copy_bound:
+        side.run(count)
         main.wait(side.record())

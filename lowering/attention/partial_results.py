@@ -15,10 +15,15 @@ from torch import Tensor
 
 from dak_inductor.lowering import triton_attention
 
-MOST_PENDING = 6
-"""Partial results merged at once, besides what was merged before: the kernel takes eight."""
+MOST_PENDING = 8
+"""Partial results merged at once, what was merged before included: the kernel takes eight."""
 PENDING_BYTES = 256 * 2**20
-"""Bytes of them from which on they are merged even if they are fewer."""
+"""Bytes of them from which on they are merged before another comes, even if they are fewer."""
+
+
+def full(pending: int, nbytes: int, *, merged: bool) -> bool:
+    """Whether so many partial results are merged before another is taken in."""
+    return pending + merged >= MOST_PENDING or (pending > 2 and nbytes > PENDING_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +60,10 @@ class PartialResults:
 
     def add(self, partial: PartialResult) -> None:
         """Take in a partial result; its tensors are the collection's from here on."""
-        self._pending.append(partial)
         held = sum(pending.out.nbytes for pending in self._pending)
-        many = len(self._pending) >= MOST_PENDING
-        if many or (held > PENDING_BYTES and len(self._pending) > 2):
-            self._fold()
+        if full(len(self._pending), held, merged=self._merged is not None):
+            self._fold()  # only now: what fits one merge needs no fp32 result in between
+        self._pending.append(partial)
 
     def result(self) -> Tensor:
         """[B, Hq, rows, Dv], stored as [B, rows, Hq, Dv]; 0 in rows that saw nothing.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from dak_inductor.hardware import HardwareProfile, LinkProfile
 from dak_inductor.lowering.attention.staged_parts import (
@@ -20,35 +21,45 @@ from dak_inductor.lowering.attention.staged_parts import (
     pieces_of,
 )
 from dak_inductor.lowering.attention.staged_timing import ROWS, StagedTiming
+from dak_inductor.lowering.copy_cost import CROSSING_SECONDS, FORK_SECONDS, JOIN_SECONDS
+from dak_inductor.lowering.slots import slot_sizes
 
 RING_BYTES = 64 * 2**20
-"""Device memory of all slots together, at most; only tokens of more than 170 KiB need more."""
-SLOTS = (2, 3)
+"""Device memory of all slots together, at most; only tokens of more than 500 KiB need more."""
 UNIT = 128
 """Tokens of a staged part are a multiple of it where possible: whole key blocks of the kernels."""
 
-_LOCAL_ROW_BLOCKS = (1, 2, 4, 8)
-_RISING = ((4, 2), (2, 4), (4, 4), (8, 3))  # units of the first chunk, growth of the next ones
-_MANY = 48  # chunks: with more of them only the largest size is tried
+PRECISION_COST = 1.05
+"""What a plan may take for results that are merged as fp32 sums, as the Triton forward gives them.
+Stock forwards round theirs first: the largest error among 10^5 elements was 3 times torch's own."""
+
+_LOCAL_ROW_BLOCKS = (1, 2, 4)
+_BODIES = (1, 2, 3, 4, 8)  # chunks of equal size in what the ring holds
+_RISING = ((2, 4), (4, 2), (4, 4), (8, 3))  # units of the first chunk, growth of the next ones
+_FALLING = ((4, 2), (8, 2), (8, 4))  # the same from the last one backwards
+_FEW = (2, 3, 4, 5, 6)  # chunks of which each is as many times the one before
+_GROWTH = (0.4, 0.7, 1.0, 1.5, 2.5, 4.0)
+_MANY = 32  # chunks: with more of them only few sizes are tried
 
 
 @dataclass(frozen=True, slots=True)
 class StagedPlan:
-    """Parts in the order of their calls; those that are staged are copied in the same order."""
+    """Parts in the order of their calls; those that are staged are copied in the same order.
+
+    Attributes:
+        slots: tokens that each slot of the ring has room for; `staged[i]` takes slot i % slots.
+        copy_bound: the last calls wait for their copy.
+    """
 
     forward: Forward
     parts: tuple[Part, ...]
-    slots: int
+    slots: tuple[int, ...]
     seconds: float
+    copy_bound: bool
 
     @property
     def staged(self) -> tuple[Part, ...]:
         return tuple(part for part in self.parts if part.staged)
-
-    @property
-    def slot_tokens(self) -> int:
-        """Of the largest staged part; 0 for none."""
-        return max((part.tokens for part in self.staged), default=0)
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -62,26 +73,39 @@ def choose(
     link: LinkProfile,
     forwards: tuple[Forward, ...],
 ) -> StagedPlan:
-    """The fastest of some plans: each forward; chunks of a few sizes, smaller ones at the end or
-    not, and at the start where no local work hides the first copy; local rows in some blocks; all
-    tokens copied together, so that one call sees them, where they fit the ring.
+    """The fastest of some plans, or one nearly as fast that merges unrounded results: each forward;
+    chunks of a few sizes; local rows in some blocks;
+    all tokens copied together, so that one call sees them, where they fit the ring.
+
+    Each chunk adds calls and partial results to merge; fewer leave more to do behind the last copy.
 
     Tokens before `local` are in local memory, so that they may be read in place.
     """
     local = min(max(local, problem.first), problem.tokens)
     total = problem.tokens - problem.first
+    room = RING_BYTES // problem.token_bytes
     found = []
     for forward in forwards:
         timing = StagedTiming(problem, local, forward, profile, link)
-        if local < problem.tokens and total * problem.token_bytes <= RING_BYTES:
+        if local < problem.tokens and total <= room:
             together = _staged(problem, problem.first, (total,), forward)
-            found.append(_schedule((), together, 1, timing))
+            found.append(_schedule((), together, room, timing))
+        chunked = [
+            _staged(problem, local, sizes, forward) for sizes in _chunks(problem, local, room)
+        ]
         for blocks in _LOCAL_ROW_BLOCKS if problem.first < local < problem.tokens else (1,):
             in_place = _local(problem, local, forward, blocks)
-            for slots, sizes in _chunks(problem, local):
-                staged = _staged(problem, local, sizes, forward)
-                found.append(_schedule(in_place, staged, min(slots, len(staged)), timing))
-    return min(found, key=lambda plan: plan.seconds)
+            found += [_schedule(in_place, staged, room, timing) for staged in chunked]
+    best = min(found, key=_seconds)
+    unrounded = [plan for plan in found if plan.forward == "triton" or len(plan.pieces) == 1]
+    if best in unrounded or not unrounded:
+        return best
+    precise = min(unrounded, key=_seconds)
+    return precise if precise.seconds <= PRECISION_COST * best.seconds else best
+
+
+def _seconds(plan: StagedPlan) -> float:
+    return plan.seconds
 
 
 def _local(problem: PrefillProblem, local: int, forward: Forward, blocks: int) -> tuple[Part, ...]:
@@ -111,28 +135,51 @@ def _staged(
     return tuple(parts)
 
 
-def _chunks(problem: PrefillProblem, local: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """How many slots there are, and the sizes of the chunks that go through them."""
+def _chunks(problem: PrefillProblem, local: int, room: int) -> Iterator[tuple[int, ...]]:
+    """Sizes of the chunks that go through the ring, which has room for so many tokens."""
     total = problem.tokens - local
     if not total:
-        yield 0, ()
+        yield ()
         return
     seen = set()
-    for slots in SLOTS:
-        largest = max(UNIT, RING_BYTES // slots // problem.token_bytes // UNIT * UNIT)
-        for body in sorted({max(UNIT, largest // part // UNIT * UNIT) for part in (1, 2, 4, 8)}):
-            if body < largest and total > _MANY * body:
-                continue
-            for rising in (None, *_RISING) if local == problem.first else (None,):
-                for falling in (False, True):
-                    sizes = _sizes(total, body, rising=rising, falling=falling)
-                    if (slots, sizes) not in seen:
-                        seen.add((slots, sizes))
-                        yield slots, sizes
+    for sizes in _sizes_tried(total, room, hidden=local > problem.first):
+        if sizes not in seen:
+            seen.add(sizes)
+            yield sizes
+
+
+def _sizes_tried(total: int, room: int, *, hidden: bool) -> Iterator[tuple[int, ...]]:
+    """May repeat. Where local work hides the first copy it need not be small."""
+    if total <= room:
+        for number in _FEW:
+            for growth in _GROWTH:
+                yield _geometric(total, number, growth)
+    most = total if total <= room else max(UNIT, room - UNIT)  # one chunk may be a UNIT longer
+    for number in _BODIES:
+        body = max(UNIT, most // number // UNIT * UNIT)
+        if total > room and number == 1:
+            continue  # a single slot: copies and calls would take turns
+        if number > 2 and total > _MANY * body:
+            continue
+        for rising in (None,) if hidden else (None, *_RISING):
+            for falling in (None, *_FALLING):
+                yield _sizes(total, body, rising=rising, falling=falling)
+
+
+def _geometric(total: int, number: int, growth: float) -> tuple[int, ...]:
+    """Sizes that sum to `total`, each `growth` times the one before, all but one whole UNITs."""
+    weights = [growth**position for position in range(number)]
+    ends = [sum(weights[: position + 1]) / sum(weights) for position in range(number)]
+    cuts = [0, *(round(total * end / UNIT) * UNIT for end in ends[:-1]), total]
+    return tuple(stop - start for start, stop in pairwise(cuts) if stop > start)
 
 
 def _sizes(
-    total: int, body: int, *, rising: tuple[int, int] | None, falling: bool
+    total: int,
+    body: int,
+    *,
+    rising: tuple[int, int] | None,
+    falling: tuple[int, int] | None,
 ) -> tuple[int, ...]:
     """Sizes that sum to `total`, at most `body` each, all but one multiples of UNIT."""
     ragged, left = total % UNIT, total // UNIT * UNIT
@@ -140,14 +187,14 @@ def _sizes(
         return (ragged,)
     up = _ramp(body, left, *rising) if rising else ()
     left -= sum(up)
-    down = _ramp(body, left, 4, 2)[::-1] if falling else ()
+    down = _ramp(body, left, *falling)[::-1] if falling else ()
     left -= sum(down)
     count = math.ceil(left / body)
     each = math.ceil(left / count / UNIT) * UNIT
     middle = [min(each, left - start) for start in range(0, left, each)]
-    if middle[-1] + ragged <= body:
+    if body > UNIT or not ragged:
         middle[-1] += ragged
-    elif ragged:
+    else:
         middle.append(ragged)
     return (*up, *middle, *down)
 
@@ -163,32 +210,37 @@ def _ramp(body: int, total: int, units: int, growth: int) -> tuple[int, ...]:
 
 
 def _schedule(
-    local: tuple[Part, ...], staged: tuple[Part, ...], slots: int, timing: StagedTiming
+    local: tuple[Part, ...], staged: tuple[Part, ...], room: int, timing: StagedTiming
 ) -> StagedPlan:
     """A staged part as soon as it is there, else a local one; and the time it takes by `timing`."""
-    now = arrived = 0.0
+    slots = slot_sizes([part.tokens for part in staged], room)
+    now, arrived = 0.0, FORK_SECONDS
     order: list[Part] = []
     done: list[float] = []
     waiting = list(reversed(local))
+    copy_bound = False
     for position, part in enumerate(staged):
-        if position >= slots:
-            arrived = max(arrived, done[position - slots])
+        if position >= len(slots):
+            arrived = max(arrived, done[position - len(slots)] + CROSSING_SECONDS)
         arrived += timing.copy(part)
-        while waiting and now < arrived:
+        ready = arrived + CROSSING_SECONDS
+        while waiting and now < ready:
             order.append(waiting.pop())
             now += sum(map(timing.attend, order[-1].pieces))
         order.append(part)
-        now = max(now, arrived) + sum(map(timing.attend, part.pieces))
+        copy_bound = now < ready
+        now = max(now, ready) + sum(map(timing.attend, part.pieces))
         done.append(now)
     now += sum(timing.attend(piece) for part in waiting for piece in part.pieces)
     parts = (*order, *reversed(waiting))
     pieces = tuple(piece for part in parts for piece in part.pieces)
-    return StagedPlan(timing.forward, parts, slots, now + timing.merge(pieces))
+    seconds = now + timing.merge(pieces) + (JOIN_SECONDS if staged else 0.0)
+    return StagedPlan(timing.forward, parts, slots, seconds, copy_bound)
 
 
 def plan_lines(plan: StagedPlan) -> tuple[str, ...]:
     """The plan in words, a line for each part in the order of its calls."""
-    lines = [f"{plan.forward}, {plan.slots} slots, about {1e3 * plan.seconds:.3f} ms"]
+    lines = [f"{plan.forward}, {len(plan.slots)} slots, about {1e3 * plan.seconds:.3f} ms"]
     for part in plan.parts:
         how = "copied" if part.staged else "in place"
         calls = ", ".join(

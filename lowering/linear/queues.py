@@ -55,27 +55,22 @@ class InlineQueue:
 
 @dataclass(frozen=True, slots=True)
 class Queues:
-    """The current queue of a device, one for copies beside it and one for products beside it."""
+    """The current queue of a device, and one for copies beside it."""
 
     main: Queue
     copies: Queue
-    products: Queue
 
 
 def queues_of(device: torch.device) -> Queues:
-    """The current stream of `device`, and two streams beside it that belong to it alone."""
+    """The current stream of `device`, and one beside it that belongs to it alone."""
     if device.type == "cpu":
-        return Queues(InlineQueue(), InlineQueue(), InlineQueue())
+        return Queues(InlineQueue(), InlineQueue())
     main = torch.cuda.current_stream(device)
-    copies, products = (
-        StreamQueue(_side(main.device_index, main.cuda_stream, purpose))
-        for purpose in ("copies", "products")
-    )
-    return Queues(StreamQueue(main), copies, products)
+    return Queues(StreamQueue(main), StreamQueue(_side(main.device_index, main.cuda_stream)))
 
 
 @lru_cache(maxsize=256)
-def _side(device_index: int, main: int, purpose: str) -> torch.cuda.Stream:
+def _side(device_index: int, main: int) -> torch.cuda.Stream:
     """One for each main stream: a capture on one stream must not meet work for another.
 
     Of torch's pool of high priority, which exists before any capture starts.

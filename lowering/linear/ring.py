@@ -1,9 +1,8 @@
 """Products of many tokens with weights of which a part is remote, staged in device memory.
 
 Remote bytes cross the link once, by copy engine on a stream of their own, into the slots of a ring;
-the stock GEMM multiplies slot after slot, and between them the local part in place, each into its
-columns of the result (`ring_plan` says in which parts). The order is kept by events alone: nothing
-waits on the host, and under capture the side stream forks from and joins the capturing one.
+the stock GEMM multiplies the local part in place and then slot after slot, each into its columns of
+the result (`ring_plan` says in which parts, `staging` keeps the order).
 
 A captured graph keeps the parts of the split at capture. After a move its results stay right, since
 copies and products read through addresses; only the speed suffers. Each replay counts one read of
@@ -20,13 +19,14 @@ import torch
 from torch import Tensor
 
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
-from dak_inductor.lowering import reads
+from dak_inductor.lowering import reads, staging
 from dak_inductor.lowering.linear import ring_plan
 from dak_inductor.lowering.linear.copy_engine import copy
 from dak_inductor.lowering.linear.launch import profile_of
 from dak_inductor.lowering.linear.problem import DTYPES, LinearProblem
-from dak_inductor.lowering.linear.queues import Queues, queues_of
+from dak_inductor.lowering.linear.queues import queues_of
 from dak_inductor.lowering.linear.ring_plan import Part, Residency, RingPlan
+from dak_inductor.lowering.slots import allocate
 
 _aten = torch.ops.aten
 
@@ -50,20 +50,21 @@ class Products:
     in_out: bool
 
     def stage(self, part: Part, slot: Tensor) -> None:
-        """Copy the part of its weight: what is local, a row that is cut, what is remote.
+        """Copy the part of its weight: rows that begin in local memory, and remote rows.
 
-        The driver takes a copy for what its first byte is, so the three do not mix.
+        The driver takes a copy for what its first byte is. So a row that the split cuts goes with
+        the local ones: it is one of them, and a copy of its own costs 5 to 10 us.
         """
         source, target = self._stored(part), self._held(part, slot)
         first = 0 if self.in_out else part.start
-        rows, where = source.shape[0], self.residency[part.weight]
-        cuts = [min(max(cut - first, 0), rows) for cut in (where.local, where.remote)]
-        for start, stop in zip((0, *cuts), (*cuts, rows), strict=True):
+        rows = source.shape[0]
+        cut = min(max(self.residency[part.weight].remote - first, 0), rows)
+        for start, stop in ((0, cut), (cut, rows)):
             if start < stop:
                 copy(target[start:stop], source[start:stop])
 
-    def multiply(self, part: Part, slot: Tensor | None) -> None:
-        """From its slot, or where it lies.
+    def compute(self, part: Part, slot: Tensor | None) -> None:
+        """The product, from its slot or where it lies.
 
         Columns of a matrix with contiguous rows are an output that cuBLAS writes directly.
         """
@@ -86,46 +87,6 @@ class Products:
         k, features = self.x.shape[1], part.features
         shape = (k, features) if self.in_out else (features, k)
         return slot[: k * features].view(shape)
-
-
-def issue(
-    plan: RingPlan,
-    products: Products,
-    slots: tuple[Tensor, ...],
-    queues: Queues,
-    count: Callable[[], object],
-) -> None:
-    """Queue copies, and products of slots and of what lies in place, each in a queue of its own.
-
-    Where nothing lies in place the products of slots go to the main queue. `count` is queued where
-    it delays nothing: behind the last copy, else on the main queue, which ends behind all others.
-    """
-    main, copies = queues.main, queues.copies
-    if not plan.staged:
-        for part in plan.local:
-            main.run(partial(products.multiply, part, None))
-        main.run(count)
-        return
-    beside = queues.products if plan.local else main
-    start = main.record()  # earlier work on main may still use the slots' memory
-    copies.wait(start)
-    if beside is not main:
-        beside.wait(start)
-    multiplied: list[object] = []
-    for position, part in enumerate(plan.staged):
-        slot = slots[position % len(slots)]
-        if position >= len(slots):
-            copies.wait(multiplied[position - len(slots)])
-        copies.run(partial(products.stage, part, slot))
-        beside.wait(copies.record())
-        beside.run(partial(products.multiply, part, slot))
-        multiplied.append(beside.record())
-    copies.run(count)
-    for part in plan.local:
-        main.run(partial(products.multiply, part, None))
-    main.wait(copies.record())
-    if beside is not main:
-        main.wait(multiplied[-1])
 
 
 @torch.no_grad()
@@ -163,10 +124,11 @@ def run(
     tiers = frozenset(buffer.tier for buffer in buffers if buffer is not None)
     plan = _plan(problem, residency, x.device.index, tiers)
     outputs = tuple(x.new_empty((problem.m, n)) for _ in weights)
-    slots = tuple(x.new_empty(plan.slot_features * problem.k) for _ in range(plan.slots))
+    slots = allocate([features * problem.k for features in plan.slots], x)
     products = Products(rows, weights, biases, outputs, residency, in_out)
     count = partial(reads.count_dense, "linear", *_counted(weights))
-    issue(plan, products, slots, queues_of(x.device), count)
+    queues = queues_of(x.device)
+    staging.issue(plan.parts, products, slots, queues, count, copy_bound=plan.copy_bound)
     result = _IN_PLACE[activation](outputs[0])
     if gated:
         result.mul_(outputs[1])

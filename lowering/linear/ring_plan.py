@@ -3,8 +3,13 @@
 Remote memory is copied once, by copy engine, into slots of a ring in device memory, and the stock
 GEMM multiplies the slots. Work comes in parts: runs of output features, which are rows of a weight
 [N, K] or columns of a weight [K, N], so that no sum is ever cut. What is all local is multiplied
-where it lies, beside the copies and the products of what they bring: those few tiles get SMs as
-soon as some are free, and a slot is free again as soon as it is multiplied.
+where it lies, beside the copies. Products run one after the other: the stock GEMM is persistent and
+holds every SM until it ends, whatever the priority of a stream beside it.
+
+So there are three cases. Where the copies are there before the local product has ended, one product
+more is the least. Where they are not, what shows is the product behind the last copy: it is small.
+Where the ring is too small for all copies, local work comes in blocks: the first slots are
+multiplied between them, so that copies go on.
 
 Nothing here knows streams or tensors.
 """
@@ -14,24 +19,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 from dak_inductor.hardware import HardwareProfile, LinkProfile
+from dak_inductor.lowering.copy_cost import CROSSING_SECONDS, FORK_SECONDS, JOIN_SECONDS
 from dak_inductor.lowering.linear.problem import ELEMENT_BYTES, LinearProblem
+from dak_inductor.lowering.linear.ring_timing import RingTiming
+from dak_inductor.lowering.slots import slot_sizes
 
 RING_BYTES = 64 * 2**20
 """Device memory of all slots together, at most; only K > 10^6 needs more (LEAST_FEATURES)."""
-SLOTS = (2, 3)
-"""Two large ones for large K, three where copies are to go on while a slot waits to be used."""
 UNIT = 256
-"""Features of a part, and where it starts, are multiples of it where possible: whole tiles of the
-stock GEMM, and output columns that start on a 16-byte boundary."""
+"""Features of a part are a multiple of it where possible: whole tiles of the stock GEMM."""
 LEAST_FEATURES = 8
+"""A part starts at a multiple of it: output columns start on a 16-byte boundary. So at most 7 whole
+local rows are copied with the remote ones."""
 
-_PIECE = 4 * 2**20  # bytes, as LinkProfile.piece_copy_bandwidth is measured
-_TILE = 128  # tokens and features of a tile of the stock GEMM
-_LOCAL_COPY_SHARE = 0.25  # of HBM bandwidth, assumed of copies inside device memory
 _MARGIN = 0.05  # what the ring must save to be worth its memory
+_BODIES = (1, 2, 3, 4, 6, 8)  # parts of equal size in what the ring holds
+_RISING = ((), (1,), (1, 2), (1, 2, 4), (4,))  # units of the first parts
+_FALLING = ((), (1,), (2,), (4,), (2, 1), (4, 2, 1), (8, 4, 2, 1))  # units of the last parts
+_LOCAL_BLOCKS = (1, 2, 4, 8)
+_MANY = 48  # parts: with more of them only few plans are tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,21 +69,25 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class RingPlan:
-    """What is multiplied in place, and what is copied and multiplied in this order beside it."""
+    """Parts in the order of their products; the staged ones are copied in the same order.
 
-    local: tuple[Part, ...]
-    staged: tuple[Part, ...]
-    slots: int
+    Attributes:
+        slots: features that each slot of the ring has room for; `staged[i]` takes slot i % slots.
+        copy_bound: the last staged product waits for its copy.
+    """
+
+    parts: tuple[Part, ...]
+    slots: tuple[int, ...]
     seconds: float
+    copy_bound: bool
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        return (*self.local, *self.staged)
+    def local(self) -> tuple[Part, ...]:
+        return tuple(part for part in self.parts if not part.staged)
 
     @property
-    def slot_features(self) -> int:
-        """Of the largest staged part; 0 for none."""
-        return max((part.features for part in self.staged), default=0)
+    def staged(self) -> tuple[Part, ...]:
+        return tuple(part for part in self.parts if part.staged)
 
 
 def residencies(problem: LinearProblem, remote_bytes: tuple[int, ...]) -> tuple[Residency, ...]:
@@ -95,32 +107,67 @@ def choose(
     profile: HardwareProfile,
     link: LinkProfile,
 ) -> RingPlan:
-    """The fastest of some plans: chunks of a few sizes; smaller ones at the end or not, and at the
-    start where no local work hides the first copy."""
-    timing = _Timing(problem, residency, profile, link)
+    """The fastest of some plans: parts of a few sizes; smaller ones at the end or not, and at the
+    start where no local work hides the first copy; local work in one block or, where the ring does
+    not hold all copies, in some."""
+    timing = RingTiming(problem, residency, profile, link)
     in_place = tuple(_in_place(problem, where) for where in residency)
-    local = tuple(
-        Part(weight, 0, features, False) for weight, features in enumerate(in_place) if features
-    )
-    if min(in_place) == problem.n:
-        return _schedule(local, (), 0, timing)
+    room = RING_BYTES // (problem.k * ELEMENT_BYTES)
+    total = sum(problem.n - features for features in in_place)
+    divisions = tuple(_divisions(problem, in_place, room))
     found = []
-    for slots, body, unit in _bodies(problem):
-        for rising in (False, True) if not any(in_place) else (False,):
-            for falling in (False, True):
-                staged = _staged(problem, in_place, body, unit, rising=rising, falling=falling)
-                found.append(_schedule(local, staged, min(slots, len(staged)), timing))
+    for blocks in _LOCAL_BLOCKS if any(in_place) and total > room else (1,):
+        local = _local(in_place, blocks)
+        found += [_schedule(local, staged, room, timing) for staged in divisions]
     return min(found, key=lambda plan: plan.seconds)
 
 
-def _bodies(problem: LinearProblem) -> Iterator[tuple[int, int, int]]:
-    """Slots, the most features in each, and what the features of a part are a multiple of."""
-    for slots in SLOTS:
-        most = max(LEAST_FEATURES, RING_BYTES // slots // (problem.k * ELEMENT_BYTES))
-        unit = min(UNIT, most // LEAST_FEATURES * LEAST_FEATURES)
-        largest = most // unit * unit
-        for body in sorted({max(unit, largest // part // unit * unit) for part in (1, 2, 4)}):
-            yield slots, body, unit
+def _local(in_place: tuple[int, ...], blocks: int) -> tuple[Part, ...]:
+    found = []
+    for weight, features in enumerate(in_place):
+        size = max(UNIT, math.ceil(features / blocks / UNIT) * UNIT)
+        for start in range(0, features, size):
+            found.append(Part(weight, start, min(start + size, features), False))
+    return tuple(found)
+
+
+def _in_place(problem: LinearProblem, where: Residency) -> int:
+    """Features whose product needs no copy. Too few for a product of their own are copied too."""
+    if problem.in_out:
+        return problem.n if where.local >= problem.k else 0
+    if where.local >= problem.n:
+        return problem.n
+    return where.local // LEAST_FEATURES * LEAST_FEATURES if where.local >= UNIT else 0
+
+
+def _divisions(
+    problem: LinearProblem, in_place: tuple[int, ...], room: int
+) -> Iterator[tuple[Part, ...]]:
+    """What is not in place, in parts of a few sizes."""
+    unit = max(LEAST_FEATURES, min(UNIT, room // 4 // LEAST_FEATURES * LEAST_FEATURES))
+    total = sum(problem.n - features for features in in_place)
+    if not total:
+        yield ()
+        return
+    longest = max(problem.n - features for features in in_place)
+    spare = unit * sum(features < problem.n for features in in_place)  # what first parts may exceed
+    most = longest if total <= room else max(unit, room - spare)
+    seen: set[tuple[Part, ...]] = set()
+    for number in _BODIES:
+        if total > room and number == 1:
+            continue  # a single slot: copies and products would take turns
+        body = max(unit, math.ceil(most / number / unit) * unit)
+        if total > room:
+            body = max(unit, most // number // unit * unit)
+        many = total > _MANY * body
+        if many and seen:
+            return
+        for rising in _RISING if not any(in_place) and not many else _RISING[:1]:
+            for falling in _FALLING[:2] if many else _FALLING:
+                parts = _staged(problem, in_place, body, unit, rising, falling)
+                if parts not in seen:
+                    seen.add(parts)
+                    yield parts
 
 
 def _staged(
@@ -128,146 +175,74 @@ def _staged(
     in_place: tuple[int, ...],
     body: int,
     unit: int,
-    *,
-    rising: bool,
-    falling: bool,
+    rising: tuple[int, ...],
+    falling: tuple[int, ...],
 ) -> tuple[Part, ...]:
     weights = [weight for weight, features in enumerate(in_place) if features < problem.n]
     parts = []
     for weight in weights:
         start = in_place[weight]
-        first, last = rising and weight == weights[0], falling and weight == weights[-1]
-        for size in _sizes(problem.n - start, body, unit, rising=first, falling=last):
+        up = rising if weight == weights[0] else ()
+        down = falling if weight == weights[-1] else ()
+        for size in _sizes(problem.n - start, body, unit, up, down):
             parts.append(Part(weight, start, start + size, True))
             start += size
     return tuple(parts)
 
 
-def _in_place(problem: LinearProblem, where: Residency) -> int:
-    if problem.in_out:
-        return problem.n if where.local >= problem.k else 0
-    return problem.n if where.local >= problem.n else where.local // UNIT * UNIT
+def _sizes(
+    total: int, body: int, unit: int, rising: tuple[int, ...], falling: tuple[int, ...]
+) -> list[int]:
+    """Sizes that sum to `total`, multiples of `unit`, at most `body`.
 
-
-def _sizes(total: int, body: int, unit: int, *, rising: bool, falling: bool) -> list[int]:
-    """Sizes that sum to `total`, at most `body` each, all but the last multiples of `unit`."""
-    ragged, left = total % unit, total // unit * unit
-    if not left:
-        return [ragged]
-    ramp: list[int] = []
-    while (unit << len(ramp)) < body:
-        ramp.append(unit << len(ramp))
-    up = ramp if rising and sum(ramp) < left else []
-    left -= sum(up)
-    down = ramp[::-1] if falling and sum(ramp) < left else []
-    left -= sum(down)
-    count = math.ceil(left / body)
-    each = math.ceil(left / count / unit) * unit
-    sizes = [*up, *[each] * (count - 1), left - each * (count - 1), *down]
-    if sizes[-1] + ragged <= body:
-        sizes[-1] += ragged
-    else:
-        sizes.append(ragged)
+    What is left over is with the first, whose product is not the one that is waited for; all but
+    the last start at a multiple of LEAST_FEATURES.
+    """
+    units, most = total // unit, body // unit
+    if not units:
+        return [total]
+    up = [min(size, most) for size in rising]
+    if sum(up) >= units:
+        up = []
+    down = [min(size, most) for size in falling]
+    if sum(up) + sum(down) >= units:
+        down = []
+    middle = units - sum(up) - sum(down)
+    each = math.ceil(middle / math.ceil(middle / most))
+    sizes = [*up, *(min(each, middle - first) for first in range(0, middle, each)), *down]
+    sizes = [size * unit for size in sizes]
+    odd = total % LEAST_FEATURES
+    sizes[0] += total % unit - odd
+    sizes[-1] += odd
     return sizes
 
 
-class _Timing:
-    """How long copies and products of parts take; few differ."""
-
-    def __init__(
-        self,
-        problem: LinearProblem,
-        residency: tuple[Residency, ...],
-        profile: HardwareProfile,
-        link: LinkProfile,
-    ) -> None:
-        self.multiply = lru_cache(lambda features: multiply_seconds(problem, features, profile))
-        self.work = lru_cache(lambda features: work_seconds(problem, features, profile))
-        self._copy = lru_cache(
-            lambda local, remote: copy_seconds(problem, local, remote, profile, link)
-        )
-        self._problem, self._residency = problem, residency
-        passes = 5 if problem.gated else 0  # over the result: activation and product, in place
-        self.epilogue = passes * problem.m * problem.n * ELEMENT_BYTES / profile.hbm_bandwidth
-
-    def copy(self, part: Part) -> float:
-        """Local rows of what is staged are copied too."""
-        where = self._residency[part.weight]
-        if self._problem.in_out:
-            local, of = where.local, self._problem.k
-            return self._copy(local * part.features, (of - local) * part.features)
-        local = min(max(where.local, part.start), part.stop) - part.start
-        return self._copy(local * self._problem.k, (part.features - local) * self._problem.k)
-
-
 def _schedule(
-    local: tuple[Part, ...], staged: tuple[Part, ...], slots: int, timing: _Timing
+    local: tuple[Part, ...], staged: tuple[Part, ...], room: int, timing: RingTiming
 ) -> RingPlan:
-    """The plan with its time: the link and the staged products in their order, or all work on the
-    SMs, whichever takes longer."""
-    arrived = 0.0
-    done: list[float] = [0.0]
+    """A staged part as soon as it is there, else a local one; and the time that takes, products one
+    after the other."""
+    slots = slot_sizes([part.features for part in staged], room)
+    now, arrived = 0.0, FORK_SECONDS
+    order: list[Part] = []
+    done: list[float] = []
+    waiting = list(reversed(local))
+    copy_bound = False
     for position, part in enumerate(staged):
-        if position >= slots:
-            arrived = max(arrived, done[position - slots + 1])
+        if position >= len(slots):
+            arrived = max(arrived, done[position - len(slots)] + CROSSING_SECONDS)
         arrived += timing.copy(part)
-        done.append(max(done[-1], arrived) + timing.multiply(part.features))
-    work = sum(timing.multiply(part.features) for part in local)
-    work += sum(timing.work(part.features) for part in staged)
-    return RingPlan(local, staged, slots, max(done[-1], work) + timing.epilogue)
-
-
-_TILE_SHAPES = ((_TILE, 1.0), (_TILE // 2, 0.65))
-"""Features of a tile of the stock GEMM, and how near it comes to the peak; the narrower one where
-the wider gives too few tiles. Fits 4096 x 4096 at M = 256 and 28672 x 8192 at M = 256 to 10%."""
-
-
-def multiply_seconds(problem: LinearProblem, features: int, profile: HardwareProfile) -> float:
-    """The stock GEMM over that many features of one weight, alone: whole waves of tiles, or HBM."""
-    rate = _rate(problem, profile) / profile.sm_count
-    rows = math.ceil(problem.m / _TILE)
-    compute = min(
-        math.ceil(rows * math.ceil(features / width) / profile.sm_count)
-        * 2 * _TILE * width * problem.k / (rate * efficiency)
-        for width, efficiency in _TILE_SHAPES
-    )  # fmt: skip
-    return profile.operator_floor + max(compute, _stream_seconds(problem, features, profile))
-
-
-def work_seconds(problem: LinearProblem, features: int, profile: HardwareProfile) -> float:
-    """What the same product adds to others that fill the GPU."""
-    flops = 2 * problem.m * features * problem.k
-    return max(flops / _rate(problem, profile), _stream_seconds(problem, features, profile))
-
-
-def _rate(problem: LinearProblem, profile: HardwareProfile) -> float:
-    return profile.matmul_flops[str(problem.dtype).removeprefix("torch.")]
-
-
-def _stream_seconds(problem: LinearProblem, features: int, profile: HardwareProfile) -> float:
-    elements = problem.k * (problem.m + features) + problem.m * features
-    return elements * ELEMENT_BYTES / profile.hbm_bandwidth
-
-
-def copy_seconds(
-    problem: LinearProblem, local: int, remote: int, profile: HardwareProfile, link: LinkProfile
-) -> float:
-    """Local and remote elements into a slot, one copy each."""
-    pieces = bool(local) + bool(remote)
-    local_rate = profile.hbm_bandwidth * _LOCAL_COPY_SHARE
-    return (
-        pieces * piece_overhead(profile, link)
-        + local * ELEMENT_BYTES / local_rate
-        + remote * ELEMENT_BYTES / link.copy_bandwidth
-    )
-
-
-def piece_overhead(profile: HardwareProfile, link: LinkProfile) -> float:
-    """What a copy costs besides its bytes: on the H200's host link 2.4 us, for 4 MiB pieces as for
-    1 MiB and 256 KiB ones."""
-    if not 0 < link.piece_copy_bandwidth < link.copy_bandwidth:
-        return profile.operator_floor
-    return _PIECE / link.piece_copy_bandwidth - _PIECE / link.copy_bandwidth
+        ready = arrived + CROSSING_SECONDS
+        while waiting and now < ready:
+            order.append(waiting.pop())
+            now += timing.multiply(order[-1].features)
+        order.append(part)
+        copy_bound = now < ready
+        now = max(now, ready) + timing.multiply(part.features)
+        done.append(now)
+    now += sum(timing.multiply(part.features) for part in waiting)
+    seconds = now + timing.epilogue + (JOIN_SECONDS if staged else 0.0)
+    return RingPlan((*order, *reversed(waiting)), slots, seconds, copy_bound)
 
 
 def estimate(

@@ -29,6 +29,7 @@ from dak_inductor.lowering.attention import (
 from dak_inductor.lowering.attention.partial_results import PartialResult, PartialResults
 from dak_inductor.lowering.attention.staged_parts import PrefillProblem
 from dak_inductor.lowering.attention.stored_tokens import rectangles, stored_tokens
+from dak_inductor.lowering.linear.queues import Queues
 
 from .fake_queues import Scheduler
 
@@ -384,10 +385,10 @@ def staged_result(seed: int, *, without: str = "") -> tuple[Tensor, Tensor]:
     pick = random.Random(seed)
     link = pick.choice([H200.link("cpu"), H200.link("cuda:1")])
     plan = staged_plan.choose(problem, 50, H200, link, ("flash",))
-    assert len(plan.staged) > plan.slots > 0
+    assert len(plan.staged) > len(plan.slots) > 0
     slots = tuple(
-        tuple(torch.full((plan.slot_tokens * each.elements,), NAN) for each in (keys, values))
-        for _ in range(plan.slots)
+        tuple(torch.full((tokens * each.elements,), NAN) for each in (keys, values))
+        for tokens in plan.slots
     )
     scheduler = Scheduler(pick)
     main, side = scheduler.queue(), scheduler.queue()
@@ -397,10 +398,14 @@ def staged_result(seed: int, *, without: str = "") -> tuple[Tensor, Tensor]:
         main.wait = lambda mark: None  # type: ignore[method-assign]
     results = PartialResults(60, torch.float32)
     masks = staged.Masks(None, None, 0.3, True, 0, 0.0)
-    work = staged.StagedAttention(call.query, keys, values, masks, "flash", results)
+    work = staged.StagedAttention(
+        call.query, keys, values, masks, "flash", results, call.query.dtype
+    )
     counted: list[bool] = []
     count = bind(counted.append, True)
-    staging.issue(plan.parts, work, slots, main, side, count)  # type: ignore[arg-type]
+    copy_bound = pick.choice([False, True])
+    queues = Queues(main, side)
+    staging.issue(plan.parts, work, slots, queues, count, copy_bound=copy_bound)  # type: ignore[misc]
     ended: list[bool] = []
     main.run(lambda: ended.append(not side.entries and counted == [True]))
     scheduler.drain()

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from dak_inductor import hardware
 from dak_inductor.lowering.attention import staged_plan
 from dak_inductor.lowering.attention.staged_parts import Piece, PrefillProblem, pieces_of
+from dak_inductor.lowering.attention.staged_timing import StagedTiming
+from dak_inductor.lowering.slots import MOST_SLOTS
 
 H200 = hardware.load("h200")
 HOST, PEER = H200.link("cpu"), H200.link("cuda:1")
@@ -84,11 +86,11 @@ def test_each_row_sees_each_of_its_tokens_once(found) -> None:
     if staged:
         assert ends[-1] == problem.tokens
         assert all(start == end for (start, _), end in zip(staged[1:], ends[1:], strict=False))
-    assert plan.slots <= max(staged_plan.SLOTS) and bool(plan.slots) == bool(staged)
+    assert len(plan.slots) <= MOST_SLOTS and bool(plan.slots) == bool(staged)
+    for position, part in enumerate(plan.staged):
+        assert part.tokens <= plan.slots[position % len(plan.slots)]
     whole = staged_plan.UNIT * problem.token_bytes
-    assert plan.slots * plan.slot_tokens * problem.token_bytes <= max(
-        ring_bytes + 2 * whole, plan.slots * whole
-    )
+    assert sum(plan.slots) * problem.token_bytes <= max(ring_bytes, whole)
 
 
 def test_triton_masks_by_positions_so_any_tokens_are_one_call() -> None:
@@ -101,7 +103,7 @@ def test_triton_masks_by_positions_so_any_tokens_are_one_call() -> None:
 
 def test_everything_local_is_one_call_where_the_forward_knows_the_triangle() -> None:
     plan = staged_plan.choose(problem_of(4096, 4096), 4096, H200, HOST, ("cudnn", "flash"))
-    assert plan.pieces == (Piece(0, 4096, 0, 4096, True),) and plan.slots == 0
+    assert plan.pieces == (Piece(0, 4096, 0, 4096, True),) and plan.slots == ()
     plan = staged_plan.choose(problem_of(256, 9000), 9000, H200, HOST, ("flash",))
     assert plan.pieces == (Piece(0, 256, 0, 9000, True),)
     plan = staged_plan.choose(problem_of(256, 9000), 9000, H200, HOST, ("cudnn",))
@@ -125,9 +127,9 @@ def test_the_estimate_is_near_the_bound(link, queries: int) -> None:
         plan = staged_plan.choose(problem, local, H200, link, ("cudnn", "flash"))
         remote = (queries - local) * problem.token_bytes
         pairs = queries * (queries + 1) / 2
-        peak = 0.72 * H200.matmul_flops["bfloat16"]
+        peak = 0.71 * H200.matmul_flops["bfloat16"]
         bound = max(remote / link.direct_bandwidth, 4 * 32 * 128 * pairs / peak)
-        slack = 1.7 if queries == 2048 else 1.25
+        slack = 2.3 if queries == 2048 else 1.25
         assert 0.9 * bound < plan.seconds < slack * bound, fraction
 
 
@@ -141,8 +143,40 @@ def test_more_remote_tokens_never_take_less_time_by_much() -> None:
 
 def test_a_long_context_is_planned_in_few_steps() -> None:
     """Candidates with hundreds of chunks would hold up the host."""
-    sizes = list(staged_plan._chunks(problem_of(2048, 700_000), 0))
-    assert sum(len(chunks) for _, chunks in sizes) < 5000
+    problem = problem_of(2048, 700_000)
+    sizes = list(staged_plan._chunks(problem, 0, staged_plan.RING_BYTES // problem.token_bytes))
+    assert sum(map(len, sizes)) < 5000
+
+
+def test_copies_never_wait_for_a_slot_where_the_ring_holds_them_all() -> None:
+    for tokens in (2048, 8192, 16384):
+        plan = staged_plan.choose(problem_of(tokens, tokens), 0, H200, HOST, ("cudnn",))
+        assert len(plan.slots) == len(plan.staged)
+
+
+def test_few_large_chunks_and_one_merge_where_all_is_remote() -> None:
+    """8192 tokens: nine calls and two folds took 1.55 ms, of which merges 163 us."""
+    plan = staged_plan.choose(problem_of(8192, 8192), 0, H200, HOST, ("cudnn",))
+    assert len(plan.pieces) <= 6
+    assert plan.seconds < 1.2e-3
+
+
+def test_a_short_prompt_takes_few_calls() -> None:
+    """2048 tokens, half remote: five calls and three merges took 193 us."""
+    plan = staged_plan.choose(problem_of(2048, 2048), 1024, H200, HOST, ("cudnn",))
+    assert len(plan.pieces) <= 3 and len(plan.staged) == 1
+
+
+def test_pairs_that_the_triton_forward_computes_are_those_that_rows_see() -> None:
+    for queries, past in ((7, 0), (5, 9)):
+        problem = problem_of(queries, queries + past)
+        timing = StagedTiming(problem, 0, "triton", H200, HOST)
+        for start in range(problem.tokens):
+            for stop in range(start + 1, problem.tokens + 1):
+                (piece,) = pieces_of(problem, start, stop, "triton")
+                rows = range(piece.first_row, piece.last_row)
+                seen = sum(min(max(past + row + 1 - start, 0), stop - start) for row in rows)
+                assert timing._pairs(piece) == max(1, seen)
 
 
 def test_the_plan_in_words() -> None:

@@ -17,17 +17,21 @@ from hypothesis import strategies as st
 from dak_inductor import hardware
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
-from dak_inductor.lowering import counters, ops_linear
+from dak_inductor.lowering import counters, ops_linear, staging
+from dak_inductor.lowering.copy_cost import piece_overhead
 from dak_inductor.lowering.linear import copy_engine, dispatch, ring, ring_plan
 from dak_inductor.lowering.linear.configuration import MAXIMUM_TOKENS
 from dak_inductor.lowering.linear.problem import LinearProblem
-from dak_inductor.lowering.linear.queues import Queues
+from dak_inductor.lowering.linear.queues import InlineQueue, Queues
 from dak_inductor.lowering.linear.ring_plan import Residency
+from dak_inductor.lowering.linear.ring_timing import multiply_seconds
+from dak_inductor.lowering.slots import MOST_SLOTS, allocate, slot_sizes
 
 from .fake_queues import FakeQueue, Scheduler
 
 H200 = hardware.load("h200")
 HOST, PEER = H200.link("cpu"), H200.link("cuda:1")
+SUSTAINED = 0.89 * H200.matmul_flops["bfloat16"]
 WHOLE_RING = ring_plan.RING_BYTES
 BF16 = torch.bfloat16
 
@@ -83,11 +87,15 @@ def test_parts_cover_each_feature_once_and_fit_the_ring(found) -> None:
                 continue
             needed = problem.k if problem.in_out else part.stop
             assert part.staged or where.local >= needed, "remote rows multiplied in place"
-            whole = ring_plan.UNIT if problem.k <= 28672 else ring_plan.LEAST_FEATURES
-            assert part.start % whole == 0, "an output that starts inside a tile"
-    assert plan.slots <= min(len(plan.staged), max(ring_plan.SLOTS))
+            assert part.start % ring_plan.LEAST_FEATURES == 0, "an output off 16 bytes"
+            copied = where.local - part.start
+            assert not part.staged or problem.in_out or copied < ring_plan.UNIT
+    for position, part in enumerate(plan.staged):
+        assert part.features <= plan.slots[position % len(plan.slots)]
+    assert len(plan.slots) <= min(len(plan.staged), MOST_SLOTS)
     assert bool(plan.slots) == bool(plan.staged)
-    assert plan.slots * plan.slot_features * problem.k * 2 <= WHOLE_RING
+    assert sum(plan.slots) * problem.k * 2 <= WHOLE_RING
+    assert len(plan.slots) > 1 or len(plan.staged) <= 1, "copies and products take turns"
     assert plan.seconds > 0
 
 
@@ -97,7 +105,7 @@ def test_nothing_remote_is_one_product_for_each_weight() -> None:
         residency = ring_plan.residencies(problem, (0,) * (1 + gated))
         plan = ring_plan.choose(problem, residency, H200, HOST)
         assert [part.features for part in plan.parts] == [4096] * (1 + gated)
-        assert plan.slots == 0 and not plan.staged
+        assert plan.slots == () and not plan.staged
 
 
 def test_all_remote_multiplies_nothing_in_place() -> None:
@@ -107,46 +115,104 @@ def test_all_remote_multiplies_nothing_in_place() -> None:
     assert all(part.start % 256 == 0 for part in plan.parts)
 
 
-def test_local_rows_below_a_unit_are_copied_with_the_rest() -> None:
+def test_few_local_rows_are_copied_with_the_rest() -> None:
     problem = LinearProblem(8192, 4096, 4096, BF16)
-    plan = ring_plan.choose(problem, (Residency(1000, 1001),), H200, HOST)
-    assert min(part.start for part in plan.staged) == 768
+    for local, start in ((1007, 1000), (1000, 1000), (255, 0)):
+        plan = ring_plan.choose(problem, (Residency(local, local + 1),), H200, HOST)
+        assert min(part.start for part in plan.staged) == start
+
+
+def test_copies_never_wait_for_a_slot_where_the_ring_holds_them_all() -> None:
+    for m in (256, 2048, 8192):
+        problem = LinearProblem(m, 28672, 8192, BF16)
+        for remote in (2 << 20, 47 << 20, WHOLE_RING):
+            residency = ring_plan.residencies(problem, (remote,))
+            plan = ring_plan.choose(problem, residency, H200, HOST)
+            assert len(plan.slots) == len(plan.staged)
+
+
+def test_copies_behind_local_work_are_one_product_more() -> None:
+    problem = LinearProblem(2048, 28672, 8192, BF16)
+    plan = ring_plan.choose(problem, ring_plan.residencies(problem, (47 << 20,)), H200, HOST)
+    assert len(plan.staged) == 1 and not plan.copy_bound
+
+
+def test_behind_the_last_copy_a_small_product_is_left() -> None:
+    for m in (512, 1024):
+        problem = LinearProblem(m, 28672, 8192, BF16)
+        plan = ring_plan.choose(problem, ring_plan.residencies(problem, (47 << 20,)), H200, HOST)
+        assert plan.copy_bound and plan.staged[-1].features <= ring_plan.UNIT
+        copies = (47 << 20) / HOST.copy_bandwidth
+        assert copies < plan.seconds < 1.05 * copies
+
+
+def test_local_work_comes_in_blocks_where_the_ring_is_too_small_for_all_copies() -> None:
+    problem = LinearProblem(4352, 28672, 8192, BF16)
+    residency = ring_plan.residencies(problem, (round(0.3 * problem.weight_bytes),))
+    plan = ring_plan.choose(problem, residency, H200, HOST)
+    staged = [part.staged for part in plan.parts]
+    first = staged.index(True)
+    assert len(plan.slots) < len(plan.staged) and not all(staged[first:])
+
+
+def test_products_run_one_after_the_other() -> None:
+    problem = LinearProblem(4096, 28672, 8192, BF16)
+    plan = ring_plan.choose(problem, ring_plan.residencies(problem, (47 << 20,)), H200, HOST)
+    work = sum(multiply_seconds(problem, part.features, H200) for part in plan.parts)
+    assert work < plan.seconds < work + 20e-6
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "measured"),
+    [
+        (28672, 8192, (195, 355, 672, 1320)),
+        (8192, 28672, (198, 377, 723, 1377)),
+        (4096, 14336, (57, 94, 175, 344)),
+        (6144, 4096, (24, 42, 76, 147)),
+        (4096, 4096, (18.5, 29, 51, 97)),
+        (7168, 2048, (15, 25, 52, 86)),
+    ],
+)
+def test_estimates_of_whole_products_are_near_what_was_measured(n: int, k: int, measured) -> None:
+    for m, microseconds in zip((256, 512, 1024, 2048), measured, strict=True):
+        seconds = ring_plan.estimate(LinearProblem(m, n, k, BF16), (0,), H200, HOST)
+        assert seconds == pytest.approx(1e-6 * microseconds, rel=0.2 if m == 256 else 0.1)
 
 
 def test_over_a_fast_link_the_first_chunk_is_small_where_nothing_hides_it() -> None:
     problem = LinearProblem(8192, 28672, 8192, BF16)
     plan = ring_plan.choose(problem, (Residency(0, 0),), H200, PEER)
-    assert plan.staged[0].features < plan.slot_features
+    assert plan.staged[0].features < max(plan.slots)
 
 
 def test_copies_that_take_as_long_as_the_products_are_hidden_behind_local_parts() -> None:
     problem = LinearProblem(4352, 28672, 8192, BF16)
     remote = round(0.3 * problem.weight_bytes)
     seconds = ring_plan.estimate(problem, (remote,), H200, HOST)
-    bound = max(remote / HOST.copy_bandwidth, problem.flops / H200.matmul_flops["bfloat16"])
-    assert bound < seconds < 1.15 * bound
+    bound = max(remote / HOST.copy_bandwidth, problem.flops / SUSTAINED)
+    assert bound < seconds < 1.05 * bound
 
 
 @pytest.mark.parametrize("in_out", [False, True])
 @pytest.mark.parametrize("link", [HOST, PEER], ids=["host", "peer"])
 def test_the_estimate_lies_between_the_bounds_and_grows_with_the_remote_share(link, in_out) -> None:
     problem = LinearProblem(8192, 28672, 8192, BF16, False, in_out)
-    compute = problem.flops / H200.matmul_flops["bfloat16"]
+    compute = problem.flops / SUSTAINED
     before = 0.0
     for fraction in (0.0, 0.02, 0.1, 0.3, 0.6, 1.0):
         remote = round(fraction * problem.weight_bytes)
         seconds = ring_plan.estimate(problem, (remote,), H200, link)
         bound = max(compute, remote / link.copy_bandwidth)
-        assert bound <= seconds < 1.12 * bound, fraction
+        assert bound <= seconds < 1.1 * bound, fraction
         assert seconds > 0.995 * before  # a whole product has whole waves of tiles
         before = seconds
 
 
 def test_the_copy_overhead_is_what_pieces_of_4_mib_cost() -> None:
-    overhead = ring_plan.piece_overhead(H200, HOST)
+    overhead = piece_overhead(H200, HOST)
     assert 2.3e-6 < overhead < 2.7e-6
     assert (1 << 20) / (overhead + (1 << 20) / HOST.copy_bandwidth) == pytest.approx(49.2e9, 0.01)
-    assert ring_plan.piece_overhead(H200, PEER) == H200.operator_floor
+    assert piece_overhead(H200, PEER) == H200.operator_floor
 
 
 def test_the_ring_is_preferred_where_it_is_clearly_faster() -> None:
@@ -188,33 +254,37 @@ def test_any_interleaving_gives_the_products(small_ring, gated: bool, in_out: bo
             for local in (pick.choice([0, rows // 3, rows // 2]) for _ in weights)
         )
         plan = ring_plan.choose(problem, residency, H200, pick.choice([HOST, PEER]))
-        assert len(plan.staged) > plan.slots > 0
-        slots = tuple(
-            torch.full((plan.slot_features * k,), float("nan"), dtype=BF16)
-            for _ in range(plan.slots)
-        )
+        assert len(plan.staged) > len(plan.slots) > 0
+        plan = replace(plan, copy_bound=pick.choice([False, True]))
+        slots = poisoned(plan, k)
         outputs = tuple(torch.full((m, n), float("nan"), dtype=BF16) for _ in weights)
         scheduler = Scheduler(pick)
-        main, side, beside = (scheduler.queue() for _ in range(3))
+        main, side = scheduler.queue(), scheduler.queue()
         products = ring.Products(x, weights, (None,) * len(weights), outputs, residency, in_out)
         earlier = torch.zeros(1)
         main.run(lambda seen=earlier: seen.add_(1))
         counted: list[bool] = []
         count = partial(counted.append, True)
-        queues = Queues(main, Checked(side, earlier), Checked(beside, earlier))
-        ring.issue(plan, products, slots, queues, count)
+        issue(plan, products, slots, main, Checked(side, earlier), count)
         joined: list[bool] = []
-        others = (side, beside)
-        main.run(lambda seen=joined, queues=others: seen.append(not any(map(pending_work, queues))))
+        main.run(lambda seen=joined, queue=side: seen.append(not queue.entries))
         scheduler.drain()
-        assert joined == [True], "the main queue went on before the others had ended"
+        assert joined == [True], "the main queue went on before the copies had ended"
         assert counted == [True]
         for output, exact in zip(outputs, expected, strict=True):
             torch.testing.assert_close(output, exact, rtol=2e-2, atol=2e-2)
 
 
-def pending_work(queue: FakeQueue) -> bool:
-    return any(kind == "run" for kind, _ in queue.entries)
+def poisoned(plan: ring_plan.RingPlan, k: int) -> tuple[torch.Tensor, ...]:
+    slots = allocate([features * k for features in plan.slots], torch.empty(0, dtype=BF16))
+    for slot in slots:
+        slot.fill_(float("nan"))
+    return slots
+
+
+def issue(plan: ring_plan.RingPlan, products: ring.Products, slots, main, side, count) -> None:
+    queues = Queues(main, side)
+    staging.issue(plan.parts, products, slots, queues, count, copy_bound=plan.copy_bound)
 
 
 class Checked:
@@ -232,12 +302,10 @@ class Checked:
         self._queue.run(checked)
 
 
-@pytest.mark.parametrize("lost", ["main", "copies", "products"])
+@pytest.mark.parametrize("lost", ["main", "side"])
 @pytest.mark.parametrize("local", [0, 256])
 def test_a_lost_wait_is_found(small_ring, lost: str, local: int) -> None:
     """The interleavings above can fail: without the waits of one queue, values are wrong."""
-    if lost == "products" and not local:
-        pytest.skip("nothing in place: the products of slots are on the main queue")
     m, n, k = 9, 400, 64
     problem = LinearProblem(m, n, k, BF16)
     residency = (Residency(local, local),)
@@ -246,20 +314,53 @@ def test_a_lost_wait_is_found(small_ring, lost: str, local: int) -> None:
     wrong = 0
     for seed in range(20):
         scheduler = Scheduler(random.Random(seed))
-        queues = Queues(*(scheduler.queue() for _ in range(3)))
-        getattr(queues, lost).wait = lambda mark: None
+        main, side = scheduler.queue(), scheduler.queue()
+        (main if lost == "main" else side).wait = lambda mark: None  # type: ignore[method-assign]
         output = torch.full((m, n), float("nan"), dtype=BF16)
-        slots = tuple(
-            torch.full((plan.slot_features * k,), float("nan"), dtype=BF16)
-            for _ in range(plan.slots)
-        )
         products = ring.Products(x, (weight,), (None,), (output,), residency, False)
-        ring.issue(plan, products, slots, queues, lambda: None)
+        issue(plan, products, poisoned(plan, k), main, side, lambda: None)
         results: list[torch.Tensor] = []
-        queues.main.run(lambda seen=results, of=output: seen.append(of.clone()))
+        main.run(lambda seen=results, of=output: seen.append(of.clone()))
         scheduler.drain()
         wrong += not torch.allclose(results[0], x @ weight.t(), rtol=2e-2, atol=2e-2)
     assert wrong
+
+
+def test_the_first_copy_is_queued_first_then_local_work() -> None:
+    """The host takes some time for each: the device should have work of both kinds at once."""
+    problem = LinearProblem(512, 28672, 8192, BF16)
+    plan = ring_plan.choose(problem, ring_plan.residencies(problem, (47 << 20,)), H200, HOST)
+    queued: list[tuple[str, object]] = []
+
+    class Work:
+        def stage(self, part: ring_plan.Part, slot: object) -> None:
+            queued.append(("copy", part))
+
+        def compute(self, part: ring_plan.Part, slot: object) -> None:
+            queued.append(("product", part))
+
+    slots = [object() for _ in plan.slots]
+    queue = InlineQueue()
+    queues = Queues(queue, queue)
+    staging.issue(plan.parts, Work(), slots, queues, lambda: None, copy_bound=True)
+    assert queued[:2] == [("copy", plan.staged[0]), ("product", plan.local[0])]
+    assert sorted(kind for kind, _ in queued) == sorted(
+        ["copy"] * len(plan.staged) + ["product"] * len(plan.parts)
+    )
+
+
+def test_slots_are_as_many_as_fit() -> None:
+    assert slot_sizes([5, 3, 1], 9) == (5, 3, 1)
+    assert slot_sizes([5, 3, 1], 8) == (5, 3)
+    assert slot_sizes([5, 3, 6], 8) == (6,)
+    assert slot_sizes([], 8) == ()
+    assert slot_sizes([1] * 40, 100) == (1,) * MOST_SLOTS
+    memory = allocate([5, 130, 7], torch.empty(0))
+    assert [part.numel() for part in memory] == [5, 130, 7]
+    starts = [part.storage_offset() for part in memory]
+    assert (
+        starts == [0, 128, 384] and len({part.untyped_storage().data_ptr() for part in memory}) == 1
+    )
 
 
 # --- values and counts ---
