@@ -75,22 +75,24 @@ class PartialResults:
             if only.out.shape[1] == self._rows and only.out.dtype == self._dtype:
                 return only.out.transpose(1, 2)
         out = self._empty(self._dtype)
-        partials = self._pending if self._merged is None else [self._merged, *self._pending]
-        self._merge(partials, out, None)
+        self._merge(self._partials(), out, None)
         return out.transpose(1, 2)
 
     def _fold(self) -> None:
-        """Merge what is pending into one fp32 result over all rows, in place."""
-        if self._merged is None:
-            out = self._empty(torch.float32)
-            batch, _, heads, _ = out.shape
-            lse = out.new_empty((batch, heads, self._rows))
-            self._merge(self._pending, out, lse)
-            self._merged = PartialResult(0, out, lse)
-        else:
-            merged = self._merged
-            self._merge([merged, *self._pending], merged.out, merged.lse)
+        """Merge what there is into a new fp32 result over all rows.
+
+        Not in place: nothing in the merging kernel orders one warp's reads of a row before what
+        another writes to it.
+        """
+        out = self._empty(torch.float32)
+        batch, _, heads, _ = out.shape
+        lse = out.new_empty((batch, heads, self._rows))
+        self._merge(self._partials(), out, lse)
+        self._merged = PartialResult(0, out, lse)
         self._pending = []
+
+    def _partials(self) -> list[PartialResult]:
+        return self._pending if self._merged is None else [self._merged, *self._pending]
 
     def _empty(self, dtype: torch.dtype) -> Tensor:
         like = self._pending[0].out if self._pending else self._merged.out  # type: ignore[union-attr]
@@ -109,8 +111,6 @@ class PartialResults:
                 out[:, start:stop].zero_()
                 if lse is not None:
                     lse[..., start:stop].fill_(-torch.inf)
-            elif lse is not None and len(here) == 1 and here[0].out is out:
-                continue  # merged before, and nothing new
             else:
                 merge(here, start, stop, out, lse)
 
@@ -120,7 +120,7 @@ def merge(
 ) -> None:
     """Rows [start, stop), which each of `partials` has, into those rows of `out` and `lse`.
 
-    `out` [B, rows, Hq, Dv] and `lse` may be those of a partial result with as many rows.
+    `out` [B, rows, Hq, Dv] and `lse` are none of theirs.
     """
     if out.is_cuda and triton_attention.available():
         from dak_inductor.lowering.triton_attention.merge import launch
