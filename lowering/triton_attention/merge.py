@@ -47,7 +47,7 @@ def merge_kernel(
 ):  # fmt: skip
     """Rows [start, start + rows) of OUT [B, out_rows, HEADS, WIDTH] and LSE [B, HEADS, out_rows].
 
-    Row r of them is row r + shift of each of the COUNT partial results. OUT and LSE are none of them.
+    Row r of them is row r + shift of each of the COUNT partial results, which they are none of.
     """
     pair = tl.program_id(1).to(tl.int64)
     batch, head = pair // HEADS, pair % HEADS
