@@ -178,6 +178,7 @@ def measure_cell(
         "T/C": over_bound(seconds, case.resident.seconds),
         "hbm_share": held.local / seconds / ceilings.hbm_stream,
         "link_share": held.remote / seconds / ceilings.link_direct,
+        "served_by": _served_by(case.x, weights),
         "counted_by": "kernel" if counted else "nothing",
         "counted_local_bytes": reads.local_bytes / timed.calls if reads and counted else None,
         "counted_remote_bytes": remote_counted,
@@ -195,6 +196,17 @@ def measure_cell(
         "repeats_microseconds": [value * 1e6 for value in timed.timing.repeats],
     }
     return row, cell
+
+
+def _served_by(x: Tensor, weights: TieredWeights) -> str:
+    """The way that dispatch takes for the first weight, after its trial."""
+    if not x.is_cuda:
+        return "stock"
+    from dak_inductor.lowering.linear.dispatch import way_of
+    from dak_inductor.lowering.linear.product import Product
+
+    first = (weights.tensors[0],), (weights.buffers[0],)
+    return way_of(Product(x, *first, (None,), None, "none", "out_in"))
 
 
 def _work(tokens: int, weight: Tensor, local: int, remote: int) -> Work:

@@ -79,6 +79,16 @@ def _fastest(product: Product, stock: Callable[[], Tensor] | None) -> Tensor | N
     return None if way.name == "stock" else runs[way.name]()
 
 
+def way_of(product: Product) -> WayName:
+    """What serves such a call as things are: a trial's choice, else the estimates'."""
+    facts = product.facts()
+    ways = ways_of(facts.problem, facts.remote_bytes, facts.tier, facts.device_index)
+    reason = None if facts.problem.m > MAXIMUM_TOKENS else _refusal(product)
+    if reason is None and any(way.name == "ring" for way in ways):
+        reason = product.ring_refusal()
+    return TRIALS.current(facts, ways).name if reason is None else "stock"
+
+
 def _compute(product: Product, problem: LinearProblem, way: Way) -> Tensor:
     if way.configuration is None:
         return product.staged()

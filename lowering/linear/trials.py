@@ -70,6 +70,12 @@ class Trials:
         with self._lock:
             return tuple(self._results)
 
+    def current(self, call: CallFacts, ways: Sequence[Way]) -> Way:
+        """What `choose` would return without measuring."""
+        with self._lock:
+            chosen = self._chosen.get(kind_of(call)) if self.enabled else None
+        return next((way for way in ways if way.name == chosen), ways[0])
+
     def choose(
         self, call: CallFacts, ways: Sequence[Way], measure: Callable[[], Sequence[float]]
     ) -> Way:

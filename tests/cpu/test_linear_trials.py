@@ -352,6 +352,8 @@ def test_a_call_is_served_by_the_winner(tried: SimpleNamespace, winner: str) -> 
     torch.testing.assert_close(result, expected, rtol=0, atol=0)
     tried.run(x, tried.weight, None)
     assert tried.ran[4:] == [winner]
+    call = product.Product(x, (tried.weight,), (tried.buffer,), (None,), None, "none", "out_in")
+    assert dispatch.way_of(call) == winner
 
 
 def test_without_a_stock_operator_it_is_not_tried(tried: SimpleNamespace) -> None:
