@@ -14,6 +14,8 @@ from dak_inductor.cuda_runtime.tier_buffer import TierBytes
 from dak_inductor.errors import ModelError
 from dak_inductor.link_window import LinkWindow, window_in_force
 from dak_inductor.lowering.linear.trials import Trial
+from dak_inductor.memory_curve import MemoryPoint, memory_curve
+from dak_inductor.memory_curve import render as render_curve
 from dak_inductor.offloaded import OffloadedModel, record_of
 from dak_inductor.plan import Plan
 from dak_inductor.plan_report import bytes_text
@@ -42,6 +44,7 @@ class Explanation:
     window: LinkWindow | None = None
     caches: TierBytes = field(default_factory=TierBytes)
     trials: tuple[Trial, ...] = ()
+    curve: tuple[MemoryPoint, ...] = ()
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=150, color_system=None, force_terminal=False)
@@ -51,6 +54,8 @@ class Explanation:
 
     def __rich__(self) -> Any:
         parts = [plan_report.render(self.plan, title=self._title())]
+        if self.curve:
+            parts.append(render_curve(self.curve))
         if self.templates:
             parts.append(template_report.render(self.templates))
         if self.trials:
@@ -113,7 +118,15 @@ def explain(model: torch.nn.Module) -> Explanation:
         templates=tuple(op for item in tables.items() for op in templates_of(*item)),
         window=window_in_force(record.device, record.remote, asked),
         trials=trial_report.trials_of(record.device, record.remote),
+        curve=_curve(record),
     )
+
+
+def _curve(record: OffloadedModel) -> tuple[MemoryPoint, ...]:
+    """Empty where nothing is remote."""
+    problem = problem_of(record, SESSION.bindings())
+    placed = sum(spec.current_remote or 0 for spec in problem.tensors)
+    return memory_curve(problem, hardware.current(record.device), placed) if placed else ()
 
 
 def _as_placed(record: OffloadedModel) -> Plan:
