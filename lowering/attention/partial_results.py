@@ -81,8 +81,8 @@ class PartialResults:
     def _fold(self) -> None:
         """Merge what there is into a new fp32 result over all rows.
 
-        Not in place: nothing in the merging kernel orders one warp's reads of a row before what
-        another writes to it.
+        Not in place: each warp of the merging kernel reads the log-sum-exps of all of its rows, one
+        writes them, and where all results are fp32 there is no barrier in between.
         """
         out = self._empty(torch.float32)
         batch, _, heads, _ = out.shape

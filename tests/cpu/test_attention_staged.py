@@ -267,6 +267,34 @@ def partials_of(
     return found
 
 
+def test_no_merge_writes_to_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The merging kernel has no barrier where all results are fp32: a warp would read what another
+    has written."""
+    monkeypatch.setattr(partial_results, "MOST_PENDING", 3)
+    merged: list[int] = []
+
+    def merge(
+        partials: list[PartialResult], start: int, stop: int, out: Tensor, lse: Tensor | None
+    ) -> None:
+        written = {out.data_ptr()} | ({lse.data_ptr()} if lse is not None else set())
+        assert not written & {t.data_ptr() for p in partials for t in (p.out, p.lse)}
+        merged.append(len(partials))
+        real(partials, start, stop, out, lse)
+
+    real = partial_results.merge
+    monkeypatch.setattr(partial_results, "merge", merge)
+    results = PartialResults(5, torch.float32)
+    shares = torch.rand(9)
+    for share in shares:
+        out, lse = torch.full((1, 5, 2, 4), float(share)), torch.full((1, 2, 5), float(share))
+        results.add(PartialResult(0, out, lse))
+    weights = torch.softmax(shares, 0)
+    torch.testing.assert_close(
+        results.result(), torch.full((1, 2, 5, 4), float((weights * shares).sum()))
+    )
+    assert len(merged) > 3 and max(merged) == 3
+
+
 @pytest.mark.parametrize("pending", [2, 3, 6])
 @pytest.mark.parametrize("held", [0, 1 << 30])
 def test_the_merge_is_attention_over_all_tokens(
