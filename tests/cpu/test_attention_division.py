@@ -8,18 +8,16 @@ depends on who claims them: claims are numbers of chunks.
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dak_inductor.cuda_runtime.nvrtc import KERNELS
 from dak_inductor.lowering.attention.launch import divisor
+
+from .host_library import compile_for_host
 
 TILE, ROW_BYTES = 64, 256
 MOST_PIECES = 1 << 16
@@ -270,15 +268,8 @@ class Division:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The headers as a library for this machine."""
-    compiler = shutil.which("g++") or shutil.which("c++")
-    assert compiler is not None, "the extension needs a C++ compiler, and so does this test"
-    folder: Path = tmp_path_factory.mktemp("division")
-    (folder / "division.cpp").write_text(SOURCE)
-    made = folder / "division.so"
-    sizes = [f"-DTILE={TILE}", f"-DROW_BYTES={ROW_BYTES}"]
-    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{KERNELS}", *sizes]
-    subprocess.run([*command, str(folder / "division.cpp"), "-o", str(made)], check=True)
-    return ctypes.CDLL(str(made))
+    sizes = (f"-DTILE={TILE}", f"-DROW_BYTES={ROW_BYTES}")
+    return compile_for_host(SOURCE, tmp_path_factory.mktemp("division"), *sizes)
 
 
 def divide(library: ctypes.CDLL, case: Case) -> Division:

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import shutil
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dak_inductor.cuda_runtime.nvrtc import KERNELS
 from dak_inductor.lowering.linear.configuration import DEPTH
 from dak_inductor.lowering.linear.tail import TailRule
+
+from .host_library import compile_for_host
 
 SOURCE = """
 #include <algorithm>
@@ -199,14 +197,7 @@ class Division:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The headers as a library for this machine."""
-    compiler = shutil.which("g++") or shutil.which("c++")
-    assert compiler is not None, "the extension needs a C++ compiler, and so does this test"
-    folder: Path = tmp_path_factory.mktemp("division")
-    (folder / "division.cpp").write_text(SOURCE)
-    built = folder / "division.so"
-    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{KERNELS}"]
-    subprocess.run([*command, str(folder / "division.cpp"), "-o", str(built)], check=True)
-    return ctypes.CDLL(str(built))
+    return compile_for_host(SOURCE, tmp_path_factory.mktemp("division"))
 
 
 def divide(library: ctypes.CDLL, kind: str, sizes: Sizes) -> Division:

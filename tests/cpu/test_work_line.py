@@ -7,16 +7,13 @@ so an empty run among them would never answer.
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dak_inductor.cuda_runtime.nvrtc import KERNELS
+from .host_library import compile_for_host
 
 SOURCE = """
 #include <algorithm>
@@ -53,14 +50,7 @@ LATE_RUNS = 6
 @pytest.fixture(scope="module")
 def cut(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The header as a library for this machine."""
-    compiler = shutil.which("g++") or shutil.which("c++")
-    assert compiler is not None, "the extension needs a C++ compiler, and so does this test"
-    folder: Path = tmp_path_factory.mktemp("line")
-    (folder / "line.cpp").write_text(SOURCE)
-    library = folder / "line.so"
-    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{KERNELS}"]
-    subprocess.run([*command, str(folder / "line.cpp"), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    return compile_for_host(SOURCE, tmp_path_factory.mktemp("line"))
 
 
 @st.composite

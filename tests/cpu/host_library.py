@@ -1,0 +1,21 @@
+"""Device headers compiled for this machine, where they hold nothing but arithmetic."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+from dak_inductor.cuda_runtime.nvrtc import KERNELS
+
+
+def compile_for_host(source: str, folder: Path, *options: str) -> ctypes.CDLL:
+    """A library of `source`, which may include headers of `cuda_runtime/kernels`."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    assert compiler is not None, "the extension needs a C++ compiler, and so does this test"
+    written, library = folder / "source.cpp", folder / "library.so"
+    written.write_text(source)
+    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{KERNELS}", *options]
+    subprocess.run([*command, str(written), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
