@@ -21,7 +21,8 @@ from dak_inductor.lowering.attention.staged_parts import (
     pieces_of,
 )
 from dak_inductor.lowering.attention.staged_timing import ROWS, StagedTiming
-from dak_inductor.lowering.copy_cost import CROSSING_SECONDS, FORK_SECONDS, JOIN_SECONDS
+from dak_inductor.lowering.copy_cost import JOIN_SECONDS
+from dak_inductor.lowering.part_order import order_parts
 from dak_inductor.lowering.slots import slot_sizes
 
 RING_BYTES = 64 * 2**20
@@ -198,30 +199,17 @@ def _ramp(body: int, total: int, units: int, growth: int) -> tuple[int, ...]:
 def _schedule(
     local: tuple[Part, ...], staged: tuple[Part, ...], room: int, timing: StagedTiming
 ) -> StagedPlan:
-    """A staged part as soon as it is there, else a local one; and the time it takes by `timing`."""
     slots = slot_sizes([part.tokens for part in staged], room)
-    now, arrived = 0.0, FORK_SECONDS
-    order: list[Part] = []
-    done: list[float] = []
-    waiting = list(reversed(local))
-    copy_bound = False
-    for position, part in enumerate(staged):
-        if position >= len(slots):
-            arrived = max(arrived, done[position - len(slots)] + CROSSING_SECONDS)
-        arrived += timing.copy(part)
-        ready = arrived + CROSSING_SECONDS
-        while waiting and now < ready:
-            order.append(waiting.pop())
-            now += sum(map(timing.attend, order[-1].pieces))
-        order.append(part)
-        copy_bound = now < ready
-        now = max(now, ready) + sum(map(timing.attend, part.pieces))
-        done.append(now)
-    now += sum(timing.attend(piece) for part in waiting for piece in part.pieces)
-    parts = (*order, *reversed(waiting))
-    pieces = tuple(piece for part in parts for piece in part.pieces)
-    seconds = now + timing.merge(pieces) + (JOIN_SECONDS if staged else 0.0)
-    return StagedPlan(timing.forward, parts, slots, seconds, copy_bound)
+    ordered = order_parts(
+        local,
+        staged,
+        len(slots),
+        copy=timing.copy,
+        compute=lambda part: sum(map(timing.attend, part.pieces)),
+    )
+    pieces = tuple(piece for part in ordered.parts for piece in part.pieces)
+    seconds = ordered.seconds + timing.merge(pieces) + (JOIN_SECONDS if staged else 0.0)
+    return StagedPlan(timing.forward, ordered.parts, slots, seconds, ordered.copy_bound)
 
 
 def plan_lines(plan: StagedPlan) -> tuple[str, ...]:

@@ -21,9 +21,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dak_inductor.hardware import HardwareProfile, LinkProfile
-from dak_inductor.lowering.copy_cost import CROSSING_SECONDS, FORK_SECONDS, JOIN_SECONDS
+from dak_inductor.lowering.copy_cost import JOIN_SECONDS
 from dak_inductor.lowering.linear.problem import ELEMENT_BYTES, LinearProblem
 from dak_inductor.lowering.linear.ring_timing import RingTiming
+from dak_inductor.lowering.part_order import order_parts
 from dak_inductor.lowering.slots import slot_sizes
 
 RING_BYTES = 64 * 2**20
@@ -220,29 +221,16 @@ def _sizes(
 def _schedule(
     local: tuple[Part, ...], staged: tuple[Part, ...], room: int, timing: RingTiming
 ) -> RingPlan:
-    """A staged part as soon as it is there, else a local one; and the time that takes, products one
-    after the other."""
     slots = slot_sizes([part.features for part in staged], room)
-    now, arrived = 0.0, FORK_SECONDS
-    order: list[Part] = []
-    done: list[float] = []
-    waiting = list(reversed(local))
-    copy_bound = False
-    for position, part in enumerate(staged):
-        if position >= len(slots):
-            arrived = max(arrived, done[position - len(slots)] + CROSSING_SECONDS)
-        arrived += timing.copy(part)
-        ready = arrived + CROSSING_SECONDS
-        while waiting and now < ready:
-            order.append(waiting.pop())
-            now += timing.multiply(order[-1].features)
-        order.append(part)
-        copy_bound = now < ready
-        now = max(now, ready) + timing.multiply(part.features)
-        done.append(now)
-    now += sum(timing.multiply(part.features) for part in waiting)
-    seconds = now + timing.epilogue + (JOIN_SECONDS if staged else 0.0)
-    return RingPlan((*order, *reversed(waiting)), slots, seconds, copy_bound)
+    ordered = order_parts(
+        local,
+        staged,
+        len(slots),
+        copy=timing.copy,
+        compute=lambda part: timing.multiply(part.features),
+    )
+    seconds = ordered.seconds + timing.epilogue + (JOIN_SECONDS if staged else 0.0)
+    return RingPlan(ordered.parts, slots, seconds, ordered.copy_bound)
 
 
 def estimate(
