@@ -6,7 +6,9 @@ on the host, by the buffer's label.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import torch
 
 from dak_inductor.cuda_runtime.device_records import RecordCounters
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
@@ -48,3 +50,18 @@ class ReadCounter:
             remote_bytes=sum(count.bytes.remote for count in found),
             calls=sum(count.calls for count in found),
         )
+
+
+def count_runs(
+    run: Callable[[], object], buffers: Sequence[TieredBuffer], calls: int = 1
+) -> RecordCounters:
+    """What `calls` calls of `run` on the GPU count for the buffers. Waits for the device."""
+    counter = ReadCounter(buffers)
+    torch.cuda.synchronize()
+    counter.reset()
+    for _ in range(calls):
+        run()
+    torch.cuda.synchronize()
+    reads = counter.read()
+    assert reads is not None, "a buffer has no counter"
+    return reads

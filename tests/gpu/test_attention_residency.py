@@ -16,7 +16,7 @@ from dak_inductor.benchmarks.harness.attention_case import (
     split_bytes,
 )
 from dak_inductor.benchmarks.harness.attention_reference import make_reference
-from dak_inductor.benchmarks.harness.kernel_reads import ReadCounter
+from dak_inductor.benchmarks.harness.kernel_reads import ReadCounter, count_runs
 from dak_inductor.benchmarks.harness.timing import CapturedStep, capture
 from dak_inductor.cuda_runtime.device_records import RecordCounters
 from dak_inductor.cuda_runtime.tier import Tier
@@ -36,14 +36,8 @@ def at(spec: AttentionSpec, *names: str) -> AttentionSpec:
 
 def counted(case: AttentionCase, side: int, calls: int) -> RecordCounters:
     """What `calls` runs of a case count for keys or values."""
-    counter = ReadCounter((case.buffers[side],))
-    torch.cuda.synchronize()
-    counter.reset()
-    for _ in range(calls):
-        case.run()
-    torch.cuda.synchronize()
-    reads = counter.read()
-    assert reads is not None and reads.calls == calls, reads
+    reads = count_runs(case.run, (case.buffers[side],), calls)
+    assert reads.calls == calls, reads
     return reads
 
 

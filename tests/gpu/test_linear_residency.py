@@ -9,7 +9,7 @@ import torch
 
 import dak_inductor.lowering.ops  # noqa: F401 - registers the operators
 from dak_inductor.benchmarks.harness.accuracy import poison
-from dak_inductor.benchmarks.harness.kernel_reads import ReadCounter
+from dak_inductor.benchmarks.harness.kernel_reads import ReadCounter, count_runs
 from dak_inductor.benchmarks.harness.linear_case import (
     CallSpec,
     LinearCase,
@@ -51,14 +51,8 @@ def case_of(
 
 def counted(case: LinearCase, calls: int = 1) -> RecordCounters:
     """What `calls` runs of a case count."""
-    counter = ReadCounter(case.buffers)
-    torch.cuda.synchronize()
-    counter.reset()
-    for _ in range(calls):
-        case.run()
-    torch.cuda.synchronize()
-    reads = counter.read()
-    assert reads is not None and reads.calls == calls, f"not the kernel's: {reads}"
+    reads = count_runs(case.run, case.buffers, calls)
+    assert reads.calls == calls, f"not the kernel's: {reads}"
     return reads
 
 

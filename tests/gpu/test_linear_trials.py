@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dak_inductor.lowering.ops  # noqa: F401 - registers the operators
-from dak_inductor.benchmarks.harness.kernel_reads import ReadCounter
+from dak_inductor.benchmarks.harness.kernel_reads import ReadCounter, count_runs
 from dak_inductor.benchmarks.harness.linear_case import CallSpec, LinearCase, make_case
 from dak_inductor.benchmarks.harness.linear_reference import make_reference
 from dak_inductor.benchmarks.harness.timing import capture
@@ -57,15 +57,7 @@ def case_of(tier: Tier, device: torch.device, m: int, share: float, **more: obje
 
 
 def counted(case: LinearCase, calls: int = 1) -> RecordCounters:
-    counter = ReadCounter(case.buffers)
-    torch.cuda.synchronize()
-    counter.reset()
-    for _ in range(calls):
-        case.run()
-    torch.cuda.synchronize()
-    reads = counter.read()
-    assert reads is not None
-    return reads
+    return count_runs(case.run, case.buffers, calls)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3])
