@@ -178,7 +178,7 @@ def measure_cell(
         "T/C": over_bound(seconds, case.resident.seconds),
         "hbm_share": held.local / seconds / ceilings.hbm_stream,
         "link_share": held.remote / seconds / ceilings.link_direct,
-        "served_by": _served_by(case.x, weights),
+        **_served_by(case.x, weights),
         "counted_by": "kernel" if counted else "nothing",
         "counted_local_bytes": reads.local_bytes / timed.calls if reads and counted else None,
         "counted_remote_bytes": remote_counted,
@@ -198,15 +198,19 @@ def measure_cell(
     return row, cell
 
 
-def _served_by(x: Tensor, weights: TieredWeights) -> str:
-    """The way that dispatch takes for the first weight, after its trial."""
+def _served_by(x: Tensor, weights: TieredWeights) -> dict[str, object]:
+    """The way that dispatch takes for the first weight, and the times of its trial."""
     if not x.is_cuda:
-        return "stock"
+        return {"served_by": "stock", "trial_microseconds": None}
     from dak_inductor.lowering.linear.dispatch import way_of
     from dak_inductor.lowering.linear.product import Product
+    from dak_inductor.lowering.linear.trials import TRIALS
 
     first = (weights.tensors[0],), (weights.buffers[0],)
-    return way_of(Product(x, *first, (None,), None, "none", "out_in"))
+    product = Product(x, *first, (None,), None, "none", "out_in")
+    trial = TRIALS.result_of(product.facts())
+    times = None if trial is None else {name: each * 1e6 for name, each in trial.seconds}
+    return {"served_by": way_of(product), "trial_microseconds": times}
 
 
 def _work(tokens: int, weight: Tensor, local: int, remote: int) -> Work:

@@ -52,7 +52,16 @@ class Record:
     schema: int = SCHEMA
 
     def to_json(self) -> str:
-        return json.dumps(plain(self), indent=1, sort_keys=False, allow_nan=False) + "\n"
+        """A line for each cell, so that a long grid stays readable and a diff short."""
+        fields = plain(self)
+        assert isinstance(fields, dict)
+        cells = [json.dumps(cell, allow_nan=False) for cell in fields["cells"]]
+        fields["cells"] = []
+        text = json.dumps(fields, indent=1, allow_nan=False) + "\n"
+        lines = ",\n  ".join(cells)
+        if not cells:
+            return text
+        return text.replace('\n "cells": []', f'\n "cells": [\n  {lines}\n ]', 1)
 
     def write(self, folder: Path) -> Path:
         """Write `folder/<benchmark>.json`, by rename so that a reader never sees half a record."""

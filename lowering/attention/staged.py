@@ -77,6 +77,7 @@ class StagedAttention:
     masks: Masks
     forward: Forward
     partials: PartialResults
+    partial_dtype: torch.dtype  # of what the Triton forward gives; stock ones give the query's
 
     def stage(self, part: Part, slot: Slot) -> None:
         """Copy the part's keys and values."""
@@ -114,6 +115,7 @@ class StagedAttention:
             rows,
             key,
             value,
+            out_dtype=self.partial_dtype,
             first_row=piece.first_row,
             queries=self.query.shape[2],
             first_token=piece.start,
@@ -174,7 +176,7 @@ def run(
     problem = _problem(query, keys, values, masks, span)
     local = min(keys.local_tokens(), values.local_tokens())
     count = partial(count_reads, _distinct(keys, values), span.first, span.stop)
-    if local >= span.stop and forwards != ("triton",) and (not causal or problem.past == 0):
+    if local >= span.stop and forwards[0] != "triton" and (not causal or problem.past == 0):
         out = _one_call(query, key[:, :, : span.stop], value[:, :, : span.stop], masks)
         count()
     else:
@@ -198,7 +200,8 @@ def _run(
     slots = tuple(zip(memory[::2], memory[1::2], strict=True))
     if not _aligned(query):
         query = query.clone(memory_format=torch.contiguous_format)  # once, not in each call
-    work = StagedAttention(query, keys, values, masks, plan.forward, partials)
+    dtype = torch.float32 if len(plan.pieces) > 1 else query.dtype
+    work = StagedAttention(query, keys, values, masks, plan.forward, partials, dtype)
     queues = queues_of(query.device)
     staging.issue(plan.parts, work, slots, queues, count, copy_bound=plan.copy_bound)
     return partials.result()
@@ -248,12 +251,12 @@ def _aligned(tensor: Tensor) -> bool:
 
 
 def _forwards(query: Tensor, key: Tensor, value: Tensor, span: Span) -> tuple[Forward, ...]:
-    """Those that can serve the call; the Triton one where no stock one can."""
+    """Those that can serve the call, stock ones first."""
+    stock: tuple[Forward, ...] = ()
     if span.plain and _aligned(key) and _aligned(value):
-        found = stock_forward.available(query, value.shape[3])
-        if found:
-            return found
-    return ("triton",) if query.is_cuda and triton_attention.available() else ()
+        stock = stock_forward.available(query, value.shape[3])
+    portable = query.is_cuda and triton_attention.available()
+    return (*stock, "triton") if portable else stock
 
 
 def _problem(

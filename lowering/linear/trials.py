@@ -70,6 +70,11 @@ class Trials:
         with self._lock:
             return tuple(self._results)
 
+    def result_of(self, call: CallFacts) -> Trial | None:
+        """The measurement that chose for calls of this kind, if there was one."""
+        kind = kind_of(call)
+        return next((trial for trial in self.results() if kind_of(trial.call) == kind), None)
+
     def current(self, call: CallFacts, ways: Sequence[Way]) -> Way:
         """What `choose` would return without measuring."""
         with self._lock:

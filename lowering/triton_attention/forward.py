@@ -94,6 +94,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     *,
+    out_dtype: torch.dtype | None = None,
     first_row: int,
     queries: int,
     first_token: int,
@@ -111,13 +112,14 @@ def attend(
         query: [B, Hq, rows, D], rows [first_row, first_row + rows) of `queries`.
         key, value: [B, Hkv, held, D] and [B, Hkv, held, Dv], tokens [first_token, first_token +
             held) of `tokens`; the last dimension is contiguous.
+        out_dtype: of the result, default the query's; fp32 for a result that will be merged.
         lengths, starts: int32 [B] on the device, or None.
 
-    Returns [B, rows, Hq, Dv] contiguous, in the query's dtype, and the log-sum-exp [B, Hq, rows].
+    Returns [B, rows, Hq, Dv] contiguous, and the log-sum-exp [B, Hq, rows].
     """
     batch, heads, rows, head_dim = query.shape
     key_heads, held, value_dim = key.shape[1], key.shape[2], value.shape[3]
-    out = query.new_empty((batch, rows, heads, value_dim))
+    out = query.new_empty((batch, rows, heads, value_dim), dtype=out_dtype)
     lse = query.new_empty((batch, heads, rows), dtype=torch.float32)
     group = heads // key_heads
     shape: TileShape = tile_shape(group * rows, head_dim, value_dim, query.dtype)

@@ -426,7 +426,9 @@ def staged_result(seed: int, *, without: str = "") -> tuple[Tensor, Tensor]:
         main.wait = lambda mark: None  # type: ignore[method-assign]
     results = PartialResults(60, torch.float32)
     masks = staged.Masks(None, None, 0.3, True, 0, 0.0)
-    work = staged.StagedAttention(call.query, keys, values, masks, "flash", results)
+    work = staged.StagedAttention(
+        call.query, keys, values, masks, "flash", results, call.query.dtype
+    )
     counted: list[bool] = []
     count = bind(counted.append, True)
     copy_bound = pick.choice([False, True])

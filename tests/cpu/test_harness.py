@@ -197,6 +197,7 @@ def test_record_is_written_whole_and_read_back(tmp_path: Path) -> None:
     path = made.write(tmp_path)
     read = json.loads(path.read_text())
     assert read["cells"] == [{"error": "inf"}]
+    assert '\n  {"error": "inf"}\n' in path.read_text(), "a cell is a line"
     assert read["arguments"] == {"device": "cpu"}
     assert read["environment"]["torch"] == torch.__version__
     assert len(read["sources_sha256"]) == 64
