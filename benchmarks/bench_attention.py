@@ -32,8 +32,8 @@ from dak_inductor.benchmarks.harness.attention_measure import (
 )
 from dak_inductor.benchmarks.harness.attention_table import grid_table, over_table
 from dak_inductor.benchmarks.harness.grid_run import Progress, Run
-from dak_inductor.benchmarks.harness.linear_measure import time_rounds
 from dak_inductor.benchmarks.harness.record import Record
+from dak_inductor.benchmarks.harness.rounds import make_rounds, time_rounds
 
 QUICK_SECONDS, USUAL_SECONDS = 0.1, 0.4
 QUICK_FRACTIONS = (0.0, 0.01, 0.1, 1.0)
@@ -43,7 +43,7 @@ CELL_LIMIT_SECONDS = 240
 NOTES = (
     "a shape is batch x tokens x heads of keys x query heads of each x head size (x queries)",
     "L counts the bytes of keys and values alone; in the tiered caches tokens are outermost",
-    "C is the best of torch's backends on a resident cache, graph and rotation as for T",
+    "C is the best of torch's backends on a resident cache, measured as T is and in turn with it",
 )
 
 
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure_shape(
     run: Run, shape: AttentionShape, units: list[Unit], progress: Progress[AttentionCell]
 ) -> None:
-    """All cells of one shape: C once, then fraction by fraction."""
+    """All cells of one shape: its best stock backend once, then fraction by fraction."""
     case: ResidentCase | None = None
     for unit in units:
         if grid_run.ends(run, progress):
@@ -127,8 +127,9 @@ def _peers(
             else:
                 layers = attention_peers.OffloadedLayers(case.caches, run.arguments.remote)
                 round_ = layers.round(case.best, case.query)
-            timed = time_rounds(round_, len(tiered.caches), bound, device=run.device, rule=run.rule)
-            made[name] = timed.timing.seconds * 1e6
+            rounds = make_rounds(round_, len(tiered.caches), bound, device=run.device)
+            (timing,) = time_rounds([rounds], device=run.device, rule=run.rule)
+            made[name] = timing.seconds * 1e6
         except RuntimeError as error:
             made[name] = str(error).splitlines()[0]
     return made

@@ -21,15 +21,14 @@ from dak_inductor.benchmarks.harness.linear_bars import LinearCell, missed, verd
 from dak_inductor.benchmarks.harness.linear_grid import LinearShape, Unit
 from dak_inductor.benchmarks.harness.linear_measure import (
     TokenCase,
-    copies_needed,
     fresh_values,
     measure_cell,
-    time_rounds,
     token_case,
 )
 from dak_inductor.benchmarks.harness.linear_table import grid_table, over_table
 from dak_inductor.benchmarks.harness.linear_weights import TieredWeights, split_at, tiered_copies
 from dak_inductor.benchmarks.harness.record import Record
+from dak_inductor.benchmarks.harness.rounds import copies_needed, make_rounds, time_rounds
 
 QUICK_SECONDS, USUAL_SECONDS = 0.15, 0.5
 CELL_LIMIT_SECONDS = 120
@@ -37,7 +36,7 @@ CELL_LIMIT_SECONDS = 120
 
 NOTES = (
     "L counts the bytes of the weight alone; M, N, K as in y [M, N] = x [M, K] @ weight [N, K].T",
-    "C is the stock kernel on a resident tensor, graph and rotation as for T",
+    "C is the stock kernel on a resident tensor, graph and rotation as for T, in turn with it",
 )
 
 
@@ -79,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure_shape(
     run: Run, shape: LinearShape, units: list[Unit], progress: Progress[LinearCell]
 ) -> None:
-    """All cells of one shape: C and the references once, then fraction by fraction."""
+    """All cells of one shape: the references once, then fraction by fraction."""
     copies = copies_needed(shape.weight_bytes(run.dtype), run.device)
     values = fresh_values(shape, run.dtype, run.device)
     resident = [values.clone() for _ in range(copies)]
@@ -98,7 +97,7 @@ def measure_shape(
             with grid_run.watchdog(run, CELL_LIMIT_SECONDS):
                 try:
                     if tokens not in cases:
-                        cases[tokens] = token_case(tokens, resident, run.ceilings, run.rule)
+                        cases[tokens] = token_case(tokens, resident, run.ceilings)
                     row, cell = measure_cell(
                         cases[tokens], weights, shape, unit.fraction, run.ceilings, run.rule
                     )
@@ -140,8 +139,9 @@ def _peers(
                     linear_peers.PrefetchedRows(resident, cell.fraction, run.arguments.remote)
                 )
             round_ = prefetched[0].round(case.x)
-        timed = time_rounds(round_, len(weights.tensors), bound, device=run.device, rule=run.rule)
-        made[name] = timed.timing.seconds * 1e6
+        rounds = make_rounds(round_, len(weights.tensors), bound, device=run.device)
+        (timing,) = time_rounds([rounds], device=run.device, rule=run.rule)
+        made[name] = timing.seconds * 1e6
     return made
 
 

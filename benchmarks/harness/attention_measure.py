@@ -1,8 +1,4 @@
-"""Measures one attention of a decode step or a prefill, beside torch's on a resident cache.
-
-The caches of a round outgrow the L2 cache; rounds are captured into one CUDA graph, so that what a
-graph launch costs is shared by several calls, as in a model's step.
-"""
+"""Measures one attention of a decode step or a prefill, beside torch's on a resident cache."""
 
 from __future__ import annotations
 
@@ -23,8 +19,13 @@ from dak_inductor.benchmarks.harness.attention_peers import (
 )
 from dak_inductor.benchmarks.harness.attention_reference import AttentionCall
 from dak_inductor.benchmarks.harness.kernel_reads import ReadCounter
-from dak_inductor.benchmarks.harness.linear_measure import copies_needed, time_rounds
 from dak_inductor.benchmarks.harness.linear_reference import poison_free_memory
+from dak_inductor.benchmarks.harness.rounds import (
+    Rounds,
+    copies_needed,
+    make_rounds,
+    time_rounds,
+)
 from dak_inductor.benchmarks.harness.timing import TimingRule
 from dak_inductor.benchmarks.harness.yardstick import Ceilings, Work, direct_bound, over_bound
 from dak_inductor.cuda_runtime.tier import Tier
@@ -36,13 +37,13 @@ MOST_JUDGED_QUERIES = 512
 
 @dataclass(frozen=True, slots=True)
 class ResidentCase:
-    """A query, equal resident caches, and C: the best of torch's backends on them."""
+    """A query, equal resident caches, and the best of torch's backends on them: its time is C."""
 
     shape: AttentionShape
     query: Tensor
     caches: tuple[Cache, ...]
     best: StockAttention
-    seconds: float
+    rounds: Rounds
     tried: dict[str, float | str]  # microseconds of each variant, or why it does not run
 
 
@@ -86,21 +87,22 @@ def resident_case(
     query = torch.randn(projected, dtype=dtype, device=device).transpose(1, 2)
     bound = direct_bound(Work(shape.cache_bytes(dtype), 0, shape.flops), ceilings)
     tried: dict[str, float | str] = {}
-    found: list[tuple[float, StockAttention]] = []
+    found: list[tuple[float, StockAttention, Rounds]] = []
     for variant in stock_variants(query, shape.kv_heads):
         try:
-            timed = time_rounds(
-                attention_round(variant, query, caches), copies, bound, device=device, rule=rule
+            rounds = make_rounds(
+                attention_round(variant, query, caches), copies, bound, device=device
             )
+            (timing,) = time_rounds([rounds], device=device, rule=rule)
         except RuntimeError as error:  # a backend that does not take these operands
             tried[variant.name] = str(error).splitlines()[0]
             continue
-        tried[variant.name] = timed.timing.seconds * 1e6
-        found.append((timed.timing.seconds, variant))
+        tried[variant.name] = timing.seconds * 1e6
+        found.append((timing.seconds, variant, rounds))
     if not found:
         raise RuntimeError(f"no backend of torch's attention runs {shape}: {tried}")
-    seconds, best = min(found, key=lambda pair: pair[0])
-    return ResidentCase(shape, query, tuple(caches), best, seconds, tried)
+    _, best, rounds = min(found, key=lambda each: each[0])
+    return ResidentCase(shape, query, tuple(caches), best, rounds, tried)
 
 
 def tiered_caches(case: ResidentCase, tier: Tier, fraction: float) -> TieredCaches:
@@ -138,18 +140,19 @@ def measure_cell(
     output = attention(query, tiered.caches[0])
     verdict = judge_sample(case, output)
     counter = ReadCounter(tiered.buffers)
-    timed = time_rounds(
-        attention_round(attention, query, tiered.caches), count, bound, device=device, rule=rule
+    rounds = make_rounds(
+        attention_round(attention, query, tiered.caches), count, bound, device=device
     )
+    timing, stock = time_rounds([rounds, case.rounds], device=device, rule=rule)
     _synchronize(device)
     counter.reset()
-    timed.run()
+    again = rounds.output()
     _synchronize(device)
     reads = counter.read()
-    seconds = timed.timing.seconds
-    counted = reads is not None and reads.calls == 2 * timed.calls
+    seconds = timing.seconds
+    counted = reads is not None and reads.calls == 2 * rounds.calls
     cell = AttentionCell(
-        fraction, held.total, seconds, bound, case.seconds, prefill=shape.is_prefill
+        fraction, held.total, seconds, bound, stock.seconds, prefill=shape.is_prefill
     )
     row: dict[str, object] = {
         "shape": str(shape),
@@ -159,15 +162,15 @@ def measure_cell(
         "remote_bytes": held.remote,
         "microseconds": seconds * 1e6,
         "L_microseconds": bound * 1e6,
-        "C_microseconds": case.seconds * 1e6,
+        "C_microseconds": stock.seconds * 1e6,
         "C_backend": case.best.name,
         "C_tried": case.tried,
         "T/L": over_bound(seconds, bound),
-        "T/C": over_bound(seconds, case.seconds),
+        "T/C": over_bound(seconds, stock.seconds),
         "hbm_share": held.local / seconds / ceilings.hbm_stream,
         "link_share": held.remote / seconds / ceilings.link_direct,
-        "counted_local_bytes": reads.local_bytes / timed.calls if reads else None,
-        "counted_remote_bytes": reads.remote_bytes / timed.calls if reads else None,
+        "counted_local_bytes": reads.local_bytes / rounds.calls if reads else None,
+        "counted_remote_bytes": reads.remote_bytes / rounds.calls if reads else None,
         "counted": counted,
         "peak_window": reads.peak_window if reads else None,
         "accurate": verdict.passed,
@@ -175,11 +178,11 @@ def measure_cell(
         "max_error": verdict.ours.max_abs,
         "torch_rms_error": verdict.torch_own.rms,
         "torch_max_error": verdict.torch_own.max_abs,
-        "repeatable": torch.equal(output, timed.output),
+        "repeatable": torch.equal(output, again),
         "caches_in_rotation": count,
-        "calls": timed.timing.replays,
-        "method": timed.timing.method,
-        "repeats_microseconds": [value * 1e6 for value in timed.timing.repeats],
+        "calls": timing.replays,
+        "method": timing.method,
+        "repeats_microseconds": [value * 1e6 for value in timing.repeats],
     }
     return row, cell
 

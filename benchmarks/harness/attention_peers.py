@@ -15,8 +15,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dak_inductor.benchmarks.harness.copy_stream import CopyStream, remote_copy
+from dak_inductor.benchmarks.harness.rounds import Round
 
-Round = Callable[[], Tensor]
 Cache = tuple[Tensor, Tensor]
 """Keys and values [B, Hkv, S, D]."""
 

@@ -1,8 +1,4 @@
-"""Measures one linear: the dak operator on tiered weights beside the stock kernel all resident.
-
-The weights of a round outgrow the L2 cache; rounds are captured into one CUDA graph of at least a
-millisecond, so that what a graph launch costs is shared by several calls, as in a model's step.
-"""
+"""Measures one linear: the dak operator on tiered weights beside the stock kernel all resident."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ from torch.nn import functional
 from dak_inductor.benchmarks.harness.kernel_reads import ReadCounter
 from dak_inductor.benchmarks.harness.linear_bars import LinearCell
 from dak_inductor.benchmarks.harness.linear_grid import LinearShape
-from dak_inductor.benchmarks.harness.linear_peers import Round, linear_round
+from dak_inductor.benchmarks.harness.linear_peers import linear_round
 from dak_inductor.benchmarks.harness.linear_reference import (
     LinearCall,
     LinearReference,
@@ -25,39 +21,20 @@ from dak_inductor.benchmarks.harness.linear_reference import (
     poison_free_memory,
 )
 from dak_inductor.benchmarks.harness.linear_weights import TieredWeights
-from dak_inductor.benchmarks.harness.timing import (
-    CapturedStep,
-    Timing,
-    TimingRule,
-    capture,
-    rotation_count,
-    time_calls,
-)
+from dak_inductor.benchmarks.harness.rounds import Rounds, make_rounds, time_rounds
+from dak_inductor.benchmarks.harness.timing import TimingRule
 from dak_inductor.benchmarks.harness.yardstick import Ceilings, Work, direct_bound, over_bound
-
-LEAST_GRAPH_SECONDS = 1e-3
-MOST_ROUNDS = 16
-COPIES_ON_CPU = 2
 
 
 @dataclass(frozen=True, slots=True)
 class TokenCase:
-    """Inputs of one token count: x [M, K], its reference, and C, the stock kernel all resident."""
+    """Inputs of one token count: x [M, K], its reference, and the stock kernel all resident, whose
+    time is C."""
 
     tokens: int
     x: Tensor
     reference: LinearReference
-    resident: Timing
-
-
-@dataclass(frozen=True, slots=True)
-class RoundTiming:
-    """Seconds of one call, and the captured rounds that were timed (`calls` calls each)."""
-
-    timing: Timing
-    run: Round | CapturedStep
-    calls: int
-    output: Tensor
+    resident: Rounds
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -66,58 +43,20 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return result
 
 
-def copies_needed(nbytes: int, device: torch.device) -> int:
-    """Equal weights that a round must use so that none of them is found in the L2 cache."""
-    if device.type != "cuda":
-        return COPIES_ON_CPU
-    return rotation_count(nbytes, torch.cuda.get_device_properties(device).L2_cache_size)
-
-
 def fresh_values(shape: LinearShape, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A random weight [N, K], scaled so that outputs are about one."""
     return torch.randn(shape.n, shape.k, dtype=dtype, device=device).div_(math.sqrt(shape.k))
 
 
-def time_rounds(
-    round_: Round, calls: int, bound: float, *, device: torch.device, rule: TimingRule
-) -> RoundTiming:
-    """Time rounds of `calls` calls that take at least `bound` seconds each."""
-    rounds = max(1, min(MOST_ROUNDS, math.ceil(LEAST_GRAPH_SECONDS / (bound * calls))))
-    if device.type != "cuda":
-        rounds = 1
-
-    def several() -> Tensor:
-        for _ in range(rounds - 1):
-            round_()
-        return round_()
-
-    run: Round | CapturedStep = several
-    method = "eager calls"
-    if device.type == "cuda":
-        run, method = capture(several, warmup=1), "CUDA graph replays"
-    total = time_calls([run], device=device, rule=rule, method=method)
-    each = tuple(seconds / (rounds * calls) for seconds in total.repeats)
-    timing = Timing(
-        total.seconds / (rounds * calls), each, total.replays * rounds * calls, total.method
-    )
-    output = run()
-    assert isinstance(output, Tensor)
-    return RoundTiming(timing, run, rounds * calls, output)
-
-
-def token_case(
-    tokens: int, resident: Sequence[Tensor], ceilings: Ceilings, rule: TimingRule
-) -> TokenCase:
-    """Fresh inputs for resident equal weights [N, K], their reference, and C."""
+def token_case(tokens: int, resident: Sequence[Tensor], ceilings: Ceilings) -> TokenCase:
+    """Fresh inputs for resident equal weights [N, K], and their reference."""
     first = resident[0]
     x = torch.randn(tokens, first.shape[1], dtype=first.dtype, device=first.device)
     reference = make_reference(LinearCall(x, (first,)))
     bound = direct_bound(_work(tokens, first, first.nbytes, 0), ceilings)
-    stock = time_rounds(
-        linear_round(x, resident, functional.linear),
-        len(resident), bound, device=first.device, rule=rule,
-    )  # fmt: skip
-    return TokenCase(tokens, x, reference, stock.timing)
+    stock = linear_round(x, resident, functional.linear)
+    rounds = make_rounds(stock, len(resident), bound, device=first.device)
+    return TokenCase(tokens, x, reference, rounds)
 
 
 def measure_cell(
@@ -137,18 +76,18 @@ def measure_cell(
     output = linear(case.x, first)
     verdict = case.reference.judge(output)
     counter = ReadCounter(weights.buffers)
-    timed = time_rounds(
-        linear_round(case.x, weights.tensors, linear),
-        len(weights.tensors), bound, device=device, rule=rule,
-    )  # fmt: skip
+    rounds = make_rounds(
+        linear_round(case.x, weights.tensors, linear), len(weights.tensors), bound, device=device
+    )
+    timing, stock = time_rounds([rounds, case.resident], device=device, rule=rule)
     _synchronize(device)
     counter.reset()
-    timed.run()
+    again = rounds.output()
     _synchronize(device)
     reads = counter.read()
     counted = reads is not None and reads.calls > 0
-    seconds = timed.timing.seconds
-    remote_counted = reads.remote_bytes / timed.calls if reads is not None and counted else None
+    seconds = timing.seconds
+    remote_counted = reads.remote_bytes / rounds.calls if reads is not None and counted else None
     amplification = (
         None if remote_counted is None or held.remote == 0 else remote_counted / held.remote
     )
@@ -158,7 +97,7 @@ def measure_cell(
         weight_bytes=first.nbytes,
         seconds=seconds,
         direct=bound,
-        resident=case.resident.seconds,
+        resident=stock.seconds,
         local_seconds=held.local / ceilings.hbm_stream,
         amplification=amplification,
     )
@@ -173,14 +112,14 @@ def measure_cell(
         "remote_bytes": held.remote,
         "microseconds": seconds * 1e6,
         "L_microseconds": bound * 1e6,
-        "C_microseconds": case.resident.seconds * 1e6,
+        "C_microseconds": stock.seconds * 1e6,
         "T/L": over_bound(seconds, bound),
-        "T/C": over_bound(seconds, case.resident.seconds),
+        "T/C": over_bound(seconds, stock.seconds),
         "hbm_share": held.local / seconds / ceilings.hbm_stream,
         "link_share": held.remote / seconds / ceilings.link_direct,
         **_served_by(case.x, weights),
         "counted_by": "kernel" if counted else "nothing",
-        "counted_local_bytes": reads.local_bytes / timed.calls if reads and counted else None,
+        "counted_local_bytes": reads.local_bytes / rounds.calls if reads and counted else None,
         "counted_remote_bytes": remote_counted,
         "amplification": amplification,
         "peak_window": reads.peak_window if reads and counted else None,
@@ -189,11 +128,11 @@ def measure_cell(
         "max_error": verdict.ours.max_abs,
         "torch_rms_error": verdict.torch_own.rms,
         "torch_max_error": verdict.torch_own.max_abs,
-        "repeatable": torch.equal(output, timed.output),
+        "repeatable": torch.equal(output, again),
         "weights_in_rotation": len(weights.tensors),
-        "calls": timed.timing.replays,
-        "method": timed.timing.method,
-        "repeats_microseconds": [value * 1e6 for value in timed.timing.repeats],
+        "calls": timing.replays,
+        "method": timing.method,
+        "repeats_microseconds": [value * 1e6 for value in timing.repeats],
     }
     return row, cell
 

@@ -13,8 +13,8 @@ from torch.nn import functional
 from dak_inductor.benchmarks.harness.copy_stream import CopyStream, remote_copy
 from dak_inductor.benchmarks.harness.linear_grid import DECODE_TOKENS
 from dak_inductor.benchmarks.harness.peers.provider import remote_rows
+from dak_inductor.benchmarks.harness.rounds import Round
 
-Round = Callable[[], Tensor]
 Linear = Callable[[Tensor, Tensor], Tensor]
 CHOICES = ("none", "fast", "all")
 STOCK = "stock on split"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 Step = Callable[[], object]
+_Clock = Callable[[Step, int, torch.device], float]
 
 L2_MULTIPLE = 3
 """Inputs are rotated until a round touches this many times the L2 size."""
@@ -94,20 +95,40 @@ def time_calls(
     """Time rounds over `steps` (one per rotated input); seconds are per step, not per round."""
     if not steps:
         raise ValueError("no step to time")
-    clock = _event_seconds if device.type == "cuda" else _wall_seconds
 
     def run_round() -> None:
         for step in steps:
             step()
 
+    (total,) = time_in_turn([run_round], device=device, rule=rule)
+    blocks = tuple(seconds / len(steps) for seconds in total.repeats)
+    return Timing(statistics.median(blocks), blocks, total.replays * len(steps), method)
+
+
+def time_in_turn(
+    steps: Sequence[Step], *, device: torch.device, rule: TimingRule
+) -> tuple[Timing, ...]:
+    """Time each step: a block of one after a block of the other, so that all see the card alike."""
+    clock = _event_seconds if device.type == "cuda" else _wall_seconds
+    counts = [_replays(step, clock, device, rule) for step in steps]
+    blocks = [
+        [clock(step, count, device) for step, count in zip(steps, counts, strict=True)]
+        for _ in range(rule.repeats)
+    ]
+    return tuple(
+        Timing(statistics.median(of_step), of_step, count, "")
+        for of_step, count in zip(zip(*blocks, strict=True), counts, strict=True)
+    )
+
+
+def _replays(step: Step, clock: _Clock, device: torch.device, rule: TimingRule) -> int:
+    """Calls of a block, after warm-up."""
     for _ in range(rule.warmup):
-        run_round()
-    estimate = clock(run_round, 1, device)
-    rounds = rule.replays(estimate)
-    if rounds > 3:  # a single call is a poor estimate of a short step
-        rounds = rule.replays(clock(run_round, min(rounds, 10), device))
-    blocks = tuple(clock(run_round, rounds, device) / len(steps) for _ in range(rule.repeats))
-    return Timing(statistics.median(blocks), blocks, rounds * len(steps), method)
+        step()
+    count = rule.replays(clock(step, 1, device))
+    if count > 3:  # a single call is a poor estimate of a short step
+        count = rule.replays(clock(step, min(count, 10), device))
+    return count
 
 
 def time_graphs(steps: Sequence[Step], *, device: torch.device, rule: TimingRule) -> Timing:
@@ -116,7 +137,7 @@ def time_graphs(steps: Sequence[Step], *, device: torch.device, rule: TimingRule
     return time_calls(captured, device=device, rule=rule, method="CUDA graph replays")
 
 
-def _event_seconds(call: Callable[[], None], count: int, device: torch.device) -> float:
+def _event_seconds(call: Step, count: int, device: torch.device) -> float:
     """Mean seconds of `count` calls on the device's clock."""
     with torch.cuda.device(device):
         start = torch.cuda.Event(enable_timing=True)
@@ -130,7 +151,7 @@ def _event_seconds(call: Callable[[], None], count: int, device: torch.device) -
     return start.elapsed_time(stop) / 1e3 / count
 
 
-def _wall_seconds(call: Callable[[], None], count: int, device: torch.device) -> float:
+def _wall_seconds(call: Step, count: int, device: torch.device) -> float:
     start = time.perf_counter()
     for _ in range(count):
         call()
