@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -20,7 +22,7 @@ def host_bytes_used(meminfo: Path = Path("/proc/meminfo")) -> int:
 
 
 def device_bytes_used(index: int = 0) -> int:
-    """Bytes in use on a card as NVML counts them; needs no CUDA context.
+    """Bytes in use on torch's device `index` as NVML counts them; needs no CUDA context.
 
     Without NVML, total - free of `cudaMemGetInfo`, which creates a context first. Raises
     RuntimeError on a machine without a GPU.
@@ -29,7 +31,7 @@ def device_bytes_used(index: int = 0) -> int:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        handle = _nvml_handle(pynvml, index)
         try:
             info = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
         except (
@@ -44,6 +46,13 @@ def device_bytes_used(index: int = 0) -> int:
         raise RuntimeError("no GPU on this machine, so no device memory to count")
     free, total = torch.cuda.mem_get_info(index)
     return total - free
+
+
+def _nvml_handle(nvml: Any, index: int) -> Any:
+    """NVML counts the machine's cards, CUDA those that it may see."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") is None:
+        return nvml.nvmlDeviceGetHandleByIndex(index)
+    return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
 
 
 class PeakMemory:

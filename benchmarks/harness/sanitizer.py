@@ -1,8 +1,9 @@
 """A script of checked calls that starts itself again under compute-sanitizer.
 
 With `--tool` the script runs under that tool, from PATH or from the CUDA toolkit, and returns its
-status; 2 where there is no such tool. racecheck does not see writes by TMA: what it reports of
-shared memory that only TMA writes is no race that it could judge.
+status; 2 where there is no such tool. Only this package's kernels are watched: of cuDNN's and
+torch's own attention, which make the references, racecheck reports hazards. It does not see writes
+by TMA: what it reports of shared memory that only TMA writes is no race that it could judge.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Sequence
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 TOOLKIT = "/usr/local/cuda/bin"
 FOUND_ERRORS = 86
+WATCHED = "kernel_substring=tiered"
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -36,6 +38,7 @@ def run_under(tool: str, script: Sequence[str], *, tool_options: str = "") -> in
         print(f"compute-sanitizer is neither in PATH nor in {TOOLKIT}", file=sys.stderr)
         return 2
     command = [path, "--tool", tool, "--error-exitcode", str(FOUND_ERRORS), "--print-limit", "20"]
+    command += ["--kernel-name", WATCHED]
     # the extension asks for parameters of a kernel until the driver says that there are no more
     command += ["--report-api-errors", "no"]
     command += [*shlex.split(tool_options), sys.executable, *script]

@@ -30,9 +30,10 @@ RING_BYTES = 64 * 2**20
 UNIT = 128
 """Tokens of a staged part are a multiple of it where possible: whole key blocks of the kernels."""
 
-PRECISION_COST = 1.05
-"""What a plan may take for results that are merged as fp32 sums, as the Triton forward gives them.
-Stock forwards round theirs first: the largest error among 10^5 elements was 3 times torch's own."""
+PRECISION_COST, PRECISION_SECONDS = 1.05, 20e-6
+"""What a plan may take for results that are merged as fp32 sums, as the Triton forward gives them:
+so many times the fastest plan, or so much more. Stock forwards round theirs first: the largest
+error among 10^5 elements was 3 times torch's own."""
 
 _LOCAL_ROW_BLOCKS = (1, 2, 4)
 _BODIES = (1, 2, 3, 4, 8)  # chunks of equal size in what the ring holds
@@ -102,7 +103,8 @@ def choose(
     if best in unrounded or not unrounded:
         return best
     precise = min(unrounded, key=_seconds)
-    return precise if precise.seconds <= PRECISION_COST * best.seconds else best
+    allowed = max(PRECISION_COST * best.seconds, best.seconds + PRECISION_SECONDS)
+    return precise if precise.seconds <= allowed else best
 
 
 def _seconds(plan: StagedPlan) -> float:

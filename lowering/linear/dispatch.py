@@ -73,7 +73,7 @@ def _fastest(product: Product, stock: Callable[[], Tensor] | None) -> Tensor | N
 
     def measure() -> tuple[float, ...]:
         with device_counters.kept(product.weights):
-            return stopwatch.medians([runs[way.name] for way in ways], product.x.device)
+            return stopwatch.seconds_of([runs[way.name] for way in ways], product.x.device)
 
     way = TRIALS.choose(facts, ways, measure)
     return None if way.name == "stock" else runs[way.name]()

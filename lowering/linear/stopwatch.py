@@ -7,12 +7,11 @@ each kernel: at 0.5% remote a product of 36.6 us and one of 31.8 us looked equal
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 
 import torch
 
-ROUNDS = 3
+ROUNDS = 4
 CALLS = 4
 """Of short work between two events."""
 SHORT_SECONDS = 5e-4
@@ -26,8 +25,9 @@ _Events = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
 @torch.no_grad()
-def medians(runs: Sequence[Run], device: torch.device) -> tuple[float, ...]:
-    """Seconds of each run on the current stream of `device`.
+def seconds_of(runs: Sequence[Run], device: torch.device) -> tuple[float, ...]:
+    """Seconds of each run on the current stream of `device`, the least of a few rounds: what else
+    uses the card only adds.
 
     Each runs once before, to compile and plan, and then in turn with the others. Takes twice as
     much device memory as L2 has, until it returns; what runs return is dropped. Waits for the
@@ -39,14 +39,14 @@ def medians(runs: Sequence[Run], device: torch.device) -> tuple[float, ...]:
         nbytes = torch.cuda.get_device_properties(device).L2_cache_size
         scratch = torch.zeros(L2_MULTIPLE * nbytes // 4, dtype=torch.float32, device=device)
         flush = scratch.sum  # reads: what is written would be written back during a run
-        longest = max(_seconds(_queue(flush, run, 1)) for run in runs)
+        longest = max(_elapsed(_queue(flush, run, 1)) for run in runs)
         calls = CALLS if longest < SHORT_SECONDS else 1
         every = (*runs, lambda: None)
         events = [[_queue(flush, run, calls) for run in every] for _ in range(ROUNDS)]
-        *timed, idle = (
-            statistics.median(map(_seconds, each)) for each in zip(*events, strict=True)
-        )
-    return tuple(max(seconds - idle, 0.0) / calls for seconds in timed)
+        *timed, idle = (min(map(_elapsed, each)) for each in zip(*events, strict=True))
+    if min(timed) <= idle:  # others use the card: the difference of two times means nothing
+        idle = 0.0
+    return tuple((seconds - idle) / calls for seconds in timed)
 
 
 def _queue(flush: Run, run: Run, calls: int) -> _Events:
@@ -61,7 +61,7 @@ def _queue(flush: Run, run: Run, calls: int) -> _Events:
     return start, stop
 
 
-def _seconds(events: _Events) -> float:
+def _elapsed(events: _Events) -> float:
     start, stop = events
     stop.synchronize()
     return start.elapsed_time(stop) / 1e3

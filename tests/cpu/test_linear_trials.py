@@ -303,7 +303,7 @@ def tried(h200: None, monkeypatch: pytest.MonkeyPatch):
     chooser = Trials(capturing=lambda _: False)
     chooser.switch(True)
 
-    def medians(runs: Sequence, device: torch.device) -> list[float]:
+    def seconds_of(runs: Sequence, device: torch.device) -> list[float]:
         before = len(ran)
         for run in runs:
             run()
@@ -327,7 +327,7 @@ def tried(h200: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dispatch, "_refusal", lambda _: None)
     monkeypatch.setattr(dispatch, "TRIALS", chooser)
     monkeypatch.setattr(trials, "SURE", 0.0)  # of so small a weight the ring's estimate is far
-    monkeypatch.setattr(stopwatch, "medians", medians)
+    monkeypatch.setattr(stopwatch, "seconds_of", seconds_of)
     monkeypatch.setattr(product.Product, "direct", direct)
     monkeypatch.setattr(product.Product, "staged", staged)
     buffer = SimulatedTier().allocate(512 * 512 * 2, split=512 * 512)

@@ -37,9 +37,9 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> Trials:
 def win(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Lets the way at a position win, after runs as in a real trial."""
     position = 0
-    real = stopwatch.medians
+    real = stopwatch.seconds_of
 
-    def medians(runs: Sequence[Callable[[], object]], device: torch.device) -> tuple[float, ...]:
+    def seconds_of(runs: Sequence[Callable[[], object]], device: torch.device) -> tuple[float, ...]:
         assert all(seconds > 0 for seconds in real(runs, device))
         return tuple(1.0 if index == position else 2.0 for index in range(len(runs)))
 
@@ -47,7 +47,7 @@ def win(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
         nonlocal position
         position = wanted
 
-    monkeypatch.setattr(stopwatch, "medians", medians)
+    monkeypatch.setattr(stopwatch, "seconds_of", seconds_of)
     yield choose
 
 
