@@ -80,8 +80,8 @@ def launch(
     buffer = operands[0].buffer
     window = window_of(x.device, buffer.tier)
     profile = profile_of(index)
-    most_remote = min(
-        workers, most_remote_workers(configuration, profile, window.link, window.nbytes)
+    most_remote = most_remote_workers(
+        configuration, profile, window.link, window=window.nbytes, workers=workers
     )
     step = step_seconds(configuration, profile)
     tail = tail_rule(problem, configuration, profile, workers)
@@ -161,15 +161,16 @@ def profile_of(device_index: int) -> hardware.HardwareProfile:
 def _weight_map(weight: Tensor, configuration: LinearConfiguration) -> bytes:
     if configuration.in_out:
         return _map(weight, DEPTH)
-    return _map(weight, configuration.features)
+    alone = configuration.cluster == 1 and not configuration.paired
+    return _map(weight, configuration.features, wide=not alone)
 
 
 def _row_maps(weight: Tensor) -> bytes:
     return b"".join(_map(weight, rows) for rows in FEW_ROWS)
 
 
-def _map(matrix: Tensor, box_rows: int) -> bytes:
+def _map(matrix: Tensor, box_rows: int, *, wide: bool = True) -> bytes:
     rows, columns = matrix.shape
     row_bytes = max(matrix.stride(0), columns) * matrix.element_size()
     row_bytes = math.ceil(row_bytes / 16) * 16  # of a single row any stride does
-    return matrix_map(matrix.data_ptr(), matrix.dtype, rows, columns, row_bytes, box_rows)
+    return matrix_map(matrix.data_ptr(), matrix.dtype, rows, columns, row_bytes, box_rows, wide)
