@@ -25,6 +25,7 @@ from dak_inductor.refusal import Refusal
 from dak_inductor.rewrite import rewrite
 from dak_inductor.session import SESSION, CompiledGraph
 from dak_inductor.templates import with_templates
+from dak_inductor.written_inputs import written_inputs
 
 log = logging.getLogger(__name__)
 
@@ -86,10 +87,11 @@ def compile_graph(
             "Export the model after dak.restore(model)."
         )
     graph, table, steps = _read_operators(graph_module)
+    written = written_inputs(graph)
     if table.ops:
         graph = rewrite(graph, table)
         table = with_templates(graph, fuse_epilogues(graph, table))
-    compiled = CompiledGraph(table, settings, SESSION, steps)
+    compiled = CompiledGraph(table, settings, SESSION, steps, written)
     compiled.log_placement(example_inputs)
     compiled.run = executor(graph, example_inputs)
     return compiled

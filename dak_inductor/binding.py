@@ -16,20 +16,25 @@ import torch
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
 from dak_inductor.lowering import counters
+from dak_inductor.lowering.ahead.memory import StepMemory
 from dak_inductor.offloaded import changes, offloaded_models
 from dak_inductor.op_table import Op, OpTable
 from dak_inductor.plan import OpUse
 from dak_inductor.sizes import Evaluator
+
+_MOST_SIZES = 256
 
 
 @dataclass(eq=False)
 class Binding:
     """`names` and `buffers` are by index of graph input.
 
-    `values` are the symbols' values of the last call, `largest` the largest of each so far, and
-    `grew` says that one of them grew since the last plan. `seen_changes` is the state of the
-    registry of models for which the binding is known to hold. `window` is the backend's option, in
-    bytes.
+    `device` is that of the weights, None where there are none or they are on several. `values` are
+    the symbols' values of the last call, `largest` the largest of each so far, and `grew` says that
+    one of them, or the ring of copies ahead, grew since the last plan. `seen_changes` is the state
+    of the registry of models for which the binding is known to hold. `window` is the backend's
+    option, in bytes. `ahead` is what is known of the order of the products, once a call has run on
+    a GPU.
     """
 
     graph: str
@@ -40,9 +45,12 @@ class Binding:
     counts_itself: bool
     seen_changes: int
     window: int | None = None
+    device: torch.device | None = None
+    ahead: StepMemory | None = None
     calls: int = 0
     largest: dict[str, int] = field(default_factory=dict)
     grew: bool = False
+    _tokens: dict[tuple[tuple[str, int], ...], tuple[int, ...]] = field(default_factory=dict)
     _uncounted: int = 0
     _counted_at: tuple[int, ...] = ()
     _reads: list[tuple[Op, TierBytes]] = field(default_factory=list)
@@ -62,6 +70,22 @@ class Binding:
         """Rows of the largest product in the graph: tokens per call."""
         evaluate = Evaluator({**self.table.hints, **self.values})
         return max((evaluate(op.m) for op in self.table.ops if op.operand in self.names), default=0)
+
+    def tokens(self, arguments: Sequence[object]) -> tuple[int, ...]:
+        """The rows of the products of a call, each number once: what tells prefill from decode.
+
+        () where the graph has one set of sizes.
+        """
+        if not self.table.symbols:
+            return ()
+        values = tuple(sorted(self.table.symbol_values(arguments).items()))
+        if values not in self._tokens:
+            if len(self._tokens) >= _MOST_SIZES:
+                self._tokens.clear()
+            evaluate = Evaluator({**self.table.hints, **dict(values)})
+            rows = {evaluate(op.m) for op in self.table.ops if op.operand in self.names}
+            self._tokens[values] = tuple(sorted(rows))
+        return self._tokens[values]
 
     def uses(self, calls: float) -> list[OpUse]:
         """The planner's view of the graph with these weights, weighted by `calls`."""
@@ -126,14 +150,17 @@ def bind(
     }
     names: dict[int, str] = {}
     buffers: dict[int, TieredBuffer] = {}
+    tiered: list[torch.Tensor] = []
     for index in table.operands():
         argument = arguments[index]
         if not isinstance(argument, torch.Tensor):
             continue
         buffer = address_table.lookup(argument.data_ptr())
         if buffer is not None:
+            tiered.append(argument)
             names[index] = known.get(id(buffer), buffer.label)
             buffers[index] = buffer
+    devices = {argument.device for argument in tiered}
     simulated = any(buffer.device.type == "cpu" for buffer in buffers.values())
     return Binding(
         graph=graph,
@@ -144,4 +171,5 @@ def bind(
         counts_itself=simulated,
         seen_changes=seen_changes,
         window=window,
+        device=devices.pop() if len(devices) == 1 else None,
     )

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from rich.console import Console, Group
 
-from dak_inductor import hardware, plan_report, template_report, trial_report
+from dak_inductor import ahead_report, hardware, plan_report, template_report, trial_report
+from dak_inductor.ahead_report import StepStrategy
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
 from dak_inductor.errors import ModelError
 from dak_inductor.link_window import LinkWindow, window_in_force
@@ -27,8 +28,11 @@ from dak_inductor.template_report import OpTemplate, templates_of
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The plan as it stands, what serves each operator of the graphs seen, and what this process
-    has measured of products over the same link.
+    """The plan as it stands, what serves each operator of the graphs seen, which products' remote
+    bytes are copied ahead, and what this process has measured of products over the same link.
+
+    The plan's times are those of direct reads; a step whose products are copied ahead has its own
+    prediction in `strategies`.
 
     `str()` gives the report; rich renders it as tables.
     """
@@ -45,6 +49,7 @@ class Explanation:
     caches: TierBytes = field(default_factory=TierBytes)
     trials: tuple[Trial, ...] = ()
     curve: tuple[MemoryPoint, ...] = ()
+    strategies: tuple[StepStrategy, ...] = ()
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=150, color_system=None, force_terminal=False)
@@ -58,6 +63,8 @@ class Explanation:
             parts.append(render_curve(self.curve))
         if self.templates:
             parts.append(template_report.render(self.templates))
+        if self.strategies:
+            parts.append(ahead_report.render(self.strategies))
         if self.trials:
             parts.append(trial_report.render(self.trials))
         return Group(*parts, *([str(self.window)] if self.window else []))
@@ -119,6 +126,7 @@ def explain(model: torch.nn.Module) -> Explanation:
         window=window_in_force(record.device, record.remote, asked),
         trials=trial_report.trials_of(record.device, record.remote),
         curve=_curve(record),
+        strategies=ahead_report.strategies_of(bindings),
     )
 
 

@@ -11,9 +11,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from dak_inductor.errors import OptionError
+
+Strategy = Literal["auto", "direct", "staged"]
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off", ""}
@@ -23,14 +25,16 @@ _FALSE = {"0", "false", "no", "off", ""}
 class BackendOptions:
     """What the user may ask of the backend.
 
-    strategy: how remote bytes reach the SMs: "auto" or "direct"; this version has no "staged".
+    strategy: how remote rows of products reach the SMs: read in place ("direct"), copied ahead of
+              the product wherever that can be ("staged"), or what is predicted to be faster
+              ("auto").
     window:   bytes in flight per link; None leaves a link's window as it is.
     strict:   raise instead of warn where nothing is offloaded or a weight became resident.
     plan:     a plan, or the path of a plan file, that is applied instead of the planner's own.
     trials:   whether products are timed to choose their way; None leaves it as it is, at first on.
     """
 
-    strategy: str = "auto"
+    strategy: Strategy = "auto"
     window: int | None = None
     strict: bool = False
     plan: Any = None
@@ -114,13 +118,8 @@ def _switch(name: str, value: str) -> bool:
 
 
 def _check(options: BackendOptions) -> BackendOptions:
-    if options.strategy not in ("auto", "direct", "staged"):
-        raise OptionError(f"strategy={options.strategy!r}: use 'auto' or 'direct'")
-    if options.strategy == "staged":
-        raise OptionError(
-            "strategy='staged': this version reads remote memory directly only; use 'auto' "
-            "or 'direct'"
-        )
+    if options.strategy not in get_args(Strategy):
+        raise OptionError(f"strategy={options.strategy!r}: use 'auto', 'direct' or 'staged'")
     if options.window is not None:
         _check_window(options.window)
     if not isinstance(options.strict, bool):

@@ -11,24 +11,32 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 
 from dak_inductor import placement, replanning
+from dak_inductor.ahead_room import ring_room
 from dak_inductor.binding import Binding, bind
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
 from dak_inductor.errors import DeviceMemoryError, NothingOffloadedError, ResidentCopyError
 from dak_inductor.kv_cache_steps import CacheStep, StepRunner
 from dak_inductor.link_window import set_windows
+from dak_inductor.lowering.ahead.memory import StepMemory
 from dak_inductor.lowering.linear.trials import TRIALS
 from dak_inductor.offloaded import OffloadedModel, changes, offloaded_models
 from dak_inductor.op_table import OpTable
 from dak_inductor.options import BackendOptions
 from dak_inductor.resident_copies import resident_copies
+from dak_inductor.written_inputs import buffers_of
 
 log = logging.getLogger(__name__)
+
+AHEAD_DEVICES = ("cuda",)
+"""Where copies ahead are of use: on the simulated tier of the CPU nothing is faster or slower."""
 
 
 class Session:
@@ -105,7 +113,7 @@ class CompiledGraph:
 
     `run` is set once, after compilation. The operands' addresses are compared at each call;
     everything else happens only when they are new, or at the calls where a plan is due. `steps` are
-    what the graph writes to KV caches.
+    what the graph writes to KV caches, `written` the inputs to which it writes.
     """
 
     def __init__(
@@ -114,10 +122,12 @@ class CompiledGraph:
         settings: BackendOptions,
         session: Session,
         steps: Sequence[CacheStep] = (),
+        written: tuple[int, ...] = (),
     ) -> None:
         self.table = table
         self.settings = settings
         self.steps = StepRunner(steps)
+        self.written = written
         self.name = session.graph_name()
         self.run: Callable[..., Any] = _not_compiled
         self._session = session
@@ -131,11 +141,14 @@ class CompiledGraph:
                 self._make_room(binding)
             written = self.steps.before(arguments, lambda: self._symbols(arguments))
             try:
-                result = self.run(*arguments)
+                with self._ahead(binding, arguments):
+                    result = self.run(*arguments)
             except torch.OutOfMemoryError as error:
                 raise DeviceMemoryError(_out_of_memory(binding, error)) from error
             self.steps.after(written)
         binding.note_call(arguments)
+        if binding.ahead is not None and binding.ahead.ring_grew():
+            binding.grew = True
         if binding.names and replanning.is_due(binding):
             self._replan(binding)
         return result
@@ -182,6 +195,19 @@ class CompiledGraph:
             self._bindings[key] = binding
             self._session.add(binding)
         return binding
+
+    def _ahead(self, binding: Binding, arguments: Sequence[Any]) -> AbstractContextManager[None]:
+        """Copies ahead of the products of this call, where the option has them and a GPU reads."""
+        device = binding.device
+        if device is None or device.type not in AHEAD_DEVICES:
+            return nullcontext()
+        if binding.ahead is None:
+            models = partial(_models_of, binding)
+            binding.ahead = StepMemory(
+                self.name, self.settings.strategy, lambda: ring_room(device, models())
+            )
+        written = buffers_of(arguments, self.written)
+        return binding.ahead.opened(binding.tokens(arguments), device, written)
 
     def _check(self, binding: Binding, arguments: Sequence[Any]) -> None:
         copies = resident_copies(self.table, binding, arguments)

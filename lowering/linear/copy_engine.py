@@ -82,6 +82,17 @@ def copy(target: Tensor, source: Tensor) -> None:
         )
 
 
+def copy_bytes(target: int, source: int, nbytes: int, device: torch.device) -> None:
+    """Copy bytes between addresses that `device` can read. Raises DriverError."""
+    if device.type == "cpu":
+        ctypes.memmove(target, source, nbytes)
+        return
+    stream = torch.cuda.current_stream(device).cuda_stream
+    extension().copy_async(
+        destination=target, source=source, nbytes=nbytes, stream=stream, device=device.index
+    )
+
+
 @lru_cache(maxsize=1)
 def _driver() -> Any:
     return ctypes.CDLL("libcuda.so.1")

@@ -12,6 +12,7 @@ from dak_inductor.cuda_runtime import address_table
 from dak_inductor.lowering import device_counters
 from dak_inductor.lowering.linear import stopwatch, tensor_maps
 from dak_inductor.lowering.linear.configuration import MAXIMUM_TOKENS
+from dak_inductor.lowering.linear.open_step import current
 from dak_inductor.lowering.linear.problem import DTYPES, LinearProblem
 from dak_inductor.lowering.linear.product import Product
 from dak_inductor.lowering.linear.trials import TRIALS
@@ -49,15 +50,24 @@ def run(
     if all(buffer is None for buffer in buffers):
         return None
     product = Product(x, weights, buffers, biases, residual, activation, layout)
+    step = current()
+    served = None if step is None else step.serve(product)
+    if served is not None:
+        return served
     if x.dim() and x.numel() > MAXIMUM_TOKENS * x.shape[-1]:
         return None if _is_refused(product.ring_refusal()) else product.staged()
     if _is_refused(_refusal(product)):
         return None
-    return _fastest(product, stock)
+    return _fastest(product, stock, measures=step is None or step.measures)
 
 
-def _fastest(product: Product, stock: Callable[[], Tensor] | None) -> Tensor | None:
-    """By the way that trials and estimates choose; None for the stock operator."""
+def _fastest(
+    product: Product, stock: Callable[[], Tensor] | None, *, measures: bool
+) -> Tensor | None:
+    """By the way that trials and estimates choose; None for the stock operator.
+
+    `measures`: a trial may run.
+    """
     facts = product.facts()
     ways = ways_of(facts.problem, facts.remote_bytes, facts.tier, facts.device_index)
     if any(way.name == "ring" for way in ways) and _is_refused(product.ring_refusal()):
@@ -75,7 +85,7 @@ def _fastest(product: Product, stock: Callable[[], Tensor] | None) -> Tensor | N
         with device_counters.kept(product.weights):
             return stopwatch.seconds_of([runs[way.name] for way in ways], product.x.device)
 
-    way = TRIALS.choose(facts, ways, measure)
+    way = TRIALS.choose(facts, ways, measure) if measures else TRIALS.current(facts, ways)
     return None if way.name == "stock" else runs[way.name]()
 
 

@@ -114,9 +114,7 @@ def run(
     Raises DriverError where a copy cannot be queued.
     """
     in_out = layout == "in_out"
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(1) != 1 or rows.stride(0) < rows.shape[1]:
-        rows = rows.contiguous()  # once, not in each product
+    rows = token_rows(x)
     n = weights[0].shape[1 if in_out else 0]
     gated = len(weights) == 2
     problem = LinearProblem(rows.shape[0], n, rows.shape[1], x.dtype, gated, in_out)
@@ -126,18 +124,31 @@ def run(
     outputs = tuple(x.new_empty((problem.m, n)) for _ in weights)
     slots = allocate([features * problem.k for features in plan.slots], x)
     products = Products(rows, weights, biases, outputs, residency, in_out)
-    count = partial(reads.count_dense, "linear", *_counted(weights))
+    count = partial(reads.count_dense, "linear", *counted(weights))
     queues = queues_of(x.device)
     staging.issue(plan.parts, products, slots, queues, count, copy_bound=plan.copy_bound)
+    return finish(outputs, activation, residual).view(*x.shape[:-1], n)
+
+
+def token_rows(x: Tensor) -> Tensor:
+    """The input as [M, K] with contiguous rows, copied once and not in each product."""
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1 or rows.stride(0) < rows.shape[1]:
+        return rows.contiguous()
+    return rows
+
+
+def finish(outputs: tuple[Tensor, ...], activation: str, residual: Tensor | None) -> Tensor:
+    """What follows the products, in the memory of the first: [M, N]."""
     result = _IN_PLACE[activation](outputs[0])
-    if gated:
+    if len(outputs) == 2:
         result.mul_(outputs[1])
     if residual is not None:
-        result.add_(residual.reshape(-1, n))
-    return result.view(*x.shape[:-1], n)
+        result.add_(residual.reshape(result.shape))
+    return result
 
 
-def _counted(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def counted(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The weights; two column ranges of one matrix as one, since their extents overlap."""
     first = min(weights, key=Tensor.data_ptr)
     last = max(weights, key=Tensor.data_ptr)

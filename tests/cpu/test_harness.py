@@ -270,6 +270,12 @@ def test_decode_bar_is_against_the_faster_stock_form() -> None:
     )
     (undecided,) = bench_decode_step.verdicts([*stock, row("dak", 9.0)], (0.1,), on_gpu=False)
     assert [v.passed for v in (good, slow, wrong, undecided)] == [True, False, False, None]
+    own = [row("dak direct", 0.9), row("dak staged", 0.8)]
+    for ours, passed in ((0.82, True), (0.85, False)):
+        _, choice = bench_decode_step.verdicts(
+            [*stock, *own, row("dak", ours)], (0.1,), on_gpu=True
+        )
+        assert choice.passed is passed
 
 
 def test_compile_bar_fails_where_a_run_failed() -> None:

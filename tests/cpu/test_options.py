@@ -40,7 +40,6 @@ def test_a_mode_may_stand_among_the_options():
         ({"stritc": True}, "did you mean strict"),
         ({"no_such_option_at_all": 1}, "unknown option"),
         ({"strategy": "prefetch"}, "auto"),
-        ({"strategy": "staged"}, "directly only"),
         ({"window": 0}, "no remote byte"),
         ({"window": -1}, "from 1 to"),
         ({"window": 2**31}, "from 1 to"),

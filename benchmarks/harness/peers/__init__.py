@@ -27,6 +27,8 @@ def all_providers() -> dict[str, Provider]:
         LayerPrefetch(compiled=True, charged=False),
         LayerPrefetch(compiled=True, charged=True),
         AccelerateOffload(),
+        DakBackend("direct"),
+        DakBackend("staged"),
         DakBackend(),
     )
     return {provider.name: provider for provider in made}

@@ -1,9 +1,15 @@
-"""This package: `dak.offload`, `model.compile(backend="dak")`, then captured like its peers."""
+"""This package: `dak.offload`, `model.compile(backend="dak")`, then captured like its peers.
+
+Once for each `strategy`: what it chooses itself, and both ways that it chooses from.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from dak_inductor.ahead_report import StepStrategy
 from dak_inductor.benchmarks.harness.models import DecoderBlocks, StepInputs
 from dak_inductor.benchmarks.harness.peers.provider import (
     Kind,
@@ -13,6 +19,7 @@ from dak_inductor.benchmarks.harness.peers.provider import (
     Setting,
     model_bytes,
 )
+from dak_inductor.options import Strategy
 
 SETTLING_STEPS = 3
 """Steps before a capture: the first compiles and re-plans, later ones run as they will stay."""
@@ -21,8 +28,11 @@ SETTLING_STEPS = 3
 class DakBackend(Provider):
     """The planner's choice of which weights are remote, at the same total as every other peer."""
 
-    name = "dak"
     kind: Kind = "real peer"
+
+    def __init__(self, strategy: Strategy = "auto") -> None:
+        self.strategy = strategy
+        self.name = "dak" if strategy == "auto" else f"dak {strategy}"
 
     def prepare(self, model: DecoderBlocks, inputs: StepInputs, setting: Setting) -> Prepared:
         import dak_inductor as dak
@@ -35,7 +45,7 @@ class DakBackend(Provider):
             remote=setting.remote,
             host_memory=setting.host_memory,
         )
-        offloaded.compile(backend="dak", dynamic=False)
+        offloaded.compile(backend="dak", dynamic=False, options={"strategy": self.strategy})
         for _ in range(SETTLING_STEPS):
             offloaded(*inputs.arguments())
         if setting.device.type == "cuda":
@@ -51,4 +61,15 @@ class DakBackend(Provider):
         def step() -> torch.Tensor:
             return offloaded(*inputs.arguments())
 
-        return Prepared(step, remote, device_bytes=before - tiered + local)
+        steps = dak.explain(offloaded).strategies
+        ring = max((each.ring_bytes for each in steps), default=0)
+        return Prepared(
+            step, remote, device_bytes=before - tiered + local + ring, note=strategies_text(steps)
+        )
+
+
+def strategies_text(steps: Sequence[StepStrategy]) -> str:
+    """How many products had their remote bytes copied ahead, by the plans in force."""
+    if not steps:
+        return "no product copied ahead"
+    return "; ".join(each.off or f"{each.staged} of {len(each.ops)} copied ahead" for each in steps)

@@ -1,0 +1,118 @@
+"""Which products of the steps seen are copied ahead, which are read in place, and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from dak_inductor.binding import Binding
+from dak_inductor.lowering.ahead.memory import KnownStep, tokens_text
+from dak_inductor.lowering.ahead.sequence import StepCall
+from dak_inductor.plan_report import bytes_text, seconds_text
+
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class OpStrategy:
+    """One product: the tensors that it reads, "staged" or "direct", and the reason."""
+
+    tensors: tuple[str, ...]
+    strategy: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepStrategy:
+    """One step: a graph at one set of token counts.
+
+    `seconds` are predicted of its products, `direct_seconds` with none staged. `off` says why the
+    step is left alone, "" where it is not; it has no products then.
+    """
+
+    graph: str
+    tokens: str
+    ops: tuple[OpStrategy, ...]
+    ring_bytes: int
+    seconds: float
+    direct_seconds: float
+    off: str = ""
+
+    @property
+    def staged(self) -> int:
+        """How many products are."""
+        return sum(op.strategy == "staged" for op in self.ops)
+
+    def __str__(self) -> str:
+        head = f"{self.graph}, {self.tokens}"
+        if self.off:
+            return f"{head}: nothing is copied ahead: {self.off}"
+        return (
+            f"{head}: {self.staged} of {len(self.ops)} products copied ahead through "
+            f"{bytes_text(self.ring_bytes)}; predicted {seconds_text(self.seconds)}, all direct "
+            f"{seconds_text(self.direct_seconds)}"
+        )
+
+
+def strategies_of(bindings: Iterable[Binding]) -> tuple[StepStrategy, ...]:
+    """Of all steps that were planned or given up, in the order in which they were first called."""
+    found = []
+    for binding in bindings:
+        if binding.ahead is None:
+            continue
+        names = {
+            id(buffer): binding.names[index] for index, buffer in binding.live_buffers().items()
+        }
+        for tokens, known in binding.ahead.steps():
+            found.append(_strategy(binding.graph, tokens_text(tokens), known, names))
+    return tuple(found)
+
+
+def _strategy(graph: str, tokens: str, known: KnownStep, names: dict[int, str]) -> StepStrategy:
+    plan, sequence = known.plan, known.sequence
+    if plan is None or sequence is None:
+        return StepStrategy(graph, tokens, (), 0, 0.0, 0.0, known.off)
+    ops = tuple(
+        OpStrategy(_tensors(call, names), op.strategy, op.reason)
+        for call, op in zip(sequence.calls, plan.ops, strict=True)
+    )
+    return StepStrategy(
+        graph, tokens, ops, plan.ring_bytes, plan.seconds, plan.direct_seconds, known.off
+    )
+
+
+def _tensors(call: StepCall, names: dict[int, str]) -> tuple[str, ...]:
+    held = [None if weight.buffer is None else weight.buffer() for weight in call.weights]
+    found = [names.get(id(buffer), buffer.label) for buffer in held if buffer is not None]
+    return tuple(dict.fromkeys(found))
+
+
+def render(steps: Iterable[StepStrategy]) -> Group:
+    """For a rich console; a row for equal layers."""
+    parts: list[Text | Table] = []
+    for step in steps:
+        parts.append(Text(str(step)))
+        rows: dict[tuple[str, str, str], int] = {}
+        for op in step.ops:
+            label = _NUMBER.sub("*", ", ".join(op.tensors))
+            row = (label, op.strategy, op.reason)
+            rows[row] = rows.get(row, 0) + 1
+        if rows:
+            parts.append(_table(rows))
+    return Group(*parts)
+
+
+def _table(rows: dict[tuple[str, str, str], int]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("weights", "remote bytes", "why"):
+        table.add_column(name, overflow="fold")
+    table.add_column("count", justify="right")
+    for row, count in rows.items():
+        table.add_row(*(Text(cell) for cell in row), str(count))
+    return table

@@ -1,0 +1,30 @@
+"""How much device memory copies ahead may take for their ring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dak_inductor.lowering.ahead.memory import Room
+from dak_inductor.offloaded import OffloadedModel
+
+LARGEST_SHARE = 1 / 64
+"""Of the budget."""
+
+
+def ring_room(device: torch.device, models: Sequence[OffloadedModel]) -> Room:
+    """What is left of the budget of these models, whose weights are on `device`.
+
+    The ring comes from torch's allocator while a step runs, so the peak that is measured after the
+    first such step has it, and the plan that follows counts it against `gpu_memory`. Until then it
+    has to fit beside all that is there.
+    """
+    limits = [model.budget.limit for model in models]
+    charged = any(m.budget.total is not None and m.offload_ratio is None for m in models)
+    if device.type != "cuda":
+        return Room(min(limits, default=1 << 60), charged)
+    free, card = torch.cuda.mem_get_info(device)
+    limit = min(limits, default=card)
+    left = min(free, limit - (card - free))
+    return Room(max(0, min(left, int(LARGEST_SHARE * limit))), charged)

@@ -1,0 +1,223 @@
+"""What is known of the steps of one compiled graph with one set of weights.
+
+Kept by token counts, so that prefill and decode of one dynamic graph do not forget each other. A
+step is learned at its first call, planned at the next one and whenever a split has moved, and
+learned again after it did not follow its order.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.errors import ProfileError
+from dak_inductor.lowering.ahead.player import Player
+from dak_inductor.lowering.ahead.sequence import Sequence, Splits
+from dak_inductor.lowering.ahead.step import (
+    LearningStep,
+    PlayedStep,
+    place_of,
+)
+from dak_inductor.lowering.ahead.step_costs import link_rates, step_ops, tier_of
+from dak_inductor.lowering.ahead.step_plan import StepPlan, choose
+from dak_inductor.lowering.linear.launch import profile_of
+from dak_inductor.lowering.linear.open_step import OutsideStep, current, enter
+from dak_inductor.lowering.linear.queues import queues_of
+from dak_inductor.options import Strategy
+
+log = logging.getLogger(__name__)
+
+OwnStep = LearningStep | PlayedStep
+
+MOST_STEPS = 8
+"""Token counts remembered of one graph; the one called longest ago goes first."""
+MOST_DERAILMENTS = 3
+"""Then a step is not staged any more: each was copied ahead in vain, in part."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Bytes of device memory that a ring may take; `charged`: weights make room for them."""
+
+    nbytes: int
+    charged: bool = False
+
+
+@dataclass(slots=True)
+class KnownStep:
+    """One step. `splits` are those that `plan` was made for; `off` says why nothing is staged any
+    more."""
+
+    sequence: Sequence | None = None
+    splits: Splits | None = None
+    plan: StepPlan | None = None
+    derailments: int = 0
+    off: str = ""
+
+    def forget(self) -> None:
+        """Learn it anew."""
+        self.sequence = self.splits = self.plan = None
+
+
+class StepMemory:
+    """All steps of one graph with one set of weights. Used under the launch lock.
+
+    Args:
+        name: for the log.
+        room: asked before a step is planned, never during a capture.
+    """
+
+    def __init__(self, name: str, strategy: Strategy, room: Callable[[], Room]) -> None:
+        self.name, self.strategy = name, strategy
+        self.ring_bytes = 0  # of the largest ring that a step had
+        self._grew = False
+        self._ask_room = room
+        self._room: Room | None = None
+        self._steps: OrderedDict[Hashable, KnownStep] = OrderedDict()
+
+    def ring_grew(self) -> bool:
+        """Whether a step had a larger ring than all before, since this was last asked.
+
+        Rings of captures are not counted: they belong to the memory of the graph.
+        """
+        grew, self._grew = self._grew, False
+        return grew
+
+    def steps(self) -> Iterator[tuple[Hashable, KnownStep]]:
+        """Those with a plan or a reason to have none, by token counts."""
+        for tokens, known in self._steps.items():
+            if known.plan is not None or known.off:
+                yield tokens, known
+
+    @contextmanager
+    def opened(
+        self, tokens: Hashable, device: torch.device, written: Collection[TieredBuffer] = ()
+    ) -> Iterator[None]:
+        """Around one call of the graph, on the current stream of `device`.
+
+        `written` are the buffers to which the graph itself writes.
+
+        Inside the step of another graph nothing is staged, and that step does not see the products.
+        """
+        known, step = None, None
+        if (outer := current()) is not None:
+            before = enter(OutsideStep(measures=outer.measures))
+        else:
+            if self.strategy != "direct":
+                known = self._known(tokens)
+                step = self._begin(tokens, known, device, written)
+            before = enter(step)
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            enter(before)
+            if step is not None and known is not None:
+                step.close(failed=failed)
+                self._end(tokens, known, step, failed)
+
+    def _known(self, tokens: Hashable) -> KnownStep:
+        known = self._steps.setdefault(tokens, KnownStep())
+        self._steps.move_to_end(tokens)
+        if len(self._steps) > MOST_STEPS:
+            self._steps.popitem(last=False)
+        return known
+
+    def _begin(
+        self,
+        tokens: Hashable,
+        known: KnownStep,
+        device: torch.device,
+        written: Collection[TieredBuffer],
+    ) -> OwnStep | None:
+        if known.off:
+            return None
+        capturing = place_of(device)[1] != 0
+        splits = None if known.sequence is None else known.sequence.splits()
+        if known.sequence is None or splits is None:
+            known.forget()
+            return None if capturing else LearningStep(device, written)
+        if known.plan is None or known.splits != splits:
+            try:
+                known.plan = self._plan(tokens, known.sequence, device.index, capturing)
+            except ProfileError as error:
+                self._switch_off(tokens, known, str(error))
+                return None
+            known.splits = splits
+        if known.plan is None or not known.plan.staged:
+            return None
+        try:
+            player = Player(known.plan, known.sequence.calls, queues_of(device), device)
+        except torch.OutOfMemoryError:
+            self._switch_off(tokens, known, "there was no memory for the ring")
+            return None
+        try:
+            return PlayedStep(known.sequence, splits, known.plan, player, device)
+        except BaseException:
+            player.close()
+            raise
+
+    def _plan(
+        self, tokens: Hashable, sequence: Sequence, index: int, capturing: bool
+    ) -> StepPlan | None:
+        """None where it cannot be made now."""
+        if not capturing:
+            self._room = self._ask_room()
+        if self._room is None:
+            return None
+        calls = sequence.calls
+        tier, profile = tier_of(calls), profile_of(index)
+        ops = step_ops(calls, tier, index)
+        if ops is None:
+            return None
+        plan = choose(
+            ops,
+            link_rates(profile, profile.link(tier)),
+            strategy=self.strategy,
+            room=max(self._room.nbytes, self.ring_bytes),
+            charged=self._room.charged,
+        )
+        log.info(
+            "%s, %s: %d of %d products staged ahead through %.1f MB; predicted %.3f ms, all direct "
+            "%.3f ms",
+            self.name, tokens_text(tokens), plan.staged, len(ops), plan.ring_bytes / 1e6,
+            plan.seconds * 1e3, plan.direct_seconds * 1e3,
+        )  # fmt: skip
+        return plan
+
+    def _end(self, tokens: Hashable, known: KnownStep, step: OwnStep, failed: bool) -> None:
+        if step.elsewhere:
+            reason = "its products run on another stream, or are captured by the compiler"
+            self._switch_off(tokens, known, reason)
+        elif isinstance(step, LearningStep):
+            known.sequence = step.sequence
+        elif failed:
+            known.forget()
+        elif step.derailed:
+            known.forget()
+            known.derailments += 1
+            log.info("%s, %s: not as learned: %s", self.name, tokens_text(tokens), step.derailed)
+            if known.derailments >= MOST_DERAILMENTS:
+                self._switch_off(tokens, known, f"its products vary: {step.derailed}")
+        elif known.plan is not None and not step.captured:
+            self._grew |= known.plan.ring_bytes > self.ring_bytes
+            self.ring_bytes = max(self.ring_bytes, known.plan.ring_bytes)
+
+    def _switch_off(self, tokens: Hashable, known: KnownStep, reason: str) -> None:
+        known.forget()
+        known.off = reason
+        log.info("%s, %s: nothing is staged ahead: %s", self.name, tokens_text(tokens), reason)
+
+
+def tokens_text(tokens: Hashable) -> str:
+    """For people: "1 tokens"; "any tokens" of a graph that knows none."""
+    if isinstance(tokens, tuple):
+        return f"{', '.join(map(str, tokens)) or 'any'} tokens"
+    return f"{tokens} tokens"

@@ -1,0 +1,119 @@
+"""The products of a step in the order in which they were called; nothing is kept alive."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Hashable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.lowering.ahead.step_op import RowSpan
+from dak_inductor.lowering.linear.call_facts import CallFacts
+from dak_inductor.lowering.linear.product import Product
+from dak_inductor.lowering.linear.ring_plan import LEAST_FEATURES
+
+BufferReference = weakref.ref[TieredBuffer] | None
+Splits = tuple[tuple[int | None, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """One weight, [N, K] without gaps between rows. `buffer` is None where it is all local."""
+
+    address: int
+    rows: int
+    row_bytes: int
+    buffer: BufferReference
+
+    def span(self) -> RowSpan | None:
+        """Which rows are where now; None where its memory is gone."""
+        if self.buffer is None:
+            return RowSpan(self.rows, self.rows, self.rows, self.row_bytes)
+        buffer = self.buffer()
+        if buffer is None:
+            return None
+        first = buffer.split - (self.address - buffer.address)
+        local = min(max(first, 0), self.rows * self.row_bytes)
+        remote = -(-local // self.row_bytes)
+        start = local // self.row_bytes // LEAST_FEATURES * LEAST_FEATURES
+        start = self.rows if remote == self.rows else start
+        return RowSpan(self.rows, start, remote, self.row_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class StepCall:
+    """One call.
+
+    Attributes:
+        key: what a later call must equal to be taken for the same.
+        facts: None of what no kernel of ours takes.
+        refusal: why it cannot be staged; "" where it can.
+    """
+
+    key: Hashable
+    facts: CallFacts | None
+    weights: tuple[StoredWeight, ...]
+    refusal: str
+
+    def splits(self) -> tuple[int | None, ...]:
+        """Of the buffers of its weights, None of one that is gone."""
+        buffers = [weight.buffer() for weight in self.weights if weight.buffer is not None]
+        return tuple([None if buffer is None else buffer.split for buffer in buffers])
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """All calls of a step, in order."""
+
+    calls: tuple[StepCall, ...]
+
+    def splits(self) -> Splits | None:
+        """Of each call; None where a buffer is gone. A plan holds for one value."""
+        found = tuple([call.splits() for call in self.calls])
+        return None if any(None in each for each in found) else found
+
+
+def key_of(product: Product) -> Hashable:
+    """What says that two calls of one graph are the same call."""
+    weight = product.weights[0]
+    return (
+        tuple(each.data_ptr() for each in product.weights),
+        weight.shape,
+        weight.stride(),
+        product.x.shape,
+        product.x.dtype,
+        product.activation,
+        product.layout,
+        tuple(bias is None for bias in product.biases),
+        product.residual is None,
+    )
+
+
+def call_of(product: Product, written: Collection[TieredBuffer] = ()) -> StepCall:
+    """The facts of a call in a graph that writes to these buffers."""
+    unfit = product.ring_refusal()
+    if unfit is not None:
+        return StepCall(key_of(product), None, (), unfit)
+    stored = tuple(map(_stored, product.weights, product.buffers))
+    return StepCall(key_of(product), product.facts(), stored, _refusal(product, written))
+
+
+def _stored(weight: Tensor, buffer: TieredBuffer | None) -> StoredWeight:
+    rows, columns = weight.shape
+    reference = None if buffer is None else weakref.ref(buffer)
+    return StoredWeight(weight.data_ptr(), rows, columns * weight.element_size(), reference)
+
+
+def _refusal(product: Product, written: Collection[TieredBuffer]) -> str:
+    if any(buffer is other for buffer in product.buffers for other in written):
+        return "the graph writes to its weight"
+    if product.layout != "out_in":
+        return "its weight is stored [in, out]: every feature has local and remote bytes"
+    if any(each.stride(0) != each.shape[1] and each.shape[0] > 1 for each in product.weights):
+        return "there are gaps between the weight's rows"
+    held = [buffer for buffer in product.buffers if buffer is not None]
+    if len({buffer.tier for buffer in held}) > 1:
+        return "gate and up lie in different remote tiers"
+    return ""

@@ -1,0 +1,118 @@
+"""What each product of a step takes, direct and staged, from the profile."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+
+from dak_inductor.hardware import HardwareProfile, LinkProfile
+from dak_inductor.lowering.ahead.sequence import StepCall
+from dak_inductor.lowering.ahead.step_op import LinkRates, RowSpan, StepOp
+from dak_inductor.lowering.copy_cost import device_copy_seconds, piece_overhead
+from dak_inductor.lowering.linear import ring_plan
+from dak_inductor.lowering.linear.call_facts import CallFacts
+from dak_inductor.lowering.linear.configuration import DECODE_TOKENS
+from dak_inductor.lowering.linear.launch import profile_of
+from dak_inductor.lowering.linear.problem import ELEMENT_BYTES, LinearProblem
+from dak_inductor.lowering.linear.ring_timing import multiply_seconds
+from dak_inductor.lowering.linear.trials import TRIALS
+from dak_inductor.lowering.linear.ways import ways_of
+from dak_inductor.lowering.refusals import HOPPER, capability
+
+_PRODUCT_SECONDS = 4e-6  # of a stock product in decode besides its bytes, launch included
+_STREAM_SHARE = 0.85  # of HBM bandwidth, assumed of stock products of few tokens
+_PART_FEATURES = 1024  # of a part, for the time of one row of it
+
+
+def link_rates(profile: HardwareProfile, link: LinkProfile) -> LinkRates:
+    """Of copies over `link`."""
+    lost = min(link.copy_interference * link.copy_bandwidth / profile.hbm_bandwidth, 0.5)
+    return LinkRates(link.copy_bandwidth, piece_overhead(profile, link), 1 / (1 - lost))
+
+
+def tier_of(calls: Sequence[StepCall]) -> str:
+    """The remote tier that most calls read: copies ahead go over one link."""
+    found = Counter(call.facts.tier for call in calls if call.facts and not call.refusal)
+    return found.most_common(1)[0][0] if found else "cpu"
+
+
+def step_ops(calls: Sequence[StepCall], tier: str, device_index: int) -> tuple[StepOp, ...] | None:
+    """The products as the planner sees them, with the splits of this moment; None where the memory
+    of one is gone."""
+    found = []
+    for call in calls:
+        if call.facts is None:
+            found.append(StepOp(0.0, 0.0, refusal=call.refusal))
+            continue
+        spans = tuple(weight.span() for weight in call.weights)
+        present = tuple(span for span in spans if span is not None)
+        if len(present) < len(spans):
+            return None
+        refusal = call.refusal
+        if not refusal and call.facts.tier != tier:
+            refusal = f"its remote tier is {call.facts.tier}; copies ahead come from {tier}"
+        facts = call.facts
+        if not refusal:
+            facts = replace(facts, remote_bytes=tuple(span.remote_bytes for span in present))
+        found.append(_step_op(facts, present, refusal, device_index))
+    return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def _step_op(
+    facts: CallFacts, spans: tuple[RowSpan, ...], refusal: str, device_index: int
+) -> StepOp:
+    profile = profile_of(device_index)
+    direct, link = _direct(facts, profile)
+    if refusal:
+        return StepOp(direct, link, refusal=refusal)
+    problem = facts.problem
+    one = replace(problem, gated=False)
+    local = sum(_product_seconds(one, span.start, profile) for span in spans if span.start)
+    row = (_product_seconds(one, _PART_FEATURES, profile) - _PRODUCT_SECONDS) / _PART_FEATURES
+    rest = profile.operator_floor  # the count
+    for span in spans:
+        rest += device_copy_seconds((span.remote - span.start) * span.row_bytes, profile)
+    passes = (facts.activation != "none") + problem.gated + facts.residual
+    once = 3 * problem.m * problem.n * ELEMENT_BYTES / profile.hbm_bandwidth
+    rest += passes * (profile.operator_floor + once)
+    return StepOp(direct, link, spans, local, _PRODUCT_SECONDS, row, rest)
+
+
+def _direct(facts: CallFacts, profile: HardwareProfile) -> tuple[float, float]:
+    """Seconds of the product as it is served alone, and how long it keeps the link busy."""
+    problem, link = facts.problem, profile.link(facts.tier)
+    remote = sum(facts.remote_bytes)
+    if problem.m <= DECODE_TOKENS:
+        rates = profile.matmul_flops
+        peak = rates.get(str(problem.dtype).removeprefix("torch."), min(rates.values()))
+        local = (problem.weight_bytes - remote) / profile.hbm_bandwidth
+        busy = remote / link.direct_bandwidth
+        return max(local, busy, problem.flops / peak) + profile.operator_floor, busy
+    if not _has_ways(facts):
+        seconds = ring_plan.estimate(problem, facts.remote_bytes, profile, link)
+        return seconds, remote / link.copy_bandwidth
+    ways = ways_of(problem, facts.remote_bytes, facts.tier, facts.device_index)
+    way = TRIALS.current(facts, ways)
+    rate = link.copy_bandwidth if way.name == "ring" else link.direct_bandwidth
+    known = way.seconds or ring_plan.estimate(problem, facts.remote_bytes, profile, link)
+    return known, remote / rate
+
+
+def _has_ways(facts: CallFacts) -> bool:
+    """Whether the kernel may be among the ways; they are asked for on the GPU that it runs on."""
+    if facts.problem.n % 8 or facts.problem.k % 8 or not torch.cuda.is_available():
+        return False
+    return capability(facts.device_index) == HOPPER
+
+
+def _product_seconds(problem: LinearProblem, features: int, profile: HardwareProfile) -> float:
+    """The stock product over that many features of one weight."""
+    if problem.m > DECODE_TOKENS:
+        return multiply_seconds(problem, features, profile)
+    stream = features * problem.k * ELEMENT_BYTES / (_STREAM_SHARE * profile.hbm_bandwidth)
+    return _PRODUCT_SECONDS + stream

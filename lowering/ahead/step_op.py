@@ -1,0 +1,74 @@
+"""A product of a step as the planner sees it: bytes and seconds, no streams and no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpan:
+    """The rows of one weight; each is one output feature.
+
+    Rows [0, start) are multiplied in place, the rest in the ring. Rows [remote, rows) are all
+    remote and come by the link. Those between are local but for one that the split may cut, and
+    few: `start` is a multiple of 8, since columns of the result begin on a 16-byte boundary. Where
+    nothing is remote, `start` is `rows`.
+    """
+
+    rows: int
+    start: int
+    remote: int
+    row_bytes: int
+
+    @property
+    def remote_bytes(self) -> int:
+        """What the link has to copy."""
+        return (self.rows - self.remote) * self.row_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StepOp:
+    """One product, in seconds.
+
+    Attributes:
+        direct: as it is served without copies ahead.
+        link: of that, the link is busy.
+        weights: () where it cannot be staged; `refusal` then says why.
+        local: of the products in place, where the rest is staged.
+        part: of one product in the ring besides its rows.
+        row: of one row of it.
+        rest: what staging takes besides: activation, gate, residual, count.
+    """
+
+    direct: float
+    link: float
+    weights: tuple[RowSpan, ...] = ()
+    local: float = 0.0
+    part: float = 0.0
+    row: float = 0.0
+    rest: float = 0.0
+    refusal: str = ""
+
+    @property
+    def remote_bytes(self) -> int:
+        """What the link would have to copy."""
+        return sum(span.remote_bytes for span in self.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class LinkRates:
+    """What the step's link does.
+
+    Attributes:
+        copy: bytes/s by copy engine.
+        overhead: seconds of a copy besides its bytes.
+        slowdown: how much longer work takes that reads HBM while copies run.
+    """
+
+    copy: float
+    overhead: float
+    slowdown: float
+
+    def copy_seconds(self, nbytes: int) -> float:
+        """Of one copy; 0 for none."""
+        return self.overhead + nbytes / self.copy if nbytes else 0.0

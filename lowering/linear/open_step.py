@@ -1,0 +1,52 @@
+"""Who is offered the products of a thread before they are served one by one.
+
+`dak_inductor.lowering.ahead` opens a step around each call of a compiled graph.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from dak_inductor.lowering.linear.product import Product
+
+
+class Step(Protocol):
+    """What products of an open step are offered to."""
+
+    @property
+    def measures(self) -> bool:
+        """Whether trials may run: copies ahead would slow down what they time."""
+
+    def serve(self, product: Product) -> Tensor | None:
+        """The product, or None where it is to run as without the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutsideStep:
+    """Of a graph that is called inside the step of another one."""
+
+    measures: bool
+
+    def serve(self, product: Product) -> Tensor | None:
+        """None."""
+        return None
+
+
+_open = threading.local()
+
+
+def current() -> Step | None:
+    """The step that is open in this thread."""
+    step: Step | None = getattr(_open, "step", None)
+    return step
+
+
+def enter(step: Step | None) -> Step | None:
+    """Make `step` the open one of this thread; returns the one before, to `enter` afterwards."""
+    before = current()
+    _open.step = step
+    return before

@@ -1,0 +1,109 @@
+"""What calls become for the planner of copies ahead: rows by tier, seconds, reasons."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dak_inductor import hardware
+from dak_inductor.lowering.ahead.sequence import Sequence, call_of, key_of
+from dak_inductor.lowering.ahead.step_costs import step_ops, tier_of
+from dak_inductor.lowering.ahead.step_op import RowSpan
+
+from .ahead_model import BF16, Layer, weight_of
+
+H200 = hardware.load("h200")
+HOST = H200.link("cpu")
+
+
+def ops_of(*calls):
+    found = step_ops(calls, "simulated", None)
+    assert found is not None
+    return found
+
+
+def inputs(tokens: int, k: int = 64) -> torch.Tensor:
+    return torch.randn(tokens, k, dtype=BF16)
+
+
+def test_rows_by_tier_with_a_cut_row_and_without() -> None:
+    buffer, weight = weight_of(100, 64, 1.0)
+    (stored,) = call_of(Layer((weight,)).product(inputs(1))).weights
+    for split, start, remote in (
+        (0, 0, 0),
+        (128 * 8, 8, 8),
+        (128 * 19, 16, 19),
+        (128 * 19 + 2, 16, 20),
+        (128 * 99 + 2, 100, 100),
+        (128 * 100, 100, 100),
+    ):
+        buffer.split = split
+        assert stored.span() == RowSpan(100, start, remote, 128), split
+    half = call_of(Layer((weight[50:],)).product(inputs(1))).weights[0]
+    buffer.split = 128 * 60
+    assert half.span() == RowSpan(50, 8, 10, 128)
+
+
+def test_a_direct_product_of_few_tokens_is_bound_by_its_slowest_resource() -> None:
+    n, k = 4096, 1024
+    for share, expected in (
+        (0.5, n * k / HOST.direct_bandwidth),
+        (0.0, 2 * n * k / H200.hbm_bandwidth),
+    ):
+        weight = weight_of(n, k, share)[1]
+        (op,) = ops_of(call_of(Layer((weight,)).product(inputs(1, k))))
+        assert op.direct - H200.operator_floor == pytest.approx(expected, rel=1e-3)
+        assert op.link == pytest.approx(share * 2 * n * k / HOST.direct_bandwidth, rel=1e-3)
+        assert op.remote_bytes == pytest.approx(share * 2 * n * k, abs=2 * k)
+
+
+def test_many_tokens_cost_what_the_ring_is_estimated_to() -> None:
+    weight = weight_of(4096, 1024, 0.5)[1]
+    few, many = (ops_of(call_of(Layer((weight,)).product(inputs(m, 1024))))[0] for m in (8, 2048))
+    assert many.direct > few.direct and many.local > few.local and many.row > few.row
+    assert many.link < few.link, "copied, not read by kernels"
+
+
+def test_reasons_of_what_cannot_be_staged() -> None:
+    weight = weight_of(96, 64, 0.5)[1]
+    flat = Layer((weight,))
+    call = call_of(flat.product(inputs(2)))
+    assert call.refusal == "" and tier_of([call]) == "simulated"
+    (elsewhere,) = step_ops([call], "cpu", None) or ()
+    assert "simulated" in elsewhere.refusal and not elsewhere.weights
+    wide = Layer((weight_of(96, 128, 0.5)[1][:, :64],))
+    assert "gaps" in call_of(wide.product(inputs(2))).refusal
+    single = call_of(flat.product(inputs(2).float()))
+    assert "bfloat16" in single.refusal and single.facts is None
+    (op,) = ops_of(single)
+    assert op.direct == 0 and op.refusal == single.refusal
+    buffers = flat.product(inputs(2)).buffers
+    assert "writes" in call_of(flat.product(inputs(2)), [b for b in buffers if b]).refusal
+
+
+def test_calls_are_the_same_only_with_equal_weights_tokens_and_epilogue() -> None:
+    first, second = (weight_of(96, 64, 0.5)[1] for _ in range(2))
+    key = key_of(Layer((first,)).product(inputs(2)))
+    assert key == key_of(Layer((first,)).product(inputs(2)))
+    for other in (
+        Layer((second,)).product(inputs(2)),
+        Layer((first,)).product(inputs(3)),
+        Layer((first,), "silu").product(inputs(2)),
+        Layer((first,), residual=True).product(inputs(2)),
+        Layer((first[:48],)).product(inputs(2)),
+        Layer((first, second)).product(inputs(2)),
+        Layer((first,)).product(inputs(2).float()),
+        replace(Layer((first,)).product(inputs(2)), biases=(torch.zeros(96),)),
+    ):
+        assert key_of(other) != key
+
+
+def test_a_sequence_keeps_no_weight_alive() -> None:
+    pair = weight_of(96, 64, 0.5)
+    sequence = Sequence((call_of(Layer((pair[1],)).product(inputs(2))),))
+    assert sequence.splits() == ((pair[0].split,),)
+    del pair
+    assert sequence.splits() is None
+    assert step_ops(sequence.calls, "simulated", None) is None

@@ -1,0 +1,256 @@
+"""Steps that are learned, played and derailed, on the simulated tier."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dak_inductor.lowering import counters
+from dak_inductor.lowering.ahead import memory as memory_module
+from dak_inductor.lowering.ahead import player, step
+from dak_inductor.lowering.ahead.memory import MOST_DERAILMENTS, MOST_STEPS, Room, StepMemory
+from dak_inductor.lowering.linear import open_step
+
+from .ahead_model import BF16, ROOM, Layer, assert_close, shrink, weight_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch):
+    shrink(monkeypatch)
+    counters.reset()
+    yield
+    counters.reset()
+    assert open_step.current() is None
+
+
+class Run:
+    """A graph of some layers with its memory; `served` says which products the step served."""
+
+    def __init__(self, layers: list[Layer], strategy: str = "staged", room: int = ROOM) -> None:
+        self.layers = layers
+        self.asked = 0
+
+        def ask() -> Room:
+            self.asked += 1
+            return Room(room)
+
+        self.memory = StepMemory("graph0", strategy, ask)  # type: ignore[arg-type]
+
+    def __call__(self, order=None, tokens: int = 3, key=(), fail: bool = False) -> list[bool]:
+        served = []
+        with self.memory.opened(key, CPU):
+            for number in range(len(self.layers)) if order is None else order:
+                x = torch.randn(tokens, 64, dtype=BF16)
+                result = self.layers[number](x)
+                served.append(result is not None)
+                if result is not None:
+                    assert_close(result, self.layers[number].expected(x))
+            if fail:
+                raise KeyError("of the graph")
+        return served
+
+    @property
+    def known(self):
+        return self.memory._steps[()]
+
+
+def three(*shares: float) -> list[Layer]:
+    return [Layer((weight_of(200, 64, share)[1],)) for share in shares or (0.5, 0.2, 1.0)]
+
+
+def test_learned_then_played() -> None:
+    run = Run(three())
+    assert run() == [False] * 3
+    assert run() == [True] * 3 and run() == [True] * 3
+    assert run.asked == 1, "planned once"
+    assert run.memory.ring_grew() and not run.memory.ring_grew()
+    assert 0 < run.memory.ring_bytes <= ROOM
+
+
+def test_direct_is_never_ahead_and_learns_nothing() -> None:
+    run = Run(three(), "direct")
+    assert run() == run() == [False] * 3
+    assert not list(run.memory.steps())
+
+
+def test_a_product_with_nothing_remote_stays_direct_in_a_played_step() -> None:
+    run = Run(three(0.5, 0.0, 1.0))
+    run()
+    assert run() == [True, False, True]
+
+
+@pytest.mark.parametrize("order", [[1, 0, 2], [0], [], [0, 2], [0, 1, 1], [0, 1, 2, 0]], ids=str)
+def test_a_step_out_of_order_is_derailed_and_learned_again(order: list[int]) -> None:
+    run = Run(three())
+    run()
+    served = run(order)
+    right = next((n for n, m in enumerate(order) if n > 2 or m != n), len(order))
+    assert served == [True] * right + [False] * (len(order) - right)
+    assert run.known.sequence is None and run.known.derailments == 1
+    assert run() == [False] * 3 and run() == [True] * 3
+
+
+def test_another_number_of_tokens_derails() -> None:
+    run = Run(three())
+    run()
+    assert run(tokens=4) == [False] * 3
+    assert run(tokens=4) == [False] * 3 and run(tokens=4) == [True] * 3
+
+
+def test_token_counts_have_steps_of_their_own() -> None:
+    run = Run(three())
+    for _ in range(2):
+        served = [run(tokens=tokens, key=(tokens,)) for tokens in (3, 40)]
+    assert served == [[True] * 3] * 2
+    for tokens in range(100, 100 + MOST_STEPS):
+        run(tokens=3, key=(tokens,))
+    assert len(run.memory._steps) == MOST_STEPS
+
+
+def test_steps_that_always_vary_are_given_up() -> None:
+    run = Run(three())
+    for _ in range(MOST_DERAILMENTS):
+        run()
+        run([2, 1, 0])
+    assert "vary" in run.known.off
+    assert run() == run() == [False] * 3
+
+
+def test_a_moved_split_is_planned_anew() -> None:
+    layers = three()
+    run = Run(layers)
+    run()
+    run()
+    before = run.known.plan
+    (buffer,) = layers[0].product(torch.zeros(1, 64, dtype=BF16)).buffers
+    assert buffer is not None
+    buffer.move(0)
+    assert run() == [True] * 3
+    assert run.known.plan is not before
+
+
+def test_a_split_that_moves_inside_a_step_derails_it() -> None:
+    layers = three()
+    run = Run(layers)
+    run()
+    (buffer,) = layers[1].product(torch.zeros(1, 64, dtype=BF16)).buffers
+    x = torch.randn(3, 64, dtype=BF16)
+    assert buffer is not None
+    with run.memory.opened((), CPU):
+        assert layers[0](x) is not None
+        buffer.move(0)
+        assert layers[1](x) is None and layers[2](x) is None
+    assert "moved" in run.known.off or run.known.derailments == 1
+
+
+def test_an_error_in_the_graph_closes_the_step() -> None:
+    run = Run(three())
+    run()
+    with pytest.raises(KeyError):
+        run(fail=True)
+    assert run.known.derailments == 0
+    assert run() == [False] * 3 and run() == [True] * 3
+
+
+def test_weights_that_are_gone_are_forgotten() -> None:
+    run = Run(three())
+    run()
+    run.layers = three()
+    assert run() == [False] * 3 and run() == [True] * 3
+
+
+def test_a_graph_inside_another_is_not_staged_nor_seen() -> None:
+    outer, inner = Run(three()), Run(three())
+    inner()
+    for expected in (False, True):
+        with outer.memory.opened((), CPU):
+            x = torch.randn(3, 64, dtype=BF16)
+            assert (outer.layers[0](x) is not None) == expected
+            assert inner() == [False] * 3
+            assert [layer(x) is not None for layer in outer.layers[1:]] == [expected] * 2
+    assert inner() == [True] * 3
+
+
+def test_other_threads_do_not_see_the_step() -> None:
+    import threading
+
+    run = Run(three())
+    run()
+    seen = []
+    with run.memory.opened((), CPU):
+        thread = threading.Thread(target=lambda: seen.append(open_step.current()))
+        thread.start()
+        thread.join()
+        assert open_step.current() is not None
+        for layer in run.layers:
+            layer(torch.randn(3, 64, dtype=BF16))
+    assert seen == [None]
+
+
+def captured(monkeypatch: pytest.MonkeyPatch, place: tuple[int, int]):
+    for module in (step, memory_module):
+        monkeypatch.setattr(module, "place_of", lambda device: place)
+
+
+@pytest.mark.parametrize("place", [(1, 0), (0, 7)], ids=["stream", "capture"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_products_that_the_compiler_runs_elsewhere_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch, place: tuple[int, int], learned: bool
+) -> None:
+    run = Run(three())
+    if learned:
+        run()
+    with run.memory.opened((), CPU), monkeypatch.context() as patched:
+        captured(patched, place)
+        x = torch.randn(3, 64, dtype=BF16)
+        assert [layer(x) for layer in run.layers] == [None] * 3
+    assert "compiler" in run.known.off
+    assert run() == [False] * 3
+
+
+def test_captures_play_what_was_learned_and_learn_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = Run(three())
+    with monkeypatch.context() as patched:
+        captured(patched, (0, 7))
+        assert fresh() == fresh() == [False] * 3
+    assert fresh() == [False] * 3, "the eager call learns"
+    with monkeypatch.context() as patched:
+        captured(patched, (0, 7))
+        assert fresh() == [False] * 3, "room is not asked for in a capture"
+    assert fresh() == [True] * 3
+    assert fresh.memory.ring_grew()
+    with monkeypatch.context() as patched:
+        captured(patched, (0, 8))
+        assert fresh() == [True] * 3
+
+
+def test_without_memory_for_the_ring_all_runs_direct(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(three())
+    run()
+
+    def full(self: player.Player) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(player.Player, "_take", full)
+    assert run() == [False] * 3
+    assert "memory" in run.known.off
+
+
+def test_no_trials_in_a_played_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(three(0.5, 0.0))
+    run()
+    with run.memory.opened((), CPU):
+        current = open_step.current()
+        assert current is not None and not current.measures
+        for layer in run.layers:
+            layer(torch.randn(3, 64, dtype=BF16))
+
+
+def test_weights_stored_in_out_stay_direct_with_a_reason() -> None:
+    values = weight_of(64, 200, 0.5)[1]
+    run = Run([*three(0.5), Layer((values,), layout="in_out")])
+    run()
+    assert run()[0]
+    assert "[in, out]" in run.known.plan.ops[1].reason
