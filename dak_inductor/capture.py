@@ -51,7 +51,7 @@ def capture_generation(
 
     Prefill sees [batch, prompt] tokens, decode [batch, 1], with a static cache of prompt + new
     positions. A model without such a cache gives "forward" entries only: an encoder over the
-    prompt, or an encoder-decoder over the prompt and one new token.
+    prompt or over an image, or an encoder-decoder over the prompt and one new token.
 
     Raises:
         ModelError: the model's forward cannot be traced without data.
@@ -62,6 +62,9 @@ def capture_generation(
         tables = _capture_step(model, input_ids=_tokens(batch, prompt), **decoder)
         return [("forward", table) for table in tables]
     can_generate: Any = getattr(model, "can_generate", None)
+    if config is not None and getattr(model, "main_input_name", "") == "pixel_values":
+        tables = _capture_step(model, pixel_values=_pixels(model, batch))
+        return [("forward", table) for table in tables]
     if config is None or can_generate is None or not can_generate():
         tables = _capture_step(model, input_ids=_tokens(batch, prompt))
         return [("forward", table) for table in tables]
@@ -94,6 +97,13 @@ def _capture_steps(
 
 def _tokens(batch: int, length: int) -> torch.Tensor:
     return torch.zeros(batch, length, dtype=torch.long, device="meta")
+
+
+def _pixels(model: Any, batch: int) -> torch.Tensor:
+    config = model.config
+    side = config.image_size
+    dtype = next(model.parameters()).dtype
+    return torch.zeros(batch, config.num_channels, side, side, dtype=dtype, device="meta")
 
 
 def _capture_step(model: torch.nn.Module, **inputs: Any) -> list[OpTable]:

@@ -1,4 +1,4 @@
-"""The command `dak`: probe a machine, plan a model, see it work."""
+"""The command `dak`: probe a machine, plan a model, see it work, measure it."""
 
 from __future__ import annotations
 
@@ -92,6 +92,9 @@ def plan(
     out: Annotated[
         Path | None, typer.Option("--out", help="Write the plan here, for the option plan=.")
     ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write the predicted timeline here, for ui.perfetto.dev.")
+    ] = None,
 ) -> None:
     """What would go where, and what it would cost: any machine, no GPU, no weights."""
     with _named_errors(context):
@@ -103,6 +106,12 @@ def plan(
             result = answer(request, say)
         if out is not None:
             _write(out, result.plan.to_json())
+        if trace is not None:
+            from dak_inductor import hardware as profiles
+            from dak_inductor.timeline import to_trace
+
+            profile = profiles.load(hardware)
+            _write(trace, to_trace(result.plan, profile, result.compute))
         if json_only:
             typer.echo(result.to_json())
             return
@@ -138,6 +147,77 @@ def demo(
             json_out=json_out,
         )
     raise typer.Exit(code)
+
+
+@app.command()
+def bench(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the record and the log.")] = Path(
+        "dak-bench"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="A few cases, within minutes.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the rows of an earlier run that are done.")
+    ] = False,
+    models: Annotated[str, typer.Option(help="Comma-separated. Default: all.")] = "",
+    layers: Annotated[
+        int | None, typer.Option(min=0, help="Layers built; 0: all. Default: 8, quick 4.")
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Comma-separated. Default: 1,16, quick 1.")] = "",
+    shares: Annotated[
+        str, typer.Option(help="Shares of the weights that are remote, such as 0.1,0.5.")
+    ] = "",
+    providers: Annotated[str, typer.Option(help="Comma-separated. Default: all.")] = "",
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 512,
+    new: Annotated[int, typer.Option(min=2, help="Tokens generated for each prompt.")] = 32,
+    remote: Annotated[str | None, typer.Option(help="Remote tier: cpu or cuda:N.")] = None,
+    hardware: Annotated[str, typer.Option(help="Profile for predictions.")] = "h200",
+    host_memory: Annotated[
+        str, typer.Option(help='Host memory to take as available: "100GB".')
+    ] = "",
+    limit_seconds: Annotated[
+        float | None, typer.Option(help="Begin no case after that; see --resume.")
+    ] = None,
+    commit: Annotated[str | None, typer.Option(help="Commit, where no git checkout is.")] = None,
+) -> None:
+    """Whole models against their peers; without a GPU predictions and simulations."""
+    with _named_errors(context):
+        from dak_inductor.bench_command import BenchText, bench_models
+
+        text = BenchText(models, providers, batches, shares, host_memory)
+        code = bench_models(
+            text,
+            out=out,
+            quick=quick,
+            resume=resume,
+            layers=layers,
+            prompt=prompt,
+            new=new,
+            remote=remote,
+            hardware=hardware,
+            limit_seconds=limit_seconds,
+            commit=commit,
+        )
+    raise typer.Exit(code)
+
+
+@app.command()
+def report(
+    context: typer.Context,
+    results: Annotated[
+        list[Path], typer.Argument(help="Records (JSON) of benchmarks, and plans of dak plan.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The HTML file.")] = Path("dak-report.html"),
+) -> None:
+    """One HTML file of benchmark records: grids, rooflines, verdicts, and runs compared."""
+    with _named_errors(context):
+        from dak_inductor.report.document import document
+        from dak_inductor.report.records import load_all
+
+        loaded = load_all(results)
+        _write(out, document(loaded))
+        count = f"{len(loaded)} record{'s' if len(loaded) != 1 else ''}"
+        typer.echo(f"{out}: {count}, {out.stat().st_size / 1e3:.0f} kB")
 
 
 def main() -> None:

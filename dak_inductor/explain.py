@@ -69,6 +69,12 @@ class Explanation:
             parts.append(trial_report.render(self.trials))
         return Group(*parts, *([str(self.window)] if self.window else []))
 
+    def to_html(self) -> str:
+        """The same as one HTML page that loads nothing, with every operator and its source line."""
+        from dak_inductor.report.explanation_page import explanation_page
+
+        return explanation_page(self, self._title())
+
     def _title(self) -> str:
         seen = (
             f"{self.graphs} graphs seen"

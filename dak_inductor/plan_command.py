@@ -7,11 +7,12 @@ GPU or compiled extension is needed.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dak_inductor import hardware
+from dak_inductor.cost_model import peak_flops
 from dak_inductor.errors import BudgetError, ModelError, OptionError
 from dak_inductor.hardware import HardwareProfile
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
@@ -73,6 +74,7 @@ class PlanAnswer:
     request: PlanRequest
     memory: MemoryNeeds
     plan: Plan
+    compute: Mapping[str, float] = field(default_factory=dict)  # seconds on the cores, by operator
 
     @property
     def ttft(self) -> float:
@@ -150,7 +152,14 @@ def answer(request: PlanRequest, report: Callable[[str], None] = lambda _: None)
 
 def build_model(name_or_path: str) -> torch.nn.Module:
     """The model of a preset or config file on the meta device, in its config's dtype."""
-    config_values = read_config(name_or_path)
+    return build_from(read_config(name_or_path), name_or_path, device="meta")
+
+
+def build_from(config_values: dict[str, Any], name: str, *, device: Any) -> torch.nn.Module:
+    """The model of these values of a config on `device`, with random weights unless that is meta.
+
+    Raises OptionError, with `name` for the model, where transformers cannot build it.
+    """
     try:
         import transformers
     except ImportError as error:
@@ -173,13 +182,23 @@ def build_model(name_or_path: str) -> torch.nn.Module:
         family = (
             transformers.AutoModelForCausalLM
             if type(config) in transformers.AutoModelForCausalLM._model_mapping
+            and not _is_encoder(config)
             else transformers.AutoModel
         )
-        with torch.device("meta"):
+        with torch.device(device):
             model: torch.nn.Module = family.from_config(config, dtype=getattr(torch, dtype_name))
     except Exception as error:  # whatever the validation of a config may raise
-        raise OptionError(f"transformers cannot build {name_or_path!r}: {error}") from error
+        raise OptionError(f"transformers cannot build {name!r}: {error}") from error
     return model.eval()
+
+
+def _is_encoder(config: Any) -> bool:
+    """Whether a config of a BERT, which transformers could build as a decoder, asks for none."""
+    from transformers import AutoModelForMaskedLM
+
+    if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
+        return False
+    return type(config) in AutoModelForMaskedLM._model_mapping
 
 
 def graphs_for(
@@ -242,7 +261,8 @@ def plan_model(
         refusals=(*inventory.refusals, *refusals),
         model=inventory.fingerprint,
     )
-    return PlanAnswer(request, memory, make_plan(problem, profile))
+    compute = {use.op: use.flops / peak_flops(profile, use.dtype) for use in uses if use.flops}
+    return PlanAnswer(request, memory, make_plan(problem, profile), compute)
 
 
 def kv_cache_bytes(config: Any, *, batch: int, length: int, itemsize: int) -> int:

@@ -114,6 +114,26 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "n_positions": 1024,
             "dtype": "float32",
         },
+        "bert-large": {
+            "model_type": "bert",
+            "vocab_size": 30522,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "max_position_embeddings": 512,
+            "dtype": "bfloat16",
+        },
+        "vit-huge": {
+            "model_type": "vit",
+            "hidden_size": 1280,
+            "intermediate_size": 5120,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 16,
+            "image_size": 224,
+            "patch_size": 14,
+            "dtype": "bfloat16",
+        },
     }
 )
 

@@ -48,6 +48,10 @@ class Work:
     remote_bytes: float = 0.0
     flops: float = 0.0
 
+    @property
+    def total_bytes(self) -> float:
+        return self.local_bytes + self.remote_bytes
+
     def __add__(self, other: Work) -> Work:
         return Work(
             self.local_bytes + other.local_bytes,

@@ -54,6 +54,8 @@ def uses(names: dict[str, str]) -> list[OpUse]:
         ("mixtral-8x7b", 46.7e9),
         ("opt-30b", 29.97e9),
         ("gpt2", 124e6),
+        ("bert-large", 335e6),
+        ("vit-huge", 632e6),
     ],
 )
 def test_presets_have_as_many_parameters_as_the_models(name: str, parameters: float) -> None:

@@ -5,7 +5,7 @@ Once for each `strategy`: what it chooses itself, and both ways that it chooses 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -30,8 +30,10 @@ class DakBackend(Provider):
 
     kind: Kind = "real peer"
 
-    def __init__(self, strategy: Strategy = "auto") -> None:
-        self.strategy = strategy
+    def __init__(
+        self, strategy: Strategy = "auto", placement: Mapping[str, str] | None = None
+    ) -> None:
+        self.strategy, self.placement = strategy, placement
         self.name = "dak" if strategy == "auto" else f"dak {strategy}"
 
     def prepare(self, model: DecoderBlocks, inputs: StepInputs, setting: Setting) -> Prepared:
@@ -44,6 +46,7 @@ class DakBackend(Provider):
             offload_ratio=setting.fraction,
             remote=setting.remote,
             host_memory=setting.host_memory,
+            placement=self.placement,
         )
         offloaded.compile(backend="dak", dynamic=False, options={"strategy": self.strategy})
         for _ in range(SETTLING_STEPS):

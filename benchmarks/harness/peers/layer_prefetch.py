@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dak_inductor.benchmarks.harness.copy_stream import CopyStream, remote_copy
-from dak_inductor.benchmarks.harness.models import LINEAR_NAMES, DecoderBlocks, StepInputs
+from dak_inductor.benchmarks.harness.models import DecoderBlocks, StepInputs
 from dak_inductor.benchmarks.harness.peers.provider import (
     Kind,
     Prepared,
@@ -50,7 +50,7 @@ def remote_pieces(model: DecoderBlocks, remote_bytes: int) -> list[RemotePiece]:
     pieces: list[RemotePiece] = []
     if rest:
         partial: list[RemotePiece] = []
-        for name in reversed(LINEAR_NAMES):
+        for name in reversed(shapes):
             rows, columns = shapes[name]
             count = min(rows, round(rest / (columns * element)))
             rest = max(0, rest - count * columns * element)
@@ -58,9 +58,7 @@ def remote_pieces(model: DecoderBlocks, remote_bytes: int) -> list[RemotePiece]:
                 partial.append(RemotePiece(spread[0], name, count))
         pieces += reversed(partial)
         spread = spread[1:]
-    pieces += [
-        RemotePiece(layer, name, shapes[name][0]) for layer in spread for name in LINEAR_NAMES
-    ]
+    pieces += [RemotePiece(layer, name, shapes[name][0]) for layer in spread for name in shapes]
     return pieces
 
 
@@ -110,22 +108,35 @@ class LayerPrefetch(Provider):
                 stream.copy(destination, source)
             return stream.copied()
 
+        arrived: dict[int, torch.cuda.Event | None] = {}
+
+        def wait_for(index: int) -> None:
+            if index in copies:
+                stream.wait(arrived[order.index(index)])
+
+        def refill(index: int) -> None:
+            if index in copies and (later := order.index(index) + SLOTS) < len(order):
+                arrived[later] = fetch(later, stream.used())
+
+        if not self.compiled:
+            for index, layer in enumerate(model.layers):
+                layer.register_forward_pre_hook(lambda *_, index=index: wait_for(index))
+                layer.register_forward_hook(lambda *_, index=index: refill(index))
+
         def step() -> Tensor:
             stream.fork()
-            arrived = {turn: fetch(turn, None) for turn in range(min(SLOTS, len(order)))}
-            hidden, turn = inputs.hidden, 0
-            for index, block in enumerate(blocks):
-                is_remote = index in copies
-                if is_remote:
-                    stream.wait(arrived[turn])
-                hidden = block(
-                    hidden, inputs.cosine, inputs.sine,
-                    inputs.keys[index], inputs.values[index], inputs.position,
-                )  # fmt: skip
-                if is_remote:
-                    if turn + SLOTS < len(order):
-                        arrived[turn + SLOTS] = fetch(turn + SLOTS, stream.used())
-                    turn += 1
+            arrived.update((turn, fetch(turn, None)) for turn in range(min(SLOTS, len(order))))
+            if self.compiled:
+                hidden = inputs.hidden
+                for index, block in enumerate(blocks):
+                    wait_for(index)
+                    hidden = block(
+                        hidden, inputs.cosine, inputs.sine,
+                        inputs.keys[index], inputs.values[index], inputs.position,
+                    )  # fmt: skip
+                    refill(index)
+            else:
+                hidden = model(*inputs.arguments())
             stream.join()
             return hidden
 

@@ -52,10 +52,13 @@ class LinearPrefetch(Provider):
             for index, (destination, source) in enumerate(rows_by_linear):
                 stream.copy(destination, source)
                 marks[index] = stream.copied()
+            if not self.compiled:
+                output: Tensor = model(*inputs.arguments())
+                stream.join()
+                return output
             hidden = inputs.hidden
             for index, block in enumerate(blocks):
-                if self.compiled:
-                    stream.wait(marks[(index + 1) * per_block - 1])
+                stream.wait(marks[(index + 1) * per_block - 1])
                 hidden = block(
                     hidden, inputs.cosine, inputs.sine,
                     inputs.keys[index], inputs.values[index], inputs.position,

@@ -1,0 +1,100 @@
+"""Verdicts and the table of `dak bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dak_inductor.benchmarks.harness.model_case import MEASURED
+from dak_inductor.benchmarks.harness.record import Verdict
+from dak_inductor.plan_report import bytes_text
+
+BAR_AGAINST_PEERS = 1.0
+BAR_REALISED = 0.98
+QUICK_SECONDS = {True: 180.0, False: 300.0}
+Row = Mapping[str, Any]
+
+
+def verdicts(rows: Sequence[Row], *, quick_seconds: float | None, on_gpu: bool) -> list[Verdict]:
+    """`dak` against the fastest real peer of each setting; rows that are no result; the time."""
+    made: list[Verdict] = []
+    for setting, peers in _settings(rows).items():
+        made += _against_peers(setting, peers)
+    bad = [row for row in rows if row["status"] in ("failed", "inaccurate")]
+    note = "; ".join(str(row["case"]) for row in bad[:3])
+    made.append(Verdict("rows failed or inaccurate", len(bad), 0, "rows", not bad, note))
+    left = sum(row["status"] == "left out" for row in rows)
+    made.append(Verdict("rows left out by the time limit", left, 0, "rows", None if left else True))
+    if quick_seconds is not None:
+        bar = QUICK_SECONDS[on_gpu]
+        made.append(Verdict("quick run", quick_seconds, bar, "s", quick_seconds <= bar))
+    return made
+
+
+def _settings(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows with one model, batch and share remote."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["figure"] == MEASURED and row["share"]:
+            name = f"{row['model']} x{row['layers']}, batch {row['batch']}, {row['share']:.0%}"
+            found.setdefault(name, []).append(row)
+    return found
+
+
+def _against_peers(setting: str, rows: Sequence[Row]) -> list[Verdict]:
+    ok = [row for row in rows if row["status"] == "ok"]
+    ours = next((row for row in ok if row["provider"] == "dak"), None)
+    if ours is None:
+        return [Verdict(f"dak, {setting}", None, BAR_AGAINST_PEERS, "x", False, "no accurate row")]
+    asked = ours["realised"] / ours["share"]
+    made = [
+        Verdict(f"dak, {setting}: share realised / asked", asked, BAR_REALISED, "x",
+                asked >= BAR_REALISED)
+    ]  # fmt: skip
+    for metric, word in (("tpot_ms", "decode"), ("ttft_ms", "first token")):
+        peers = {
+            row["provider"]: row[metric]
+            for row in ok
+            if row["kind"] == "real peer" and row["provider"] != "dak" and metric in row
+        }
+        if metric in ours and peers:
+            best = min(peers, key=lambda name: peers[name])
+            ratio = ours[metric] / peers[best]
+            made.append(
+                Verdict(f"dak / fastest real peer, {word}, {setting}", ratio, BAR_AGAINST_PEERS,
+                        "x", ratio <= BAR_AGAINST_PEERS, best)
+            )  # fmt: skip
+    return made
+
+
+def _bytes(size: object) -> str | None:
+    return bytes_text(float(size)) if isinstance(size, int | float) else None
+
+
+COLUMNS = ("figure", "model", "layers", "batch", "share", "provider", "TTFT ms", "TPOT ms",
+           "tokens/s", "T/L", "GB/s", "remote", "read remote", "compile s", "status")  # fmt: skip
+
+
+def table_rows(rows: Sequence[Row]) -> list[dict[str, object]]:
+    """For `table`; T/L is that of decode, or of an encoder's only step."""
+    return [
+        {
+            "figure": row["figure"],
+            "model": row["model"],
+            "layers": f"{row['layers']}/{row['model_layers']}",
+            "batch": row["batch"],
+            "share": row["share"],
+            "provider": row["provider"],
+            "TTFT ms": row.get("ttft_ms"),
+            "TPOT ms": row.get("tpot_ms"),
+            "tokens/s": row.get("tokens_per_second"),
+            "T/L": row.get("tpot T/L", row.get("ttft T/L")),
+            "GB/s": row["bandwidth"] / 1e9 if "bandwidth" in row else None,
+            "remote": _bytes(row.get("remote_bytes")),
+            "read remote": _bytes(row.get("tpot_counted_remote", row.get("ttft_counted_remote"))),
+            "compile s": row.get("compile_seconds"),
+            "status": row["status"] if row["status"] in ("ok", "left out")
+            else f"{row['status']}: {str(row.get('reason', ''))[:60]}",
+        }
+        for row in rows
+    ]  # fmt: skip

@@ -1,0 +1,88 @@
+"""The process in which cases of `dak bench` run: a job on standard input, events as lines.
+
+    python -m dak_inductor.benchmarks.harness.model_worker < job.json
+
+A crash or a hang costs the case that was running; the parent starts another worker with the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+MARK = "@dak-bench "
+"""Begins each event's line; other lines are what libraries print."""
+
+
+def emit(**event: object) -> None:
+    """One event as a line. Values that JSON has no word for become texts."""
+    from dak_inductor.benchmarks.harness.record import plain
+
+    print(MARK + json.dumps(plain(event), allow_nan=False), flush=True)
+
+
+def parse(line: str) -> dict[str, Any] | None:
+    """The event of a line; None for a line that is none."""
+    if not line.startswith(MARK):
+        return None
+    try:
+        event = json.loads(line.removeprefix(MARK))
+    except ValueError:  # cut off where the worker died
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def main() -> int:
+    job = json.load(sys.stdin)
+    from dak_inductor.benchmarks.harness.model_case import PREDICTION, Case
+    from dak_inductor.benchmarks.harness.model_prediction import Predictor
+
+    cases = [Case(**fields) for fields in job["cases"]]
+    machine: Any = None
+    predictor = Predictor()
+    for case in cases:
+        emit(event="begin", case=case.key)
+        if case.figure == PREDICTION:
+            row = _predicted(predictor, case)
+        else:
+            from dak_inductor.benchmarks.harness.model_measure import run_case
+
+            machine = machine or _machine(job)
+            row = run_case(case, machine)
+        emit(event="row", case=case.key, row={**case.fields(), **row})
+    emit(event="end")
+    return 0
+
+
+def _machine(job: Mapping[str, Any]) -> Any:
+    """Device and ceilings; those of an earlier worker of the run are taken over."""
+    from dak_inductor.benchmarks.harness import ceilings, command_line
+    from dak_inductor.benchmarks.harness.model_measure import Machine
+    from dak_inductor.benchmarks.harness.timing import QUICK, TimingRule
+    from dak_inductor.benchmarks.harness.yardstick import Ceilings
+
+    device = command_line.default_device()
+    rule = QUICK if job["quick"] else TimingRule()
+    if device.type != "cuda":
+        return Machine(device, None, TimingRule(0.05, 3, 1), cold=not job["quick"])
+    known = job["ceilings"]
+    if known is not None:
+        found = Ceilings(**{**known, "methods": tuple(known["methods"].items())})
+    else:
+        found = ceilings.measure(device, job["remote"], rule, host_memory=job["host_memory"])
+        emit(event="ceilings", ceilings=found.as_dict())
+    return Machine(device, found, rule, job["host_memory"], cold=not job["quick"])
+
+
+def _predicted(predictor: Any, case: Any) -> dict[str, object]:
+    try:
+        return dict(predictor.row(case))
+    except Exception as error:  # a model that cannot be traced is a row
+        reason = f"{type(error).__name__}: {str(error)[:400]}"
+        return {"status": "failed", "kind": "prediction", "reason": reason}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

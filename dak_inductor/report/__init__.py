@@ -1,0 +1,1 @@
+"""Benchmark records, plans and explanations as one self-contained HTML page."""

@@ -1,0 +1,106 @@
+"""A small chart with logarithmic axes as inline SVG: curves, points, grid, legend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dak_inductor.report.html import Html, join, tag
+
+WIDTH, HEIGHT = 640, 360
+LEFT, RIGHT, TOP, BOTTOM = 62, 24, 14, 44
+COLOURS = 12
+"""Series take the classes s0 to s11 in turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Points (x, y) above zero; `curve` joins them by a line without marks."""
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+    curve: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    label: str
+    low: float
+    high: float
+    percent: bool = False
+
+    def ticks(self) -> list[float]:
+        """Powers of ten, with more between them the shorter the axis is."""
+        decades = math.log10(self.high / self.low)
+        steps: tuple[float, ...] = (1, 2, 5) if decades < 2.2 else (1,)
+        if decades < 0.7:
+            steps = (1, 1.2, 1.5, 2, 3, 5, 7)
+        first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+        values = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+        near = 1 + 1e-9
+        return [value for value in values if self.low / near <= value <= self.high * near]
+
+    def share(self, value: float) -> float:
+        clipped = min(max(value, self.low), self.high)
+        return math.log(clipped / self.low) / math.log(self.high / self.low)
+
+    def text(self, value: float) -> str:
+        return f"{value * 100:g}%" if self.percent else f"{value:,g}"
+
+
+def chart(title: str, x: Axis, y: Axis, series: Sequence[Series]) -> Html:
+    """The chart with its legend; each point's figures are in its title."""
+    parts = [tag("title", title), *_grid(x, y)]
+    classes = _classes(series)
+    for one, kind in zip(series, classes, strict=True):
+        if one.curve:
+            path = " ".join(
+                f"{'M' if i == 0 else 'L'}{_x(x, a):.1f} {_y(y, b):.1f}"
+                for i, (a, b) in enumerate(one.points)
+            )
+            parts.append(tag("path", d=path, class_=f"line {kind}"))
+            continue
+        for a, b in one.points:
+            mark = tag("title", f"{one.name}: {x.text(a)}, {y.text(float(f'{b:.4g}'))}")
+            parts.append(
+                tag("circle", mark, cx=f"{_x(x, a):.1f}", cy=f"{_y(y, b):.1f}", r=4, class_=kind)
+            )
+    legend = join(
+        tag("li", tag("span", class_=f"dot {kind}"), one.name)
+        for one, kind in zip(series, classes, strict=True)
+    )
+    picture = tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", class_="chart")
+    return tag("figure", tag("figcaption", title), picture, tag("ul", legend, class_="legend"))
+
+
+def _classes(series: Sequence[Series]) -> list[str]:
+    """A colour for each series of points; curves are limits and take none."""
+    points = [one for one in series if not one.curve]
+    return ["limit" if s.curve else f"s{points.index(s) % COLOURS}" for s in series]
+
+
+def _grid(x: Axis, y: Axis) -> list[Html]:
+    parts = []
+    base, end = HEIGHT - BOTTOM, WIDTH - RIGHT
+    for value in x.ticks():
+        at = f"{_x(x, value):.1f}"
+        parts.append(tag("path", d=f"M{at} {TOP}V{base}", class_="grid"))
+        parts.append(tag("text", x.text(value), x=at, y=base + 16, class_="mid"))
+    for value in y.ticks():
+        at = f"{_y(y, value):.1f}"
+        parts.append(tag("path", d=f"M{LEFT} {at}H{end}", class_="grid"))
+        parts.append(tag("text", y.text(value), x=LEFT - 6, y=at, dy="0.35em", class_="end"))
+    parts.append(tag("text", x.label, x=(LEFT + end) / 2, y=HEIGHT - 8, class_="mid"))
+    middle = (TOP + base) / 2
+    turned = f"rotate(-90 14 {middle})"
+    parts.append(tag("text", y.label, x=14, y=middle, transform=turned, class_="mid"))
+    return parts
+
+
+def _x(axis: Axis, value: float) -> float:
+    return LEFT + axis.share(value) * (WIDTH - LEFT - RIGHT)
+
+
+def _y(axis: Axis, value: float) -> float:
+    return HEIGHT - BOTTOM - axis.share(value) * (HEIGHT - TOP - BOTTOM)

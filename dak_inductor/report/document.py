@@ -1,0 +1,158 @@
+"""The page: verdicts of all records first, then each record's views, then runs compared."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dak_inductor.report.heat_map import heat_maps
+from dak_inductor.report.html import Html, cell, details, join, number, table, tag
+from dak_inductor.report.model_table import model_tables
+from dak_inductor.report.plan_view import plan_view
+from dak_inductor.report.records import LoadedRecord
+from dak_inductor.report.roofline import roofline
+from dak_inductor.report.run_comparison import comparison
+from dak_inductor.report.style import STYLE
+from dak_inductor.report.verdict_table import verdict_table
+
+_LONG = 120
+_ROWS = 400
+_LAST = ("note", "reason")
+_FIGURES = {"prediction": "open", "simulation": "open", "measured": "ok"}
+
+
+def page(title: str, *parts: object) -> str:
+    """A whole document that loads nothing: style inside, no script."""
+    head = join(
+        [
+            Html('<meta charset="utf-8">'),
+            Html('<meta name="viewport" content="width=device-width,initial-scale=1">'),
+            tag("title", title),
+            Html(f"<style>{STYLE}</style>"),
+        ]
+    )
+    body = tag("body", tag("h1", title), *parts)
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n{body}</html>\n'
+
+
+def document(records: Sequence[LoadedRecord]) -> str:
+    """The report of `records`, in the order given."""
+    pairs = [
+        (old, new)
+        for _, group in itertools.groupby(
+            sorted(records, key=lambda r: (r.benchmark, str(r.data.get("date")))),
+            key=lambda r: r.benchmark,
+        )
+        for old, new in itertools.pairwise(list(group))
+        if new.plan is None
+    ]
+    links = [
+        tag("li", tag("a", f"{record.benchmark} ({record.path.name})", href=f"#r{index}"))
+        for index, record in enumerate(records)
+    ]
+    if pairs:
+        links.append(tag("li", tag("a", "runs compared", href="#compared")))
+    parts: list[object] = [tag("nav", tag("ul", *links))]
+    told = verdict_table(records)
+    if told:
+        parts += [tag("h2", "Verdicts"), told]
+    parts += [_section(index, record) for index, record in enumerate(records)]
+    if pairs:
+        parts.append(tag("h2", "Runs compared", id="compared"))
+    for old, new in pairs:
+        parts += [tag("h3", new.benchmark), comparison(old, new)]
+    return page("dak report", *parts)
+
+
+def _section(index: int, record: LoadedRecord) -> Html:
+    title = tag("h2", f"{record.benchmark}: {record.path.name}", id=f"r{index}")
+    if record.plan is not None:
+        return join([title, plan_view(record.plan)])
+    notes, models = record.data.get("notes"), record.benchmark == "models"
+    lines = [tag("li", note) for note in notes] if isinstance(notes, list) else []
+    return join(
+        [
+            title,
+            _facts(record),
+            tag("ul", *lines, class_="small") if lines else "",
+            heat_maps(record.cells),
+            roofline(record),
+            model_tables(record.cells) if models else "",
+            _cells(record.cells, folded=models),
+            _folded(record),
+        ]
+    )
+
+
+def _facts(record: LoadedRecord) -> Html:
+    """Machine, versions, sources, command: what a figure means nothing without."""
+    found, data = record.environment, record.data
+    command = data.get("command")
+    words = " ".join(map(str, command)) if isinstance(command, list) else str(command or "")
+    items = {
+        "GPU": found.get("gpu") or "none: nothing here is a measurement of a card",
+        "driver": found.get("driver"),
+        "torch": found.get("torch"),
+        "date": data.get("date"),
+        "commit": data.get("parent_commit") or "unknown",
+        "sources": str(data.get("sources_sha256") or "unknown")[:12],
+        "command": words,
+    }
+    return tag("p", "; ".join(f"{k}: {v}" for k, v in items.items() if v), class_="facts")
+
+
+def _cells(cells: Sequence[Mapping[str, Any]], *, folded: bool) -> Html:
+    """Rows with all their entries; those of a grid are folded, since its map shows them."""
+    if not cells:
+        return Html("")
+    kept = list(cells)[:_ROWS]
+    names = [n for n in dict.fromkeys(key for row in kept for key in row) if _shown(n, kept)]
+    names.sort(key=lambda name: name in _LAST)  # long texts, behind the figures
+    rows = [[_entry(name, row.get(name)) for name in names] for row in kept]
+    texts = {n for n in names if any(isinstance(row.get(n), str) for row in kept)}
+    numeric = {i for i, name in enumerate(names) if name not in texts}
+    words = f"{len(kept)} of {len(cells)} rows" if len(cells) > len(kept) else f"{len(kept)} rows"
+    return details(
+        words, table(names, rows, numbers=numeric), open_=not folded and "shape" not in kept[0]
+    )
+
+
+def _shown(name: str, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Columns of short scalars that say something: no tracebacks, lists, keys of --resume."""
+    values = [row.get(name) for row in rows]
+    if name in ("traceback", "case") or all(v is None or v == "" for v in values):
+        return False
+    return not any(
+        isinstance(v, list | dict) or (isinstance(v, str) and len(v) > _LONG * 4) for v in values
+    )
+
+
+def _entry(name: str, value: object) -> Html:
+    if name == "figure":
+        return cell(str(value), _FIGURES.get(str(value), ""))
+    if name == "status":
+        return cell(str(value), "ok" if value == "ok" else "bad")
+    if isinstance(value, str) and len(value) > 40:
+        return cell(value[:_LONG] + ("..." if len(value) > _LONG else ""), "note", value)
+    return cell(number(value), "n" if isinstance(value, int | float) else "")
+
+
+def _folded(record: LoadedRecord) -> Html:
+    """Ceilings and how they were measured, and long texts of rows such as an explanation."""
+    parts: list[Html] = []
+    methods = record.ceilings.get("methods")
+    rows = [
+        [name, number(value), methods.get(name, "") if isinstance(methods, dict) else ""]
+        for name, value in record.ceilings.items()
+        if not isinstance(value, dict)
+    ]
+    if rows:
+        parts.append(
+            details(
+                "ceilings of this run",
+                table(("ceiling", "per s", "how"), rows, numbers=range(1, 2)),
+            )
+        )
+    texts = [row["explain"] for row in record.cells if isinstance(row.get("explain"), str)]
+    return join([*parts, *(details("dak.explain", tag("pre", text)) for text in texts)])

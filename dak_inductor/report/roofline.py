@@ -1,0 +1,121 @@
+"""Aggregate bandwidth of both memories against the offload ratio: the limit, and each provider."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dak_inductor.report.chart import Axis, Series, chart
+from dak_inductor.report.html import Html, join, tag
+from dak_inductor.report.records import LoadedRecord
+
+LEAST = 0.003
+"""Ratios below are drawn here: nothing remote has no place on a logarithmic axis."""
+MOST_TOKENS = 32
+"""Above that many tokens a product may be bound by compute, which this picture does not show."""
+
+
+def limit(ratio: float, hbm: float, link: float) -> float:
+    """Bytes/s of both memories drained side by side, `ratio` of the bytes remote."""
+    return 1 / max((1 - ratio) / hbm, ratio / link)
+
+
+def roofline(record: LoadedRecord) -> Html:
+    """The picture for records with ceilings and memory-bound cells; nothing for others."""
+    hbm, direct = (_number(record.ceilings.get(n)) for n in ("hbm_stream", "link_direct"))
+    copy = _number(record.ceilings.get("link_copy")) or direct
+    if not hbm or not direct or not copy:
+        return Html("")
+    steps = any("provider" in row for row in record.cells)
+    link = max(direct, copy) if steps else direct  # the yardstick of steps, and that of kernels
+    points = _of_steps(record.cells, hbm, link) if steps else _of_kernels(record.cells)
+    if not points:
+        return Html("")
+    text = "Nothing remote is drawn at the left edge. "
+    text += (
+        "Bandwidth of a step is the limit at the share asked for divided by T / L."
+        if steps
+        else f"Cells of at most {MOST_TOKENS} tokens: bytes of the tensor over the time."
+    )
+    return join(
+        [
+            _bandwidth(record.benchmark, points, hbm, link),
+            _over(record.benchmark, points, hbm, link),
+            tag("p", text, class_="small"),
+        ]
+    )
+
+
+Points = dict[str, list[tuple[float, float]]]
+
+
+def _bandwidth(name: str, points: Points, hbm: float, link: float) -> Html:
+    ratios = [LEAST * (1 / LEAST) ** (i / 200) for i in range(201)]
+    curve = tuple((ratio, limit(ratio, hbm, link) / 1e9) for ratio in ratios)
+    series = [Series("limit: HBM and link together", curve, curve=True), *_series(points)]
+    values = [y for one in series for _, y in one.points]
+    y = Axis("GB/s, both memories", min(values) / 1.3, max(values) * 1.3)
+    return chart(f"{name}: aggregate bandwidth against offload ratio", _ratio_axis(), y, series)
+
+
+def _over(name: str, points: Points, hbm: float, link: float) -> Html:
+    """The same as multiples of the limit, where near ones can be told apart."""
+    over = {
+        provider: [(x, limit(x if x > LEAST else 0.0, hbm, link) / 1e9 / y) for x, y in at]
+        for provider, at in points.items()
+    }
+    most = max(y for at in over.values() for _, y in at)
+    y = Axis("limit over bandwidth", 0.9, max(most * 1.1, 2.0))
+    one = Series("at the limit", ((LEAST, 1.0), (1.0, 1.0)), curve=True)
+    title = f"{name}: how far below the limit"
+    return chart(title, _ratio_axis(), y, [one, *_series(over)])
+
+
+def _ratio_axis() -> Axis:
+    return Axis("remote share of the bytes", LEAST, 1.0, percent=True)
+
+
+def _series(points: Points) -> list[Series]:
+    """`dak` first, so that its colour is the same in every picture."""
+    names = sorted(points, key=lambda name: name != "dak")
+    return [Series(name, tuple(sorted(points[name]))) for name in names]
+
+
+def _of_kernels(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """By shape; the least amount of tokens of each."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    best: dict[tuple[str, float], int] = {}
+    for row in cells:
+        size, time = _number(row.get("weight_bytes", row.get("cache_bytes"))), row.get("T/L")
+        microseconds = _number(row.get("microseconds"))
+        m = int(row.get("M", 1))
+        if not size or not microseconds or time is None or m > MOST_TOKENS:
+            continue
+        name, ratio = str(row.get("shape")), float(row.get("realised", row.get("fraction", 0)))
+        if best.setdefault((name, ratio), m) != m:
+            continue
+        found.setdefault(name, []).append((max(ratio, LEAST), size / microseconds / 1e3))
+    return found
+
+
+def _of_steps(
+    cells: Sequence[Mapping[str, Any]], hbm: float, link: float
+) -> dict[str, list[tuple[float, float]]]:
+    """By provider."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in cells:
+        ratio = _number(row.get("realised"))
+        over = _number(row.get("T/L", row.get("tpot T/L")))
+        if row.get("status") != "ok" or over is None or ratio is None:
+            continue
+        # L is that of the share asked for; a peer with slots of its own has more remote
+        asked = float(row.get("fraction", row.get("share", ratio))) if ratio else 0.0
+        at = limit(asked, hbm, link) / over / 1e9
+        found.setdefault(str(row["provider"]), []).append((max(min(ratio, 1.0), LEAST), at))
+    return found
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value)

@@ -1,0 +1,46 @@
+"""Every verdict of every record: the figure, its bar, pass or miss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dak_inductor.plan_report import bytes_text, seconds_text
+from dak_inductor.report.html import Html, cell, number, table
+from dak_inductor.report.records import LoadedRecord
+
+_WORDS = {True: ("pass", "ok"), False: ("MISS", "bad"), None: ("open", "open")}
+
+
+def verdict_table(records: Iterable[LoadedRecord]) -> Html:
+    """Misses first within each record; nothing where no record has a verdict."""
+    rows: list[list[object]] = []
+    for record in records:
+        for verdict in sorted(record.verdicts, key=lambda v: v.get("passed") is not False):
+            rows.append([*_row(verdict), cell(record.benchmark, "")])
+    headings = ("verdict", "what", "measured", "bar", "unit", "note", "record")
+    return table(headings, rows, numbers=range(2, 4)) if rows else Html("")
+
+
+def amount(value: object, unit: str) -> str:
+    """A figure; bytes and seconds bring the unit that fits them."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if unit in ("B", "B/s"):
+            return bytes_text(value) + unit[1:]
+        if unit == "s":
+            return seconds_text(value)
+    return number(value)
+
+
+def _row(verdict: Mapping[str, Any]) -> list[object]:
+    passed = verdict.get("passed")
+    unit = str(verdict.get("unit") or "")
+    word, kind = _WORDS[passed if isinstance(passed, bool) else None]
+    return [
+        cell(word, kind),
+        cell(str(verdict.get("name")), "note"),
+        amount(verdict.get("measured"), unit),
+        amount(verdict.get("bar"), unit),
+        cell("" if unit in ("B", "B/s", "s") else unit, ""),
+        cell(str(verdict.get("note") or ""), "note"),
+    ]

@@ -1,0 +1,303 @@
+"""`dak bench`: cases, whole models and their peers, workers that die, records that are resumed."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dak_inductor import plan_command
+from dak_inductor.benchmarks import bench_models
+from dak_inductor.benchmarks.bench_models import BenchRequest, cases_of
+from dak_inductor.benchmarks.harness import model_measure, model_prediction, model_worker
+from dak_inductor.benchmarks.harness.model_case import (
+    DECODERS,
+    MODELS,
+    PREDICTION,
+    SIMULATION,
+    Case,
+    config_values,
+    whole_model_providers,
+)
+from dak_inductor.benchmarks.harness.model_measure import Machine, build, run_case
+from dak_inductor.benchmarks.harness.model_prediction import Predictor, sequence_length
+from dak_inductor.benchmarks.harness.model_run import Limits, Listener, ModelRun
+from dak_inductor.benchmarks.harness.model_verdicts import table_rows, verdicts
+from dak_inductor.benchmarks.harness.timing import TimingRule
+from dak_inductor.benchmarks.harness.whole_model import DECODE, PREFILL
+from dak_inductor.benchmarks.harness.yardstick import Ceilings
+from dak_inductor.cli import ERROR_EXIT_CODE, app
+from dak_inductor.errors import OptionError
+from dak_inductor.plan_command import build_from
+
+CPU = torch.device("cpu")
+CEILINGS = Ceilings(hbm_stream=1e10, link_direct=1e9, link_copy=1e9, matmul_flops=1e10)
+REQUEST = BenchRequest(Path("unused"), quick=True)
+
+
+def case(provider: str, model: str = "llama-3-8b", *, layers: int = 4, share: float = 0.3) -> Case:
+    return Case(SIMULATION, model, provider, layers, 1, 8, 4, share, remote="simulated")
+
+
+def test_quick_run_on_a_card_has_dak_early_and_every_peer() -> None:
+    cases = cases_of(REQUEST, on_gpu=True)
+    assert [c.provider for c in cases[:2]] == ["resident inductor", "dak"]
+    assert {c.provider for c in cases} == set(whole_model_providers())
+    assert {c.figure for c in cases} == {"measured"} and {c.layers for c in cases} == {4}
+    assert len({c.key for c in cases}) == len(cases)
+
+
+def test_full_run_has_every_model_and_measures_all_resident_once() -> None:
+    cases = cases_of(BenchRequest(Path("unused")), on_gpu=True)
+    assert {c.model for c in cases} == set(MODELS)
+    resident = [c for c in cases if c.provider == "resident inductor" and c.model == "opt-30b"]
+    assert {c.batch for c in resident} == {1, 16} and len(resident) == 2
+
+
+def test_without_a_card_nothing_is_called_measured() -> None:
+    for quick in (True, False):
+        cases = cases_of(BenchRequest(Path("unused"), quick=quick), on_gpu=False)
+        assert {c.figure for c in cases} == {PREDICTION, SIMULATION}
+        planned = {c.model: c.layers for c in cases if c.figure == PREDICTION}
+        assert set(planned) == set(MODELS) and planned["opt-30b"] == 48
+    asked = BenchRequest(Path("unused"), models=("opt-30b",), shares=(0.2,), batches=(4,))
+    assert {c.model for c in cases_of(asked, on_gpu=False)} == {"opt-30b"}
+
+
+def test_requests_that_make_no_case_are_named_errors() -> None:
+    for wrong in ({"models": ("gpt-9",)}, {"providers": ("x",)}, {"shares": (1.5,)},
+                  {"batches": (0,)}):  # fmt: skip
+        with pytest.raises(OptionError):
+            bench_models.check(BenchRequest(Path("unused"), **wrong))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def machine() -> Machine:
+    return Machine(CPU, CEILINGS, TimingRule(target_seconds=0.003, repeats=3, warmup=1))
+
+
+@pytest.mark.parametrize("provider", ["split eager", "linear prefetch eager",
+                                      "layer prefetch charged eager"])  # fmt: skip
+def test_peers_run_a_whole_model_accurately_with_the_share_remote(
+    provider: str, machine: Machine
+) -> None:
+    row = run_case(case(provider), machine)
+    assert row["status"] == "ok", row.get("traceback") or row.get("reason")
+    share = 0.3 + 0.5 if "charged" in provider else 0.3  # room for two of four layers as slots
+    assert float(str(row["realised"])) == pytest.approx(share, abs=0.02)
+    for name in ("ttft_ms", "tpot_ms", "ttft T/L", "tpot T/L", "tokens_per_second", "bandwidth",
+                 "local_bytes_per_token", "remote_bytes_per_token", "host_peak_bytes"):  # fmt: skip
+        assert float(str(row[name])) >= 0, name
+    assert row["card_peak_bytes"] is None
+
+
+def test_simulations_have_bytes_and_no_times() -> None:
+    without = Machine(CPU, None, TimingRule(0.003, 3, 1))
+    row = run_case(case("dak", "vit-huge", layers=1), without)
+    assert row["status"] == "ok", row.get("traceback") or row.get("reason")
+    assert float(str(row["realised"])) == pytest.approx(0.3, abs=0.03)
+    assert row["ttft_counted_remote"] == row["remote_bytes"]
+    assert "ttft_ms" not in row and float(str(row["compile_seconds"])) > 0
+    assert float(str(row["predicted_ttft_ms"])) > 0
+
+
+def test_a_step_can_be_run_again_at_its_place() -> None:
+    model = build(case("dak"), CPU)
+    inputs = model.phase_inputs(batch=1, prompt=8, seed=1)
+    with torch.no_grad():
+        model(*inputs.arguments())
+        inputs.phase = DECODE
+        first = model(*inputs.arguments())
+        assert torch.equal(first, model(*inputs.arguments()))
+        ids = torch.cat([inputs.tensors[PREFILL], inputs.tensors[DECODE]], dim=1)
+        whole = model.model(input_ids=ids).logits[:, -1]
+    torch.testing.assert_close(first, whole, rtol=0.05, atol=0.02)
+
+
+def test_only_linears_of_layers_may_be_remote() -> None:
+    model = build(case("dak"), CPU)
+    kept = model.kept_on_device()
+    assert "model.lm_head.weight" in kept and "model.model.embed_tokens.weight" in kept
+    assert not any("_proj" in name for name in kept)
+    work = model.work(DECODE, batch=1, tokens=9, remote_bytes=1000)
+    assert work.remote_bytes == 1000
+    caches = 4 * 2 * 2 * 9 * 16 * 2  # layers, keys and values, heads, tokens, depth, bytes
+    assert work.local_bytes == model.linear_bytes - 1000 + 512 * 64 * 2 + caches
+
+
+def test_a_failing_provider_is_a_row(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(case: Case, machine: Machine) -> dict[str, object]:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(model_measure, "_measured", broken)
+    row = run_case(case("dak"), machine)
+    assert (row["status"], row["reason"]) == ("failed", "RuntimeError: no such kernel")
+    assert "no such kernel" in str(row["traceback"])
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b", "bert-large", "vit-huge"])
+def test_prediction_plans_the_real_graphs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def small(name: str) -> torch.nn.Module:
+        return build_from(config_values(name, 1, tiny=True), name, device="meta")
+
+    monkeypatch.setattr(model_prediction, "build_model", small)
+    for module in (model_prediction, plan_command):
+        monkeypatch.setattr(module, "REMOTE_PAGE", 1024)
+    predictor = Predictor()
+    rows = [
+        predictor.row(Case(PREDICTION, name, "dak plan", 1, 2, 16, 4, share))
+        for share in (0.2, 0.9)
+    ]
+    for row, share in zip(rows, (0.2, 0.9), strict=True):
+        assert float(str(row["realised"])) == pytest.approx(share, abs=0.02)
+    metric = "tpot_ms" if name == "llama-3-8b" else "ttft_ms"
+    assert float(str(rows[0][metric])) < float(str(rows[1][metric]))
+    assert float(str(rows[0]["remote_bytes_per_token"])) > 0
+
+
+def test_an_image_has_as_many_tokens_as_patches_and_one() -> None:
+    model = build_from(config_values("vit-huge", 1, tiny=True), "vit-huge", device="meta")
+    assert sequence_length(model, 99) == (32 // 8) ** 2 + 1
+    assert sequence_length(torch.nn.Identity(), 99) == 99
+
+
+FAKE_WORKER = """
+import json, os, sys, time
+job = json.load(sys.stdin)
+for fields in job["cases"]:
+    key = KEY(fields)
+    print(MARK + json.dumps({"event": "begin", "case": key}), flush=True)
+    print("dak: a library speaks", flush=True)
+    if fields["provider"] == "crash" and not os.path.exists(PATH): os._exit(11)
+    if fields["provider"] == "hang": time.sleep(60)
+    row = {"case": key, **fields, "model_layers": 32, "status": "ok", "kind": "real peer"}
+    print(MARK + json.dumps({"event": "row", "case": key, "row": row}), flush=True)
+"""
+
+
+def fake_worker(allowed: Path) -> list[str]:
+    """Crashes in the case of that provider until the file `allowed` is there."""
+    code = FAKE_WORKER.replace("MARK", repr(model_worker.MARK)).replace("PATH", repr(str(allowed)))
+    key = (
+        "lambda f: f\"{f['figure']} {f['model']} x{f['layers']} b{f['batch']} p{f['prompt']} "
+        "n{f['new']} {f['share']:g} {f['remote']}: {f['provider']}\""
+    )
+    return [sys.executable, "-c", code.replace("KEY", f"({key})")]
+
+
+def test_crash_and_hang_cost_their_own_case_alone(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    log = (tmp_path / "log").open("w")
+    cases = [case(name) for name in ("one", "crash", "two", "hang", "three")]
+    listener = Listener(lambda key: None, rows.append, lambda found: None)
+    ModelRun(cases, {"ceilings": None}, Limits(case=2.0), listener, log,
+             worker=fake_worker(tmp_path / "none")).run()  # fmt: skip
+    assert [(r["provider"], r["status"]) for r in rows] == [
+        ("one", "ok"), ("crash", "failed"), ("two", "ok"), ("hang", "failed"), ("three", "ok"),
+    ]  # fmt: skip
+    assert "exit status 11" in rows[1]["reason"] and "limit of the case" in rows[3]["reason"]
+    assert "a library speaks" in (tmp_path / "log").read_text()
+
+
+def test_time_limit_leaves_cases_out_and_a_dead_worker_is_no_endless_loop() -> None:
+    rows: list[dict[str, Any]] = []
+    listener = Listener(lambda key: None, rows.append, lambda found: None)
+    cases = [case(name) for name in ("one", "two")]
+    ModelRun(cases, {"ceilings": None}, Limits(begin=-1.0), listener, io.StringIO()).run()
+    assert [row["status"] for row in rows] == ["left out", "left out"]
+    rows.clear()
+    with open("/dev/null", "w") as log:
+        ModelRun(cases, {"ceilings": None}, Limits(), listener, log,
+                 worker=[sys.executable, "-c", "raise SystemExit(3)"]).run()  # fmt: skip
+    assert [row["status"] for row in rows] == ["failed", "failed"]
+    assert "exit status 3" in rows[0]["reason"]
+
+
+@pytest.fixture
+def faked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A suite of three cases whose worker crashes until the file that is returned exists."""
+    allowed = tmp_path / "allowed"
+    run = functools.partial(ModelRun, worker=fake_worker(allowed))
+    monkeypatch.setattr(bench_models, "ModelRun", run)
+
+    def some(request: BenchRequest, *, on_gpu: bool) -> Sequence[Case]:
+        return [case(name) for name in ("one", "crash", "two")]
+
+    monkeypatch.setattr(bench_models, "cases_of", some)
+    return allowed
+
+
+def test_resume_runs_what_failed_and_keeps_the_rest(tmp_path: Path, faked: Path) -> None:
+    out, heard = tmp_path / "out", []
+    first = bench_models.run(BenchRequest(out), on_gpu=False)
+    assert [row["status"] for row in first.cells] == ["ok", "failed", "ok"]
+    assert not first.passed and "bench" not in first.arguments
+    faked.touch()
+    second = bench_models.run(
+        BenchRequest(out, resume=True), on_gpu=False,
+        progress=lambda done, total, text: heard.append(text),
+    )  # fmt: skip
+    assert [row["status"] for row in second.cells] == ["ok", "ok", "ok"] and second.passed
+    assert all("crash" in text for text in heard)
+    assert [row["provider"] for row in second.cells] == ["one", "crash", "two"]
+    written = json.loads((out / "models.json").read_text())
+    assert [row["status"] for row in written["cells"]] == ["ok", "ok", "ok"]
+
+
+def test_a_record_of_other_sources_is_not_resumed(tmp_path: Path, faked: Path) -> None:
+    request = BenchRequest(tmp_path, resume=True)
+    bench_models.run(request, on_gpu=False)
+    path = tmp_path / "models.json"
+    old = json.loads(path.read_text())
+    path.write_text(json.dumps({**old, "sources_sha256": "other"}))
+    with pytest.raises(OptionError, match="other sources"):
+        bench_models.run(request, on_gpu=False)
+    path.write_text("{")
+    with pytest.raises(OptionError, match="no record"):
+        bench_models.run(request, on_gpu=False)
+
+
+def test_verdicts_compare_with_the_fastest_real_peer() -> None:
+    def row(provider: str, kind: str, tpot: float, **more: Any) -> dict[str, Any]:
+        return {"case": provider, "figure": "measured", "model": "m", "layers": 2, "batch": 1,
+                "share": 0.5, "provider": provider, "kind": kind, "status": "ok", "realised": 0.5,
+                "model_layers": 4, "tpot_ms": tpot, **more}  # fmt: skip
+
+    rows = [row("dak", "real peer", 2.0), row("split", "real peer", 2.5),
+            row("fast", "oracle", 1.0), row("slow", "real peer", 4.0),
+            row("wrong", "real peer", 0.1, status="inaccurate")]  # fmt: skip
+    made = {v.name: v for v in verdicts(rows, quick_seconds=170.0, on_gpu=True)}
+    decode = made["dak / fastest real peer, decode, m x2, batch 1, 50%"]
+    assert (decode.measured, decode.passed, decode.note) == (0.8, True, "split")
+    assert made["rows failed or inaccurate"].passed is False
+    assert made["quick run"].passed is True
+    assert table_rows(rows)[0]["layers"] == "2/4"
+    alone = verdicts(rows[1:], quick_seconds=None, on_gpu=True)
+    assert alone[0].passed is False and alone[0].note == "no accurate row"
+
+
+def test_command_line_reads_lists_and_names_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faked: Path
+) -> None:
+    runner = CliRunner()
+    done = runner.invoke(app, ["bench", "--out", str(tmp_path), "--shares", "0.1,0.5"])
+    assert done.exit_code == 1 and "no GPU: nothing here is measured" in done.stdout
+    assert "1/3" in done.stderr and "dak report" in done.stdout
+    assert json.loads((tmp_path / "models.json").read_text())["arguments"]["shares"] == [0.1, 0.5]
+    for wrong in (["--shares", "much"], ["--models", "gpt-9"], ["--host-memory", "9 apples"]):
+        failed = runner.invoke(app, ["bench", "--out", str(tmp_path), *wrong])
+        assert failed.exit_code == ERROR_EXIT_CODE
+        assert failed.stderr.startswith("dak: OptionError: ")
+
+
+def test_every_decoder_is_a_preset_with_layers_to_cut() -> None:
+    for name in DECODERS:
+        assert config_values(name, 3, tiny=False)["num_hidden_layers"] == 3

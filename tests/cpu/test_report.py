@@ -1,0 +1,190 @@
+"""`dak report`: one page from records, plans and explanations, that loads nothing and trusts no
+text."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import dak_inductor as dak
+from dak_inductor import hardware
+from dak_inductor.cli import ERROR_EXIT_CODE, app
+from dak_inductor.plan import OpUse, PlanProblem, TensorSpec
+from dak_inductor.planner import make_plan
+from dak_inductor.report.document import document
+from dak_inductor.report.heat_map import colour
+from dak_inductor.report.html import number, tag
+from dak_inductor.report.records import load_all
+from dak_inductor.report.roofline import limit
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+EVIL = "<script>alert('x')</script>\" onload=\"x"
+runner = CliRunner()
+
+
+class _Balance(HTMLParser):
+    """Raises where elements do not nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: dict[str, int] = {}
+        self.feed(text)
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen[tag] = self.seen.get(tag, 0) + 1
+        assert not any(name.startswith("on") for name, _ in attrs), attrs
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def report(*paths: Path) -> str:
+    return document(load_all(paths))
+
+
+def write(folder: Path, name: str, data: Any) -> Path:
+    path = folder / name
+    path.write_text(json.dumps(data))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole() -> str:
+    return report(RESULTS)
+
+
+def test_all_records_give_one_small_page_that_loads_nothing(whole: str) -> None:
+    seen = _Balance(whole).seen
+    assert len(whole) < 2_000_000
+    assert "script" not in seen and "link" not in seen and "img" not in seen
+    assert not re.search(r"(src|href)=\"(?!#)", whole) and "url(" not in whole
+    assert seen["svg"] >= 4 and seen["h2"] > len(list(RESULTS.glob("*.json")))
+
+
+def test_every_verdict_is_in_the_page(whole: str) -> None:
+    for path in RESULTS.glob("*.json"):
+        for verdict in json.loads(path.read_text()).get("verdicts", ()):
+            assert str(tag("i", verdict["name"]))[3:-4] in whole, path.name
+    assert whole.count(">MISS<") > 10
+
+
+def test_grid_has_each_cell_and_frames_what_missed() -> None:
+    page = report(RESULTS / "linear.json")
+    cells = json.loads((RESULTS / "linear.json").read_text())["cells"]
+    assert len(re.findall(r'<td class="n h\d', page)) == len(cells)
+    assert len(re.findall(r'<td class="n h\d miss', page)) == sum(bool(c["over"]) for c in cells)
+    assert f"{sum(len(c['over']) for c in cells)} misses" in page
+
+
+def test_light_and_dark_and_phone_are_in_the_style(whole: str) -> None:
+    assert "prefers-color-scheme:dark" in whole and 'name="viewport"' in whole
+    assert "@media (max-width" in whole
+
+
+def test_texts_of_records_are_escaped(tmp_path: Path) -> None:
+    def evil(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k if k in kept else f"{k}{EVIL}": evil(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [evil(item) for item in value]
+        return EVIL if isinstance(value, str) else value
+
+    data = json.loads((RESULTS / "decode_step.json").read_text())
+    kept = {*data, *data["ceilings"], *data["cells"][0], *data["verdicts"][0]}
+    page = report(write(tmp_path, "evil.json", evil(data)))
+    _Balance(page)
+    assert "<script" not in page and "&lt;script&gt;" in page
+
+
+def test_a_failed_row_shows_its_reason(tmp_path: Path) -> None:
+    row = {"figure": "measured", "provider": "dak", "status": "failed", "reason": "no <kernel>"}
+    page = report(write(tmp_path, "models.json", {"benchmark": "models", "cells": [row]}))
+    assert "no &lt;kernel&gt;" in page and ">failed<" in page
+
+
+def test_rows_of_a_bench_stand_beside_their_peers(tmp_path: Path) -> None:
+    def row(provider: str, tpot: float, **more: Any) -> dict[str, Any]:
+        return {"figure": "measured", "model": "m", "layers": 2, "model_layers": 4, "batch": 1,
+                "prompt": 8, "new": 4, "share": 0.5, "remote": "cpu", "provider": provider,
+                "kind": "real peer", "status": "ok", "tpot_ms": tpot, "tpot T/L": 1.5,
+                "realised": 0.5, "remote_bytes": 10**9, **more}  # fmt: skip
+
+    rows = [row("dak", 2.5), row("split", 3.5), row("prefetch", 1.5, kind="oracle"),
+            row("dak plan", 2.25, figure="prediction")]  # fmt: skip
+    data = {"benchmark": "models", "cells": rows,
+            "ceilings": {"hbm_stream": 4e12, "link_direct": 5e10}}  # fmt: skip
+    page = report(write(tmp_path, "models.json", data))
+    assert '<td class="n ok">2.5</td>' in page and page.count('class="n ok"') == 1
+    assert "2 of 4 layers" in page and "50% remote (cpu)" in page and "1.0 GB" in page
+    assert page.count("<h3>") == 2 and "aggregate bandwidth" in page
+
+
+def test_two_runs_are_compared(tmp_path: Path) -> None:
+    old = json.loads((RESULTS / "linear.json").read_text())
+    new = copy.deepcopy(old)
+    new["cells"][3]["T/L"] = old["cells"][3]["T/L"] * 1.5
+    new["verdicts"][0]["passed"] = True
+    page = report(write(tmp_path, "a.json", old), write(tmp_path, "b.json", new))
+    assert "Runs compared" in page and ">1.500<" in page
+    count = sum("T/L" in cell for cell in old["cells"])
+    assert f"{count} cells in both: 0 faster and 1 slower" in page
+    assert "Runs compared" not in report(tmp_path / "a.json")
+
+
+def test_a_plan_is_shown_with_operators_refusals_and_timeline(tmp_path: Path) -> None:
+    uses = (OpUse("u", "decode", "w", "linear", 1e8, 1e4, 1e8, 1.0, module="layers.0.<up>"),)
+    problem = PlanProblem((TensorSpec("w", 10**8),), uses, 4 * 10**7, "cpu")
+    path = tmp_path / "plan.json"
+    path.write_text(make_plan(problem, hardware.load("h200")).to_json())
+    page = report(path)
+    assert "layers.*.&lt;up&gt;" in page and 'class="lane-remote"' in page
+    assert "40.0%" in page
+
+
+def test_limit_and_colours() -> None:
+    assert limit(0.0, 4000.0, 50.0) == 4000 and limit(1.0, 4000.0, 50.0) == 50
+    assert limit(50 / 4050, 4000.0, 50.0) == pytest.approx(4050)
+    assert (colour(1.0), colour(1.06), colour(9.0)) == ("h0", "h2", "h7")
+    assert (number(0.12345), number(None), number(True), number(12)) == ("0.1235", "", "yes", "12")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("{", "not JSON"), ("[1]", "neither"), ('{"a": 1}', "neither")]
+)
+def test_files_that_are_no_records_are_named_errors(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    result = runner.invoke(app, ["report", str(path), "--out", str(tmp_path / "r.html")])
+    assert result.exit_code == ERROR_EXIT_CODE
+    assert result.stderr.startswith("dak: OptionError: ") and words in result.stderr
+    missing = runner.invoke(app, ["report", str(tmp_path / "none.json")])
+    assert missing.exit_code == ERROR_EXIT_CODE and "cannot be read" in missing.stderr
+
+
+def test_command_writes_the_page(tmp_path: Path) -> None:
+    out = tmp_path / "r.html"
+    result = runner.invoke(app, ["report", str(RESULTS / "move.json"), "--out", str(out)])
+    assert result.exit_code == 0 and "1 record," in result.stdout
+    assert out.read_text().startswith("<!doctype html>")
+
+
+def test_explanation_as_html_names_placement_and_operators() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.Linear(512, 256))
+    dak.offload(model, offload_ratio=0.5, remote="simulated")
+    page = dak.explain(model).to_html()
+    _Balance(page)
+    for word in ("Sequential", "divided weights", "simulated", "What more GPU memory would buy"):
+        assert word in page
+    assert 'class="share"' in page and "<script" not in page

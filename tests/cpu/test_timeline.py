@@ -1,0 +1,69 @@
+"""The predicted timeline of a plan, and its trace file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+
+from dak_inductor import hardware
+from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
+from dak_inductor.planner import make_plan
+from dak_inductor.timeline import timeline, to_trace
+
+H200 = hardware.load("h200")
+
+
+@pytest.fixture
+def plan() -> Plan:
+    size = 100 << 20
+    uses = tuple(
+        OpUse(f"{graph}{i}", graph, f"w{i}", "linear", size, 1e5, flops, 1.0, module=f"layers.{i}")
+        for graph, flops in (("prefill", 4e12), ("decode", 1e8))
+        for i in range(3)
+    )
+    keys = OpUse("decode9", "decode", "w0", "attention", 1e6, 0.0, 1e6, 1.0)
+    uses = (*uses, keys, replace(keys, tensor="w1"))
+    tensors = tuple(TensorSpec(f"w{i}", size) for i in range(3))
+    return make_plan(PlanProblem(tensors, uses, 150 << 20, "cpu"), H200)
+
+
+def test_spans_fill_the_step_and_lanes_end_within_their_operator(plan: Plan) -> None:
+    spans = timeline(plan, H200)
+    for graph, step in plan.step_times.items():
+        own = [span for span in spans if span.graph == graph]
+        operators = [span for span in own if span.lane == "operator"]
+        assert sum(span.seconds for span in operators) == pytest.approx(step, rel=1e-3)
+        for before, after in itertools.pairwise(operators):
+            assert after.start == pytest.approx(before.start + before.seconds)
+        ends = {span.start: span.start + span.seconds for span in operators}
+        assert all(s.start + s.seconds <= ends[s.start] * (1 + 1e-9) for s in own)
+
+
+def test_link_is_busy_for_the_remote_bytes(plan: Plan) -> None:
+    decode = [s for s in timeline(plan, H200) if s.graph == "decode" and s.lane == "remote"]
+    remote = sum(op.remote_bytes for op in plan.ops if op.graph == "decode")
+    link = H200.link("cpu").direct_bandwidth
+    assert remote > 0
+    assert sum(span.seconds for span in decode) == pytest.approx(remote / link, rel=1e-6)
+
+
+def test_compute_is_that_of_the_uses_or_of_what_it_bounds(plan: Plan) -> None:
+    def lane(spans: list[object]) -> list[str]:
+        return [s.op.op for s in spans if s.lane == "compute"]  # type: ignore[attr-defined]
+
+    assert lane([*timeline(plan, H200)]) == ["prefill0", "prefill1", "prefill2"]
+    assert lane([*timeline(plan, H200, {"decode1": 1e-6})]) == ["decode1"]
+
+
+def test_trace_is_what_perfetto_reads(plan: Plan) -> None:
+    trace = json.loads(to_trace(plan, H200))
+    events = trace["traceEvents"]
+    names = {e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert any("link" in name for name in names) and any("HBM" in name for name in names)
+    spans = [e for e in events if e["ph"] == "X"]
+    assert {e["pid"] for e in spans} == {1, 2}
+    assert all(e["dur"] > 0 and e["ts"] >= 0 and e["name"] for e in spans)
+    assert "prediction" in trace["otherData"]["what"]
