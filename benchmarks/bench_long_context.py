@@ -167,8 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prefill_seconds = prefill(model, cache, prompt, arguments.chunk)
         fill_seconds = fill(cache, arguments.tokens, arguments.chunk)
         seconds, finite = decode(model, cache, prompt[:, :1], arguments.steps)
-        accuracy = check_attention(cache, what.config().num_attention_heads //
-                                   what.config().num_key_value_heads)  # fmt: skip
+    config = what.config()  # the check takes GBs of its own
+    accuracy = check_attention(cache, config.num_attention_heads // config.num_key_value_heads)
     held, weights = cache.bytes_by_tier(), weight_bytes(model)
     length = cache.get_seq_length()
     read = length / (length + _slack(cache))  # of what has memory, the tokens that are there

@@ -30,4 +30,4 @@ def queue_count(record: int, reads: Sequence[tuple[int, int]], *, device_index: 
         arguments = _HEAD.pack(record, len(part), 1 if first == 0 else 0)
         arguments += b"".join(_READ.pack(start, size) for start, size in padded)
         kernel = load(COUNT_READS, device_index)
-        kernel.launch(grid=(1, 1, 1), block=(32, 1, 1), arguments=[arguments], overlap=True)
+        kernel.launch(grid=(1, 1, 1), block=(32, 1, 1), arguments=[arguments])

@@ -1,5 +1,4 @@
 // Counts what a stock kernel, or a copy, reads of a tiered buffer: by the split of the moment.
-#include "ptx/grid_dependency.cuh"
 #include "schedule/tier_record.cuh"
 #include "types.cuh"
 
@@ -32,7 +31,6 @@ extern "C" __global__ void __launch_bounds__(32)
     local += split <= start ? 0 : split - start < size ? split - start : size;
     all += size;
   }
-  ptx::wait_for_predecessors();  // one of them may set the counters back
   if (local > 0) atomicAdd(&arguments.record->local_bytes, local);
   if (all > local) atomicAdd(&arguments.record->remote_bytes, all - local);
   if (arguments.calls > 0) atomicAdd(&arguments.record->calls, u64{arguments.calls});
