@@ -21,7 +21,7 @@ from dak_inductor.lowering.ahead.sequence import StepCall
 from dak_inductor.lowering.ahead.step_plan import OpStep, StepPlan
 from dak_inductor.lowering.ahead.timeline import LOCAL, Part
 from dak_inductor.lowering.linear import ring, ring_plan
-from dak_inductor.lowering.linear.copy_engine import copy, copy_bytes
+from dak_inductor.lowering.linear.copy_engine import copy_bytes
 from dak_inductor.lowering.linear.product import Product
 from dak_inductor.lowering.linear.queues import Queues
 
@@ -149,5 +149,16 @@ class Player:
         slot = self._memory[place.offset : place.offset + part.size].view(weight.dtype)
         if part.remote > part.start:
             held = slot.view(rows, weight.shape[1])[: part.remote - part.start]
-            copy(held, weight[part.start : part.remote])
+            _copy_by_kernel(held, weight[part.start : part.remote])
         products.compute(ring_plan.Part(part.weight, part.start, part.stop, True), slot)
+
+
+def _copy_by_kernel(target: Tensor, source: Tensor) -> None:
+    """Copy a few rows, bit by bit.
+
+    Not by copy engine, as torch's own copy of contiguous memory is: on the main queue it would wait
+    there for the link's copies, and 48 of them took a step of 6.4 ms of link time to 8.8 (H200,
+    `decode_step.json`; the cause was inferred, not isolated).
+    """
+    bits = target.view(torch.int16)
+    torch.bitwise_or(source.view(torch.int16), 0, out=bits)

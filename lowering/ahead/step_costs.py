@@ -12,7 +12,7 @@ import torch
 from dak_inductor.hardware import HardwareProfile, LinkProfile
 from dak_inductor.lowering.ahead.sequence import StepCall
 from dak_inductor.lowering.ahead.step_op import LinkRates, RowSpan, StepOp
-from dak_inductor.lowering.copy_cost import device_copy_seconds, piece_overhead
+from dak_inductor.lowering.copy_cost import piece_overhead
 from dak_inductor.lowering.linear import ring_plan
 from dak_inductor.lowering.linear.call_facts import CallFacts
 from dak_inductor.lowering.linear.configuration import DECODE_TOKENS
@@ -75,8 +75,7 @@ def _step_op(
     local = sum(_product_seconds(one, span.start, profile) for span in spans if span.start)
     row = (_product_seconds(one, _PART_FEATURES, profile) - _PRODUCT_SECONDS) / _PART_FEATURES
     rest = profile.operator_floor  # the count
-    for span in spans:
-        rest += device_copy_seconds((span.remote - span.start) * span.row_bytes, profile)
+    rest += profile.operator_floor * sum(span.remote > span.start for span in spans)
     passes = (facts.activation != "none") + problem.gated + facts.residual
     once = 3 * problem.m * problem.n * ELEMENT_BYTES / profile.hbm_bandwidth
     rest += passes * (profile.operator_floor + once)
