@@ -227,15 +227,19 @@ def encode(cubin: Cubin) -> bytes:
 
 
 def decode(content: bytes, name: str, key: str) -> Cubin | None:
-    """What `encode` wrote for that kernel and key; None where the bytes are damaged."""
+    """What `encode` wrote for that kernel and key; None where the bytes are damaged or foreign."""
     digest, body = content[:32], content[32:]
     if hashlib.sha256(body).digest() != digest:
         return None
     line, _, image = body.partition(b"\n")
-    record = json.loads(line)
-    if record["name"] != name or record["key"] != key:
+    try:
+        record = json.loads(line)
+        texts = record["name"], record["key"], record["symbol"], record["log"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None  # whole, but nothing that this release wrote
+    if texts[:2] != (name, key) or not all(isinstance(text, str) for text in texts):
         return None
-    return Cubin(name, key, record["symbol"], record["log"], image)
+    return Cubin(*texts, image)
 
 
 @functools.cache

@@ -38,16 +38,18 @@ def parse_budget(value: str | int, card_bytes: int | None) -> int:
     Raises BudgetError for what cannot be read, is not positive, or exceeds the card.
     """
     budget = _read(value, card_bytes)
-    if budget <= 0:
+    if abs(budget) >= 1 << 63:
+        raise BudgetError(f"gpu_memory is more than any card has: {EXAMPLES}")
+    if budget < 1:
         raise BudgetError(f"gpu_memory={value!r} is not above zero: {EXAMPLES}")
     if card_bytes is not None and budget > card_bytes:
         raise BudgetError(
             f"gpu_memory={value!r} is {budget / 1e9:.2f} GB, the card has {card_bytes / 1e9:.2f} GB"
         )
-    return budget
+    return int(budget)
 
 
-def _read(value: object, card_bytes: int | None) -> int:
+def _read(value: object, card_bytes: int | None) -> float:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise BudgetError(f"gpu_memory={value!r} is not a size: {EXAMPLES}")
     if isinstance(value, float):
@@ -69,10 +71,10 @@ def _read(value: object, card_bytes: int | None) -> int:
             raise BudgetError(
                 f'gpu_memory={value!r}: the simulated GPU has no size; say bytes, like "2GB"'
             )
-        return int(card_bytes * number / 100)
+        return card_bytes * number / 100
     if unit.upper() not in _UNITS:
         raise BudgetError(f"gpu_memory={value!r}: {unit or 'no'} unit known; {EXAMPLES}")
-    return int(number * _UNITS[unit.upper()])
+    return number * _UNITS[unit.upper()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dak_inductor.cuda_runtime.file_bytes import FileBytes
+from dak_inductor.cuda_runtime.file_bytes import FileBytes, read_into
 from dak_inductor.errors import CheckpointError
 from dak_inductor.inventory import Inventory, Member
 
 INDEX_NAME = "model.safetensors.index.json"
-_CONVERT_BYTES = 64 << 20
-"""A tensor of another dtype is converted in pieces of about this size."""
+_PIECE_BYTES = 64 << 20
+"""Tensors are read in pieces of about this size."""
 
 
 class Checkpoint:
@@ -69,28 +69,24 @@ class Checkpoint:
     def pieces(self, name: str, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
         """The tensor as contiguous pieces of `dtype`, each with its byte offset.
 
-        One piece where the dtype is the stored one, a view of the map. Conversions go in pieces, so
-        that no second copy of the tensor exists.
+        Read, not mapped: a map of a file that is truncated meanwhile ends the process (SIGBUS). In
+        pieces, so that no second copy of the tensor exists.
         """
-        source = self.read(name).reshape(-1)
-        if source.dtype == dtype:
-            yield 0, source
-            return
-        step = max(1, _CONVERT_BYTES // dtype.itemsize)
-        for start in range(0, source.numel(), step):
-            yield start * dtype.itemsize, source[start : start + step].to(dtype)
+        stored = self._dtype(name)
+        source = self._stored_bytes(name)
+        step = max(1, _PIECE_BYTES // dtype.itemsize)
+        count = source.nbytes // stored.itemsize
+        for start in range(0, count, step):
+            piece = torch.empty(min(step, count - start), dtype=stored)
+            read_into(piece.view(torch.uint8).numpy(), source, start * stored.itemsize)
+            yield start * dtype.itemsize, piece.to(dtype)
 
     def file_bytes(self, name: str, dtype: torch.dtype) -> FileBytes | None:
         """Where the tensor's bytes lie in its file; None if they are not of `dtype` there.
 
         The descriptor is open until `close`.
         """
-        if self._dtype(name) != dtype:
-            return None
-        file = self._file_of[name]
-        if str(file) not in self._stored:
-            self._stored[str(file)] = _StoredFile(file)
-        return self._stored[str(file)].bytes_of(name)
+        return self._stored_bytes(name) if self._dtype(name) == dtype else None
 
     def name_for(self, member: Member) -> str | None:
         """The first of a tensor's names that the checkpoint holds."""
@@ -152,7 +148,7 @@ class Checkpoint:
             raise CheckpointError(f"{file} is not a .safetensors file; convert it first")
         try:
             handle = safe_open(str(file), framework="pt", device="cpu")
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(
                 f"{file} cannot be read ({error}): missing, truncated or damaged"
             ) from error
@@ -169,25 +165,41 @@ class Checkpoint:
         piece = self._slice(name)
         return (self.read(name) if not piece.get_shape() else self.read(name)[:0]).dtype
 
+    def _stored_bytes(self, name: str) -> FileBytes:
+        file = self._file_of[name]
+        if str(file) not in self._stored:
+            self._stored[str(file)] = _StoredFile(file)
+        return self._stored[str(file)].bytes_of(name, self.read(name).nbytes)
+
 
 class _StoredFile:
     """A safetensors file's descriptor and the places of its tensors.
 
     The file begins with the length of its header (u64, little endian) and the header, JSON that
-    gives each tensor's first and last byte behind it; safetensors has checked all that.
+    gives each tensor's first and last byte behind it. safetensors has checked all that when it
+    opened the file; a file that was replaced since raises CheckpointError.
     """
 
     def __init__(self, path: Path) -> None:
         self._name = str(path)
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            self._header = json.loads(file.read(length))
-            self._data_start = 8 + length
-            self._descriptor = os.dup(file.fileno())
+        try:
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                self._header = json.loads(file.read(length))
+                self._data_start = 8 + length
+                self._descriptor = os.dup(file.fileno())
+        except (OSError, ValueError, OverflowError, struct.error, RecursionError) as error:
+            raise CheckpointError(f"{path} was replaced while it was read: {error}") from error
 
-    def bytes_of(self, name: str) -> FileBytes:
-        first, last = self._header[name]["data_offsets"]
-        return FileBytes(self._descriptor, self._data_start + first, last - first, self._name)
+    def bytes_of(self, name: str, nbytes: int) -> FileBytes:
+        """The place of a tensor of `nbytes` bytes."""
+        try:
+            first, last = map(int, self._header[name]["data_offsets"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self._name} was replaced while it was read") from error
+        if first < 0 or last - first != nbytes:
+            raise CheckpointError(f"{self._name} was replaced while it was read")
+        return FileBytes(self._descriptor, self._data_start + first, nbytes, self._name)
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -239,7 +251,7 @@ def _read_index(path: Path) -> dict[Path, set[str] | None]:
     try:
         weight_map = json.loads(path.read_text())["weight_map"]
         pairs = [(str(name), str(file)) for name, file in weight_map.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not an index of shards: {error!r}") from error
     folder = path.parent.resolve()
     listing: dict[Path, set[str] | None] = {}

@@ -29,7 +29,7 @@ from dak_inductor.normalise import value_of
 from dak_inductor.op_match import nbytes
 from dak_inductor.op_table import Op, OpTable
 from dak_inductor.products import Ops, Product, can_move, product_behind, shape
-from dak_inductor.sizes import Size
+from dak_inductor.sizes import Size, is_row_major
 from dak_inductor.templates import choice_for
 
 _aten = torch.ops.aten
@@ -183,7 +183,8 @@ def _only_use(value: object, root: Node, ops: Ops) -> Product | None:
 
 
 def _agrees(fusion: Fusion) -> bool:
-    """One floating dtype and one device throughout, the result's shape, and no reader overtaken."""
+    """One floating dtype and one device throughout, the result's shape and memory order (views of
+    it are in the graph already), and no reader overtaken."""
     result = value_of(fusion.root)
     operands = [operand for product in fusion.products for operand in product.operands]
     operands += [] if fusion.residual is None else [fusion.residual]
@@ -192,6 +193,7 @@ def _agrees(fusion: Fusion) -> bool:
     first = fusion.products[0]
     return (
         result.dtype.is_floating_point
+        and is_row_major(result)
         and all(v.dtype == result.dtype and v.device == result.device for v in values)
         and (*shape(first.x)[:-1], columns) == shape(fusion.root)
         and all(can_move(product, fusion.root) for product in fusion.products)

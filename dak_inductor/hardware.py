@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 WITHOUT_GPU = "h200"
+_SMALLEST, _LARGEST = 1e-18, 1e24  # of any number: sums and quotients of such are finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class HardwareProfile:
         """The record in `text`. Raises ProfileError where it is damaged or of another version."""
         try:
             record = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ProfileError(f"hardware profile is not JSON: {error}") from error
         if not isinstance(record, dict):
             raise ProfileError(f"hardware profile is a JSON {type(record).__name__}, not an object")
@@ -166,13 +166,13 @@ def _check_keys(where: str, record_type: type, record: Mapping[str, Any]) -> Non
 
 def _check_number(where: str, name: str, value: object, *, above_zero: bool) -> None:
     number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else -1
-    if not 0 <= number < math.inf or (above_zero and number == 0):
+    if not (_SMALLEST <= number <= _LARGEST or (number == 0 and not above_zero)):
         sign = "above zero" if above_zero else "of zero or more"
         raise ProfileError(f"{where}: {name} is {value!r}; a finite number {sign} is needed")
 
 
 def _check_integer(where: str, name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 63:
         raise ProfileError(f"{where}: {name} is {value!r}; a whole number above zero is needed")
 
 

@@ -94,5 +94,5 @@ class OffloadRequest:
 def _device(device: torch.device | str | int) -> torch.device:
     try:
         return torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise TierError(f"device={device!r} is no device: {error}") from error

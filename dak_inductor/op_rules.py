@@ -141,6 +141,8 @@ def _index_select(node: Node) -> Match | str | None:
         return None
     if _argument(node, 1, "dim") != 0:
         return "rows are selected on another dimension than the first"
+    if value_of(node.args[0]).dim() == 0 or value_of(node.args[2]).dim() == 0:
+        return "a table or an index without dimensions"
     return _rows("gather", node, node.args[0], node.args[2])
 
 

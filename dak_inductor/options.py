@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -92,7 +93,7 @@ def _from_environment() -> dict[str, Any]:
         if (value := environment(name)) is not None:
             found[name] = value
     if (value := environment("window")) is not None:
-        if not value.isdigit():
+        if not re.fullmatch("[0-9]{1,10}", value):
             raise OptionError(f"DAK_WINDOW={value!r} is not a number of bytes")
         found["window"] = int(value)
     if (value := environment("strict")) is not None:
@@ -137,7 +138,7 @@ def _check_window(window: object) -> None:
             "window=0 would let no remote byte be read; leave it out for the link's own window"
         )
     if not 0 < window < 2**31:
-        raise OptionError(f"window={window}: from 1 to {2**31 - 1} bytes are possible")
+        raise OptionError(f"window: from 1 to {2**31 - 1} bytes are possible")
 
 
 def _mode_patches(mode: str | None) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def _mode_patches(mode: str | None) -> dict[str, Any]:
     if mode is None or mode == "default":
         return {}
     known = inductor.list_mode_options()
-    if mode not in known:
+    if not isinstance(mode, str) or mode not in known:
         raise OptionError(f"mode={mode!r} is unknown; Inductor has {', '.join(sorted(known))}")
     return dict(known[mode])
 
@@ -160,7 +161,7 @@ def _inductor_patches(given: Mapping[str, Any]) -> dict[str, Any]:
     known = set(vars(inductor_config)["_config"])
     patches: dict[str, Any] = {}
     for key, value in given.items():
-        name = key.replace("-", "_")
+        name = str(key).replace("-", "_")
         if name not in known:
             ours = [field.name for field in fields(BackendOptions)] + ["mode"]
             close = difflib.get_close_matches(name, [*ours, *known], n=3)

@@ -7,7 +7,7 @@ the length of the prefix, and `splits` of a plan maps each tensor to its REMOTE 
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
@@ -209,13 +209,13 @@ def _rows(where: str, kind: type, rows: list[Any]) -> list[Any]:
 
 
 def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def _is_number(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return 0 <= value < math.inf
+    return 0 <= value <= sys.float_info.max  # a whole number may be larger
 
 
 def _maps_to(check: Callable[[object], bool]) -> Callable[[object], bool]:

@@ -27,6 +27,16 @@ def shape_of(tensor: torch.Tensor) -> tuple[Size, ...]:
     return tuple(size_of(dim) for dim in tensor.shape)
 
 
+def is_row_major(tensor: torch.Tensor) -> bool:
+    """Whether a (fake) tensor's elements are known to lie in row-major order. Adds no guard."""
+    expected: Size = 1
+    for dim, stride in zip(shape_of(tensor)[::-1], tensor.stride()[::-1], strict=True):
+        if dim != 1 and size_of(stride) != expected:
+            return False
+        expected = expected * dim
+    return True
+
+
 @lru_cache(maxsize=65536)
 def _product(factors: tuple[Size, ...]) -> Size:
     result: Size = 1

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from . import profiles  # noqa: F401  (loads the settings of hypothesis)
+
 if TYPE_CHECKING:
     from dak_inductor.cuda_runtime.nvrtc import Cubin, KernelInstance
 

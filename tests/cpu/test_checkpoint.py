@@ -70,7 +70,7 @@ def test_meta_models_are_filled(source, tmp_path, save):
 
 
 def test_dtypes_are_converted_to_the_models(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("dak_inductor.checkpoint._CONVERT_BYTES", 1000)
+    monkeypatch.setattr("dak_inductor.checkpoint._PIECE_BYTES", 1000)
     path, model = in_one_file(source, tmp_path), empty_network().to(torch.bfloat16)
     filled(model, path)
     assert torch.equal(model.first.weight, source.first.weight.bfloat16())

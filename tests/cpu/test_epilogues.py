@@ -230,8 +230,14 @@ def halves_of_in_out(x):
     return F.silu(gate) * up
 
 
+def viewed_in_the_residuals_order(x):
+    residual = like_result(x).mT.contiguous().mT
+    return (residual + F.linear(x, W)).mT.view(-1)
+
+
 REFUSED = {
     "the product is used twice": used_twice,
+    "the result lies in another order": viewed_in_the_residuals_order,
     "a scalar is added": lambda x: F.linear(x, W) + 1.0,
     "the residual is broadcast": lambda x: F.linear(x, W) + C * 2,
     "the residual is larger": lambda x: F.linear(x[:1], W) + like_result(x),

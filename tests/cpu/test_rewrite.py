@@ -93,6 +93,14 @@ def test_every_op_is_rewritten_and_gives_the_same_bits_and_the_bytes_it_reads():
     assert (experts.local, experts.remote) == (2 * 16 * row, 16 * row)
 
 
+@pytest.mark.parametrize("index", [torch.tensor(0), torch.tensor([0])])
+@pytest.mark.parametrize("shape", [(), (16,), (16, 16)])
+def test_an_index_or_a_table_without_dimensions_gives_torchs_shape(shape, index):
+    _, table = tiered(torch.randn(shape), "table")
+    _, result = run(lambda table, index: table.index_select(0, index), table, index)
+    torch.testing.assert_close(result, table.index_select(0, index), rtol=0, atol=0)
+
+
 def test_the_counted_tier_follows_a_move():
     buffer, weight = tiered(torch.randn(64, 64), "w", page_bytes=1024)
     x = torch.randn(2, 64)
