@@ -1,0 +1,66 @@
+"""The comparison of predicted with recorded times."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dak_inductor.benchmarks import check_cost_model
+from dak_inductor.benchmarks.check_cost_model import compare, rows, verdicts
+from dak_inductor.benchmarks.harness.record import project_root
+
+RESULTS = project_root() / "benchmarks" / "results"
+CEILINGS = {"hbm_stream": 4e12, "link_direct": 5e10, "link_copy": 5.5e10, "matmul_flops": 8e14}
+FLOOR = check_cost_model.profile_of({"ceilings": CEILINGS}).operator_floor
+
+
+def linear(microseconds: float, *, share: float = 0.5, m: int = 1) -> dict[str, Any]:
+    n = k = 4096
+    return {
+        "status": "ok", "shape": f"{n}x{k}", "N": n, "K": k, "M": m, "fraction": share,
+        "realised": share, "weight_bytes": 2 * n * k, "microseconds": microseconds, "remote": "cpu",
+    }  # fmt: skip
+
+
+def test_a_cell_at_its_prediction_has_no_error() -> None:
+    link_bound = 0.5 * 2 * 4096 * 4096 / 5e10 + FLOOR
+    hbm_bound = (2 * 4096 * 4096 + 2 * 2 * 4096) / 4e12 + FLOOR
+    cells = [linear(link_bound * 1e6), linear(hbm_bound * 1e6, share=0.0)]
+    cells.append({**linear(1.0), "status": "failed"})
+    found = compare("linear", {"ceilings": CEILINGS, "cells": cells})
+    assert [each.error for each in found] == pytest.approx([0.0, 0.0], abs=1e-9)
+    assert [each.remote for each in found] == ["more", "0"]
+    assert all(verdict.passed for verdict in verdicts(found))
+
+
+def test_a_cell_twice_as_slow_is_the_worst() -> None:
+    right = (0.5 * 2 * 4096 * 4096 / 5e10 + FLOOR) * 1e6
+    cells = [linear(right), linear(right), linear(2 * right)]
+    found = compare("linear", {"ceilings": CEILINGS, "cells": cells})
+    (row,) = rows(found)
+    assert row["cells"] == 3 and row["median"] == pytest.approx(0.0, abs=1e-6)
+    assert row["worst"] == pytest.approx(-50.0)
+    median, worst = verdicts(found)
+    assert median.passed and not worst.passed and worst.measured == pytest.approx(0.5)
+
+
+def test_all_recorded_grids_are_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_cost_model.main(["--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    record = json.loads((tmp_path / "cost_model.json").read_text())
+    for name in check_cost_model.GRIDS:
+        cells = [row["cells"] for row in record["cells"] if row["record"] == name]
+        recorded = json.loads((RESULTS / f"{name}.json").read_text())["cells"]
+        assert sum(cells) == sum(cell["status"] != "failed" for cell in recorded), name
+        assert name in printed
+    assert {row["phase"] for row in record["cells"]} == {"decode", "prefill"}
+
+
+def test_another_record_is_refused() -> None:
+    with pytest.raises(SystemExit, match="no grid"):
+        check_cost_model.main([str(RESULTS / "load.json")])
