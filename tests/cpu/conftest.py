@@ -39,13 +39,17 @@ def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _imported_is_no_garbage() -> None:
-    """Tests collect garbage very often; what the imports made need not be looked at each time."""
+def _libraries_are_imported() -> None:
     import torch._dynamo
     import torch._inductor.compile_fx  # noqa: F401
 
     import dak_inductor  # noqa: F401
 
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_there_is_no_garbage(_libraries_are_imported: None) -> None:
+    """Tests collect garbage very often; what imports and other modules made, millions of objects in
+    the end, need not be looked at each time."""
     gc.collect()
     gc.freeze()
 
