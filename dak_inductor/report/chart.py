@@ -10,8 +10,9 @@ from dak_inductor.report.html import Html, join, tag
 
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 62, 24, 14, 44
-COLOURS = 12
-"""Series take the classes s0 to s11 in turn."""
+_COLUMNS, _LINE, _HEAD = 2, 18, 30  # of the legend below a chart of its own, and its title
+COLOURS = 14
+"""Series take the classes s0 to s13 in turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +50,60 @@ class Axis:
         return f"{value * 100:g}%" if self.percent else f"{value:,g}"
 
 
-def chart(title: str, x: Axis, y: Axis, series: Sequence[Series]) -> Html:
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What a chart shows. `name` is that of its file."""
+
+    name: str
+    title: str
+    x: Axis
+    y: Axis
+    series: tuple[Series, ...]
+
+
+def chart(picture: Picture) -> Html:
     """The chart with its legend; each point's figures are in its title."""
-    parts = [tag("title", title), *_grid(x, y)]
-    classes = _classes(series)
-    for one, kind in zip(series, classes, strict=True):
+    legend = join(
+        tag("li", tag("span", class_=f"dot {kind}"), one.name)
+        for one, kind in zip(picture.series, _classes(picture.series), strict=True)
+    )
+    parts = [tag("title", picture.title), *_drawn(picture)]
+    drawn = tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", class_="chart")
+    return tag(
+        "figure", tag("figcaption", picture.title), drawn, tag("ul", legend, class_="legend")
+    )
+
+
+def standalone(picture: Picture, style: str) -> str:
+    """The chart as an SVG file of its own, its title above and its legend below."""
+    parts = [tag("text", picture.title, x=LEFT, y=-10, class_="heading"), *_drawn(picture)]
+    for place, (one, kind) in enumerate(zip(picture.series, _classes(picture.series), strict=True)):
+        column, row = place % _COLUMNS, place // _COLUMNS
+        x, y = LEFT + column * (WIDTH - LEFT) / _COLUMNS, HEIGHT + 14 + row * _LINE
+        mark = (
+            tag("path", d=f"M{x - 5:.0f} {y}h10", class_="line limit")
+            if one.curve
+            else tag("circle", cx=f"{x:.0f}", cy=y, r=4, class_=kind)
+        )
+        parts += [mark, tag("text", one.name, x=f"{x + 10:.0f}", y=y, dy="0.35em")]
+    rows = -(-len(picture.series) // _COLUMNS)
+    box = f"0 {-_HEAD} {WIDTH} {HEIGHT + _HEAD + 10 + rows * _LINE}"
+    drawn = tag(
+        "svg",
+        tag("title", picture.title),
+        Html(f"<style>{style}</style>"),
+        tag("rect", x=0, y=-_HEAD, width="100%", height="100%", class_="ground"),
+        *parts,
+        xmlns="http://www.w3.org/2000/svg", viewBox=box, width=WIDTH, role="img",
+    )  # fmt: skip
+    return f"{drawn}\n"
+
+
+def _drawn(picture: Picture) -> list[Html]:
+    """Grid, curves and points."""
+    x, y = picture.x, picture.y
+    parts = _grid(x, y)
+    for one, kind in zip(picture.series, _classes(picture.series), strict=True):
         if one.curve:
             path = " ".join(
                 f"{'M' if i == 0 else 'L'}{_x(x, a):.1f} {_y(y, b):.1f}"
@@ -66,12 +116,7 @@ def chart(title: str, x: Axis, y: Axis, series: Sequence[Series]) -> Html:
             parts.append(
                 tag("circle", mark, cx=f"{_x(x, a):.1f}", cy=f"{_y(y, b):.1f}", r=4, class_=kind)
             )
-    legend = join(
-        tag("li", tag("span", class_=f"dot {kind}"), one.name)
-        for one, kind in zip(series, classes, strict=True)
-    )
-    picture = tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", class_="chart")
-    return tag("figure", tag("figcaption", title), picture, tag("ul", legend, class_="legend"))
+    return parts
 
 
 def _classes(series: Sequence[Series]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dak_inductor.report.chart import Axis, Series, chart
+from dak_inductor.report.chart import Axis, Picture, Series, chart
 from dak_inductor.report.html import Html, join, tag
 from dak_inductor.report.records import LoadedRecord
 
@@ -21,44 +21,54 @@ def limit(ratio: float, hbm: float, link: float) -> float:
 
 
 def roofline(record: LoadedRecord) -> Html:
-    """The picture for records with ceilings and memory-bound cells; nothing for others."""
-    hbm, direct = (_number(record.ceilings.get(n)) for n in ("hbm_stream", "link_direct"))
-    copy = _number(record.ceilings.get("link_copy")) or direct
-    if not hbm or not direct or not copy:
-        return Html("")
-    steps = any("provider" in row for row in record.cells)
-    link = max(direct, copy) if steps else direct  # the yardstick of steps, and that of kernels
-    points = _of_steps(record.cells, hbm, link) if steps else _of_kernels(record.cells)
-    if not points:
+    """The pictures for records with ceilings and memory-bound cells; nothing for others."""
+    found = pictures(record)
+    if not found:
         return Html("")
     text = "Nothing remote is drawn at the left edge. "
     text += (
         "Bandwidth of a step is the limit at the share asked for divided by T / L."
-        if steps
+        if _is_of_steps(record)
         else f"Cells of at most {MOST_TOKENS} tokens: bytes of the tensor over the time."
     )
-    return join(
-        [
-            _bandwidth(record.benchmark, points, hbm, link),
-            _over(record.benchmark, points, hbm, link),
-            tag("p", text, class_="small"),
-        ]
-    )
+    return join([*map(chart, found), tag("p", text, class_="small")])
+
+
+def pictures(record: LoadedRecord) -> list[Picture]:
+    """Bandwidth, and the limit over it, where small differences show."""
+    hbm, direct = (_number(record.ceilings.get(n)) for n in ("hbm_stream", "link_direct"))
+    copy = _number(record.ceilings.get("link_copy")) or direct
+    if not hbm or not direct or not copy:
+        return []
+    steps = _is_of_steps(record)
+    link = max(direct, copy) if steps else direct  # the yardstick of steps, and that of kernels
+    points = _of_steps(record.cells, hbm, link) if steps else _of_kernels(record.cells)
+    if not points:
+        return []
+    return [
+        _bandwidth(record.benchmark, points, hbm, link),
+        _over(record.benchmark, points, hbm, link),
+    ]
+
+
+def _is_of_steps(record: LoadedRecord) -> bool:
+    return any("provider" in row for row in record.cells)
 
 
 Points = dict[str, list[tuple[float, float]]]
 
 
-def _bandwidth(name: str, points: Points, hbm: float, link: float) -> Html:
+def _bandwidth(name: str, points: Points, hbm: float, link: float) -> Picture:
     ratios = [LEAST * (1 / LEAST) ** (i / 200) for i in range(201)]
     curve = tuple((ratio, limit(ratio, hbm, link) / 1e9) for ratio in ratios)
     series = [Series("limit: HBM and link together", curve, curve=True), *_series(points)]
     values = [y for one in series for _, y in one.points]
     y = Axis("GB/s, both memories", min(values) / 1.3, max(values) * 1.3)
-    return chart(f"{name}: aggregate bandwidth against offload ratio", _ratio_axis(), y, series)
+    title = f"{name}: aggregate bandwidth against offload ratio"
+    return Picture(f"{name}-bandwidth", title, _ratio_axis(), y, tuple(series))
 
 
-def _over(name: str, points: Points, hbm: float, link: float) -> Html:
+def _over(name: str, points: Points, hbm: float, link: float) -> Picture:
     """The same as multiples of the limit, where near ones can be told apart."""
     over = {
         provider: [(x, limit(x if x > LEAST else 0.0, hbm, link) / 1e9 / y) for x, y in at]
@@ -68,7 +78,7 @@ def _over(name: str, points: Points, hbm: float, link: float) -> Html:
     y = Axis("limit over bandwidth", 0.9, max(most * 1.1, 2.0))
     one = Series("at the limit", ((LEAST, 1.0), (1.0, 1.0)), curve=True)
     title = f"{name}: how far below the limit"
-    return chart(title, _ratio_axis(), y, [one, *_series(over)])
+    return Picture(f"{name}-over", title, _ratio_axis(), y, (one, *_series(over)))
 
 
 def _ratio_axis() -> Axis:

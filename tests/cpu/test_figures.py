@@ -10,6 +10,11 @@ from typing import Any
 
 import pytest
 
+from dak_inductor.report.chart import standalone
+from dak_inductor.report.records import load_all
+from dak_inductor.report.roofline import pictures
+from dak_inductor.report.style import FIGURE_STYLE
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text()
@@ -144,3 +149,13 @@ def test_a_wrong_figure_is_seen() -> None:
         assert holds(values, text, unit)
     for text, unit in (("31", "ms"), ("3.9", "GB/s"), ("4.30e9", ""), ("1.003", "x")):
         assert not holds(values, text, unit)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "figures").glob("*.svg")), ids=str)
+def test_pictures_are_those_of_the_records(path: Path) -> None:
+    made = {
+        picture.name: standalone(picture, FIGURE_STYLE)
+        for picture in pictures(load_all([RESULTS / f"{path.stem.split('-')[0]}.json"])[0])
+    }
+    assert path.read_text() == made[path.stem]
+    assert f"docs/figures/{path.name}" in README

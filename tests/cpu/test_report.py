@@ -9,6 +9,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -188,3 +189,23 @@ def test_explanation_as_html_names_placement_and_operators() -> None:
     for word in ("Sequential", "divided weights", "simulated", "What more GPU memory would buy"):
         assert word in page
     assert 'class="share"' in page and "<script" not in page
+
+
+def test_charts_are_written_as_files_of_their_own(tmp_path: Path) -> None:
+    source = json.loads((RESULTS / "decode_step.json").read_text())
+    source["cells"][-1]["provider"] = EVIL
+    record = write(tmp_path, "decode_step.json", source)
+    folder = tmp_path / "new" / "figures"
+    arguments = ["report", str(record), "--out", str(tmp_path / "r.html"), "--figures", str(folder)]
+    assert runner.invoke(app, arguments).exit_code == 0
+    names = {"decode_step-bandwidth.svg", "decode_step-over.svg"}
+    assert {path.name for path in folder.iterdir()} == names
+    for name in names:
+        drawn = ElementTree.fromstring((folder / name).read_text())
+        texts = {node.text for node in drawn.iter() if node.tag.endswith("}text")}
+        assert {"dak direct", "accelerate cpu_offload", EVIL} <= texts
+        kinds = [node.get("class") for node in drawn.iter() if node.tag.endswith("}circle")]
+        assert len(kinds) > 30 and not any(node.tag.endswith("}script") for node in drawn.iter())
+    record.with_name("taken").write_text("")
+    refused = runner.invoke(app, [*arguments[:-1], str(tmp_path / "taken")])
+    assert refused.exit_code == ERROR_EXIT_CODE and "no folder" in refused.output
