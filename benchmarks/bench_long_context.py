@@ -28,7 +28,7 @@ from dak_inductor.benchmarks.harness.attention_reference import AttentionCall
 from dak_inductor.benchmarks.harness.generation import VOCABULARY, Generation, new_model
 from dak_inductor.benchmarks.harness.memory import PeakMemory
 from dak_inductor.benchmarks.harness.record import Verdict, make_record
-from dak_inductor.benchmarks.harness.timing import QUICK
+from dak_inductor.benchmarks.harness.timing import QUICK, synchronize
 from dak_inductor.benchmarks.harness.yardstick import Work, direct_bound, over_bound
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
 from dak_inductor.errors import ModelError
@@ -69,11 +69,11 @@ def random_tokens(count: int, arguments: argparse.Namespace, device: torch.devic
 @torch.no_grad()
 def prefill(model: Any, cache: Any, tokens: Tensor, chunk: int) -> float:
     """Seconds of a prompt in chunks; only the last token's logits are made."""
-    _synchronize(tokens.device)
+    synchronize(tokens.device)
     begun = time.perf_counter()
     for piece in tokens.split(chunk, dim=1):
         model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    _synchronize(tokens.device)
+    synchronize(tokens.device)
     return time.perf_counter() - begun
 
 
@@ -81,7 +81,7 @@ def prefill(model: Any, cache: Any, tokens: Tensor, chunk: int) -> float:
 def fill(cache: Any, tokens: int, chunk: int) -> float:
     """Seconds in which random keys and values bring the context to `tokens`, pages included."""
     first = cache.layers[0]
-    _synchronize(first.keys.device)
+    synchronize(first.keys.device)
     begun = time.perf_counter()
     cache.commit(tokens)
     while (missing := tokens - cache.get_seq_length()) > 0:
@@ -92,7 +92,7 @@ def fill(cache: Any, tokens: int, chunk: int) -> float:
         ]
         for layer in cache.layers:
             layer.update(*states)
-    _synchronize(first.keys.device)
+    synchronize(first.keys.device)
     return time.perf_counter() - begun
 
 
@@ -101,10 +101,10 @@ def decode(model: Any, cache: Any, token: Tensor, steps: int) -> tuple[list[floa
     """Seconds of each step after a first one, and whether all logits are finite."""
     seconds, finite = [], True
     for step in range(steps + 1):
-        _synchronize(token.device)
+        synchronize(token.device)
         begun = time.perf_counter()
         logits = model(token, past_key_values=cache, use_cache=True).logits
-        _synchronize(token.device)
+        synchronize(token.device)
         if step:
             seconds.append(time.perf_counter() - begun)
         finite = finite and bool(torch.isfinite(logits).all())
@@ -239,11 +239,6 @@ def _slack(cache: Any) -> int:
 def _card_bytes() -> int:
     free, total = torch.cuda.mem_get_info()
     return total - free
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

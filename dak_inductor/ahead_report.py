@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,8 +14,7 @@ from dak_inductor.binding import Binding
 from dak_inductor.lowering.ahead.memory import KnownStep, tokens_text
 from dak_inductor.lowering.ahead.sequence import StepCall
 from dak_inductor.plan_report import bytes_text, seconds_text
-
-_NUMBER = re.compile(r"\d+")
+from dak_inductor.template_report import any_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +98,7 @@ def render(steps: Iterable[StepStrategy]) -> Group:
         parts.append(Text(str(step)))
         rows: dict[tuple[str, str, str], int] = {}
         for op in step.ops:
-            label = _NUMBER.sub("*", ", ".join(op.tensors))
+            label = any_layer(", ".join(op.tensors))
             row = (label, op.strategy, op.reason)
             rows[row] = rows.get(row, 0) + 1
         if rows:

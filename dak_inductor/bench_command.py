@@ -42,7 +42,7 @@ def bench_models(text: BenchText, **options: Any) -> int:
 
     from dak_inductor.benchmarks import bench_models as suite
     from dak_inductor.benchmarks.harness.model_verdicts import COLUMNS, table_rows
-    from dak_inductor.benchmarks.harness.table import table, verdict_rows
+    from dak_inductor.benchmarks.harness.table import table, verdict_table
 
     request = suite.BenchRequest(
         models=_words(text.models),
@@ -60,8 +60,7 @@ def bench_models(text: BenchText, **options: Any) -> int:
     print(f"== dak bench: {record.environment.get('gpu') or 'no GPU: nothing here is measured'} ==")
     print(table(table_rows(record.cells), COLUMNS))
     print()
-    columns = ("what", "measured", "bar", "unit", "verdict", "note")
-    print(table(verdict_rows(record.verdicts), columns))
+    print(verdict_table(record.verdicts))
     for note in record.notes:
         print(f"note: {note}")
     path = Path(request.out) / f"{suite.NAME}.json"

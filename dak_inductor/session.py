@@ -206,7 +206,7 @@ class CompiledGraph:
             binding.ahead = StepMemory(
                 self.name, self.settings.strategy, lambda: ring_room(device, models())
             )
-        written = buffers_of(arguments, self.written)
+        written = partial(buffers_of, arguments, self.written)
         return binding.ahead.opened(binding.tokens(arguments), device, written)
 
     def _check(self, binding: Binding, arguments: Sequence[Any]) -> None:

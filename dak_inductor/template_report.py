@@ -62,11 +62,16 @@ def templates_of(graph: str, table: OpTable) -> list[OpTemplate]:
     ]
 
 
+def any_layer(label: str) -> str:
+    """What labels of equal layers have in common: a star for each number."""
+    return _NUMBER.sub("*", label)
+
+
 def render(templates: Iterable[OpTemplate]) -> Table:
     """A table for a rich console; a row for equal layers."""
     rows: dict[tuple[str, str, str, str, str], int] = {}
     for op in templates:
-        label = _NUMBER.sub("*", op.module or op.op)
+        label = any_layer(op.module or op.op)
         row = (label, op.kind, op.epilogue, op.template, op.reasons)
         rows[row] = rows.get(row, 0) + 1
     table = Table(title="kernels", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

@@ -50,7 +50,7 @@ def timeline(
         now, ops = 0.0, _by_operator(plan, graph)
         for uses in ops:
             label = uses[0].module or uses[0].tensor or uses[0].op
-            took = max(use.time for use in uses) if len(uses) == 1 else sum(u.time for u in uses)
+            took = sum(use.time for use in uses)
             busy = {
                 "operator": took,
                 "local": sum(use.local_bytes for use in uses) / profile.hbm_bandwidth,

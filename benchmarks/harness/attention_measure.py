@@ -26,7 +26,7 @@ from dak_inductor.benchmarks.harness.rounds import (
     make_rounds,
     time_rounds,
 )
-from dak_inductor.benchmarks.harness.timing import TimingRule
+from dak_inductor.benchmarks.harness.timing import TimingRule, synchronize
 from dak_inductor.benchmarks.harness.yardstick import Ceilings, Work, direct_bound, over_bound
 from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
@@ -144,10 +144,10 @@ def measure_cell(
         attention_round(attention, query, tiered.caches), count, bound, device=device
     )
     timing, stock = time_rounds([rounds, case.rounds], device=device, rule=rule)
-    _synchronize(device)
+    synchronize(device)
     counter.reset()
     again = rounds.output()
-    _synchronize(device)
+    synchronize(device)
     reads = counter.read()
     seconds = timing.seconds
     counted = reads is not None and reads.calls == 2 * rounds.calls
@@ -207,8 +207,3 @@ def judge_sample(case: ResidentCase, output: Tensor) -> AccuracyVerdict:
             stock.append(call.stock())
     reference = torch.cat(exact)
     return judge(errors(torch.cat(ours), reference), errors(torch.cat(stock), reference))
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,12 +58,23 @@ def compare(
         "kind": provider.kind,
         "fraction": setting.fraction,
         "remote": setting.remote,
-        "status": "failed",
     }
+    complete(row, lambda: _measure(provider, setting, reference, ceilings, rule), setting.device)
+    return row
+
+
+def complete(
+    row: dict[str, object], measure: Callable[[], Mapping[str, object]], device: torch.device
+) -> None:
+    """Enter what `measure` returns, its status and its seconds, then release its memory.
+
+    Never raises: what a provider cannot do is the row's `reason`. Without gradients.
+    """
+    row["status"] = "failed"
     begun = time.perf_counter()
     try:
         with torch.no_grad():
-            row.update(_measure(provider, setting, reference, ceilings, rule))
+            row.update(measure())
         row["status"] = "ok" if row["accurate"] else "inaccurate"
     except ProviderUnavailable as unavailable:
         row.update(status="unavailable", reason=str(unavailable))
@@ -71,8 +82,7 @@ def compare(
         row["reason"] = f"{type(error).__name__}: {error}"
         row["traceback"] = traceback.format_exc(limit=-6)
     row["total_seconds"] = time.perf_counter() - begun
-    release(setting.device)
-    return row
+    release(device)
 
 
 def _measure(

@@ -20,7 +20,7 @@ import torch
 
 from dak_inductor.benchmarks.harness import ceilings, command_line, linear_grid
 from dak_inductor.benchmarks.harness.record import Record, Verdict, make_record
-from dak_inductor.benchmarks.harness.table import table, verdict_rows
+from dak_inductor.benchmarks.harness.table import verdict_table
 from dak_inductor.benchmarks.harness.timing import TimingRule
 from dak_inductor.benchmarks.harness.yardstick import Ceilings
 from dak_inductor.cuda_runtime.tier import Tier
@@ -207,8 +207,7 @@ def conclude(
         print("\nover a bar:")
         print(over(progress.rows))
     print()
-    columns = ("what", "measured", "bar", "unit", "verdict", "note")
-    print(table(verdict_rows(record.verdicts), columns))
+    print(verdict_table(record.verdicts))
     for note in record.notes:
         print(f"note: {note}")
     print(f"record: {record.benchmark}.json", flush=True)

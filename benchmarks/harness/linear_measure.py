@@ -22,7 +22,7 @@ from dak_inductor.benchmarks.harness.linear_reference import (
 )
 from dak_inductor.benchmarks.harness.linear_weights import TieredWeights
 from dak_inductor.benchmarks.harness.rounds import Rounds, make_rounds, time_rounds
-from dak_inductor.benchmarks.harness.timing import TimingRule
+from dak_inductor.benchmarks.harness.timing import TimingRule, synchronize
 from dak_inductor.benchmarks.harness.yardstick import Ceilings, Work, direct_bound, over_bound
 
 
@@ -80,10 +80,10 @@ def measure_cell(
         linear_round(case.x, weights.tensors, linear), len(weights.tensors), bound, device=device
     )
     timing, stock = time_rounds([rounds, case.resident], device=device, rule=rule)
-    _synchronize(device)
+    synchronize(device)
     counter.reset()
     again = rounds.output()
-    _synchronize(device)
+    synchronize(device)
     reads = counter.read()
     counted = reads is not None and reads.calls > 0
     seconds = timing.seconds
@@ -155,8 +155,3 @@ def _served_by(x: Tensor, weights: TieredWeights) -> dict[str, object]:
 def _work(tokens: int, weight: Tensor, local: int, remote: int) -> Work:
     """Weight bytes alone: inputs and outputs are not charged to L."""
     return Work(local, remote, 2.0 * tokens * weight.numel())
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

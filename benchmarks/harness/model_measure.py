@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -13,7 +12,7 @@ import torch
 from torch._inductor.utils import fresh_cache
 
 from dak_inductor.benchmarks.harness.accuracy import Errors, errors, judge, poison
-from dak_inductor.benchmarks.harness.comparison import release
+from dak_inductor.benchmarks.harness.comparison import complete, release
 from dak_inductor.benchmarks.harness.memory import PeakMemory, device_bytes_used, host_bytes_used
 from dak_inductor.benchmarks.harness.model_case import (
     SIMULATION,
@@ -26,11 +25,10 @@ from dak_inductor.benchmarks.harness.peers.dak_backend import DakBackend
 from dak_inductor.benchmarks.harness.peers.provider import (
     Prepared,
     Provider,
-    ProviderUnavailable,
     Setting,
     model_bytes,
 )
-from dak_inductor.benchmarks.harness.timing import TimingRule, capture, time_calls
+from dak_inductor.benchmarks.harness.timing import TimingRule, capture, synchronize, time_calls
 from dak_inductor.benchmarks.harness.whole_model import DECODE, PREFILL, PhaseInputs, WholeModel
 from dak_inductor.benchmarks.harness.yardstick import Ceilings, over_bound, step_bound
 from dak_inductor.plan_command import build_from
@@ -53,19 +51,9 @@ class Machine:
 
 def run_case(case: Case, machine: Machine) -> dict[str, object]:
     """The case's row. What a provider cannot do is its row's `reason`; nothing raises."""
-    row: dict[str, object] = {"status": "failed"}
-    begun = time.perf_counter()
-    try:
-        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=_RECOMPILES):
-            row |= _measured(case, machine)
-        row["status"] = "ok" if row["accurate"] else "inaccurate"
-    except ProviderUnavailable as unavailable:
-        row |= {"status": "unavailable", "reason": str(unavailable)}
-    except Exception as error:  # every failure of a provider becomes a row, with its type and place
-        row["reason"] = f"{type(error).__name__}: {error}"
-        row["traceback"] = traceback.format_exc(limit=-6)
-    row["total_seconds"] = time.perf_counter() - begun
-    release(machine.device)
+    row: dict[str, object] = {}
+    with torch._dynamo.config.patch(recompile_limit=_RECOMPILES):
+        complete(row, lambda: _measured(case, machine), machine.device)
     return row
 
 
@@ -143,7 +131,7 @@ def _run(
             inputs.phase = phase
             for _ in range(SETTLING_STEPS):
                 prepared.step()
-        _synchronize(machine.device)
+        synchronize(machine.device)
         row: dict[str, object] = {
             "kind": provider.kind,
             "remote_bytes": prepared.remote_bytes,
@@ -280,7 +268,7 @@ def _counted(prepared: Prepared, device: torch.device) -> tuple[int, int]:
 
     dak.stats(reset=True)
     prepared.step()
-    _synchronize(device)
+    synchronize(device)
     total = dak.stats(reset=True).total
     return total.local, total.remote
 
@@ -289,8 +277,3 @@ def _compile_seconds() -> float:
     """Dynamo's and the backend's seconds since the metrics were cleared."""
     spent = torch._dynamo.utils.compilation_time_metrics
     return sum(sum(spent[name]) for name in spent if name.endswith("_compile.compile_inner"))
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

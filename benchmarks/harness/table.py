@@ -35,18 +35,18 @@ def verdict_rows(verdicts: Sequence[Verdict]) -> list[dict[str, object]]:
     ]
 
 
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
+    """What was measured beside its bar, a line each."""
+    return table(verdict_rows(verdicts), ("what", "measured", "bar", "unit", "verdict", "note"))
+
+
 def summary(record: Record, columns: Sequence[str]) -> str:
     """What a script prints last: its cells, then its verdicts."""
     parts = [f"== {record.benchmark}: {record.environment.get('gpu') or 'no GPU'} =="]
     if record.cells:
         parts.append(table(record.cells, columns))
     if record.verdicts:
-        parts.append(
-            table(
-                verdict_rows(record.verdicts),
-                ("what", "measured", "bar", "unit", "verdict", "note"),
-            )
-        )
+        parts.append(verdict_table(record.verdicts))
     parts += [f"note: {note}" for note in record.notes]
     return "\n".join(parts)
 

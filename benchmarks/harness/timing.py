@@ -137,6 +137,12 @@ def time_graphs(steps: Sequence[Step], *, device: torch.device, rule: TimingRule
     return time_calls(captured, device=device, rule=rule, method="CUDA graph replays")
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for the work of a GPU; that of the CPU is done when it returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _event_seconds(call: Step, count: int, device: torch.device) -> float:
     """Mean seconds of `count` calls on the device's clock."""
     with torch.cuda.device(device):

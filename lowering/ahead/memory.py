@@ -97,11 +97,14 @@ class StepMemory:
 
     @contextmanager
     def opened(
-        self, tokens: Hashable, device: torch.device, written: Collection[TieredBuffer] = ()
+        self,
+        tokens: Hashable,
+        device: torch.device,
+        written: Callable[[], Collection[TieredBuffer]] = tuple,
     ) -> Iterator[None]:
         """Around one call of the graph, on the current stream of `device`.
 
-        `written` are the buffers to which the graph itself writes.
+        `written` gives the buffers to which the graph itself writes, for a step that is learned.
 
         Inside the step of another graph nothing is staged, and that step does not see the products.
         """
@@ -135,7 +138,7 @@ class StepMemory:
         tokens: Hashable,
         known: KnownStep,
         device: torch.device,
-        written: Collection[TieredBuffer],
+        written: Callable[[], Collection[TieredBuffer]],
     ) -> OwnStep | None:
         if known.off:
             return None
@@ -143,7 +146,7 @@ class StepMemory:
         splits = None if known.sequence is None else known.sequence.splits()
         if known.sequence is None or splits is None:
             known.forget()
-            return None if capturing else LearningStep(device, written)
+            return None if capturing else LearningStep(device, written())
         if known.plan is None or known.splits != splits:
             try:
                 known.plan = self._plan(tokens, known.sequence, device.index, capturing)

@@ -50,16 +50,10 @@ def copy(target: Tensor, source: Tensor) -> None:
     if target.device.type == "cpu":
         target.copy_(source)
         return
-    stream = torch.cuda.current_stream(target.device).cuda_stream
     if target.is_contiguous() and source.is_contiguous():
-        extension().copy_async(
-            destination=target.data_ptr(),
-            source=source.data_ptr(),
-            nbytes=source.nbytes,
-            stream=stream,
-            device=target.device.index,
-        )
+        copy_bytes(target.data_ptr(), source.data_ptr(), source.nbytes, target.device)
         return
+    stream = torch.cuda.current_stream(target.device).cuda_stream
     size = source.element_size()
     parameters = _Copy2D(
         source_type=_UNIFIED,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_BASE: dict[str, Any] = {
+SMALL: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 2,
@@ -13,9 +13,8 @@ _BASE: dict[str, Any] = {
     "vocab_size": 512,
     "max_position_embeddings": 128,
     "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
 }
+_BASE: dict[str, Any] = {**SMALL, "bos_token_id": 1, "eos_token_id": None}
 _GPT: dict[str, Any] = {
     "n_embd": 128, "n_layer": 2, "n_head": 4, "vocab_size": 512, "n_positions": 128,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,

@@ -14,18 +14,9 @@ from dak_inductor.offloaded import record_of
 from dak_inductor.options import BackendOptions
 from dak_inductor.session import SESSION
 
-transformers = pytest.importorskip("transformers", reason="needs transformers")
+from .more_architectures import SMALL
 
-_SMALL: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-}
+transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 
 def _config(name: str, **sizes: Any) -> tuple[str, dict[str, Any]]:
@@ -33,12 +24,12 @@ def _config(name: str, **sizes: Any) -> tuple[str, dict[str, Any]]:
 
 
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM", _SMALL),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", _SMALL),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**_SMALL, "head_dim": 32}),
-    "mistral": ("MistralConfig", "MistralForCausalLM", {**_SMALL, "sliding_window": 8}),
-    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**_SMALL, "head_dim": 32}),
-    "phi3": ("Phi3Config", "Phi3ForCausalLM", _SMALL),
+    "llama": ("LlamaConfig", "LlamaForCausalLM", SMALL),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", SMALL),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**SMALL, "head_dim": 32}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {**SMALL, "sliding_window": 8}),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**SMALL, "head_dim": 32}),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", SMALL),
     "opt": (
         "OPTConfig",
         "OPTForCausalLM",
@@ -57,7 +48,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "GPT2LMHeadModel",
         {"n_embd": 128, "n_layer": 2, "n_head": 4, "vocab_size": 512, "n_positions": 128},
     ),
-    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", _SMALL),
+    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", SMALL),
     "falcon": (
         "FalconConfig",
         "FalconForCausalLM",
@@ -66,9 +57,9 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mixtral": (
         "MixtralConfig",
         "MixtralForCausalLM",
-        {**_SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
+        {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
-    "bert": ("BertConfig", "BertModel", _SMALL),
+    "bert": ("BertConfig", "BertModel", SMALL),
     "t5": (
         "T5Config",
         "T5ForConditionalGeneration",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +20,8 @@ from dak_inductor.placement import LAUNCH_LOCK
 WIDTH, INNER, DEPTH = 2048, 5632, 3
 STRATEGIES: tuple[Strategy, ...] = ("staged", "auto", "direct")
 RATIO = 0.4
+
+strategies = pytest.mark.parametrize("strategy", STRATEGIES)
 
 
 class Block(nn.Module):

@@ -52,6 +52,13 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """A test without gradients."""
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda:1", marks=pytest.mark.gpus(2))])
 def remote(request: pytest.FixtureRequest) -> str:
     """Both remote tiers; the peer only where there is one."""

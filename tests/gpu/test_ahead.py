@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,22 +15,16 @@ from dak_inductor.options import Strategy
 
 from .ahead_blocks import (
     RATIO,
-    STRATEGIES,
     assert_read_once,
     expect,
     move_all,
     offloaded,
     run,
     steps_of,
+    strategies,
 )
 
-strategies = pytest.mark.parametrize("strategy", STRATEGIES)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @strategies

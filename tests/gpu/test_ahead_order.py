@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -26,13 +26,7 @@ from .ahead_blocks import (
     steps_of,
 )
 
-strategies = pytest.mark.parametrize("strategy", STRATEGIES)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def derailing(monkeypatch: pytest.MonkeyPatch, at: int) -> Callable[[], None]:
