@@ -7,6 +7,7 @@ anywhere.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from dataclasses import dataclass, field
 
@@ -15,7 +16,9 @@ import torch
 
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.exported import as_bytes
-from dak_inductor.cuda_runtime.host_memory import check_host_memory
+from dak_inductor.cuda_runtime.host_memory import available_host_memory, check_host_memory
+from dak_inductor.cuda_runtime.memory_lock import MEMORY_LOCK
+from dak_inductor.cuda_runtime.page_maker import PAGE_MAKER
 from dak_inductor.cuda_runtime.tier import Tier, creation_split, start_offset
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
 from dak_inductor.errors import DeviceMemoryError, HostMemoryError, OptionError
@@ -25,16 +28,20 @@ DEFAULT_PAGE_BYTES = 4096
 
 @dataclass(slots=True)
 class SimulatedCounters:
-    """What a simulated tier has done. `peak_local_bytes` is the most ever held in the "GPU"."""
+    """What a simulated tier has done. The peaks are the most ever held at once, by place."""
 
     bytes_moved: int = 0
     pages_moved: int = 0
     held: TierBytes = field(default_factory=TierBytes)
     peak_local_bytes: int = 0
+    peak_remote_bytes: int = 0
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
 
     def hold(self, change: TierBytes) -> None:
-        self.held = self.held + change
-        self.peak_local_bytes = max(self.peak_local_bytes, self.held.local)
+        with self._lock:
+            self.held = self.held + change
+            self.peak_local_bytes = max(self.peak_local_bytes, self.held.local)
+            self.peak_remote_bytes = max(self.peak_remote_bytes, self.held.remote)
 
 
 class SimulatedTier(Tier):
@@ -44,9 +51,12 @@ class SimulatedTier(Tier):
         page_bytes: granularity of moves, a power of two of at least 256.
         host_memory: bytes the remote tier may hold in all; None: what the machine has.
         local_capacity: bytes of pages the "GPU" may hold in all; None: no limit.
+
+    `capturing` set makes it behave as while a CUDA graph is being captured.
     """
 
     name = "simulated"
+    makes_ahead = True
 
     def __init__(
         self,
@@ -63,24 +73,26 @@ class SimulatedTier(Tier):
         self.host_memory = host_memory
         self.local_capacity = local_capacity
         self.counters = SimulatedCounters()
+        self.capturing = False
         self._failures: dict[str, int] = {}
 
     def inject_failure(self, operation: str, *, after: int = 0) -> None:
-        """Make one "allocate", "write" or "page" (of a move) fail, `after` more have succeeded."""
-        if operation not in ("allocate", "write", "page"):
-            raise OptionError(f"unknown operation {operation!r}: 'allocate', 'write' or 'page'")
+        """Make one operation fail, `after` more have succeeded.
+
+        "allocate", "write", "page" (of a move or a growth), or "ahead" (a page made ahead).
+        """
+        if operation not in ("allocate", "write", "page", "ahead"):
+            raise OptionError(
+                f"unknown operation {operation!r}: 'allocate', 'write', 'page' or 'ahead'"
+            )
         self._failures[operation] = after
 
     def allocate(self, nbytes: int, *, split: int) -> SimulatedBuffer:
         split = creation_split(split, nbytes)
         held = self.held_bytes(nbytes, split)
         self._check_local(held.local)
-        check_host_memory(
-            held.total if self.host_memory is None else held.remote,
-            self.host_memory,
-            f"a simulated tensor of {nbytes} bytes",
-            taken=self.counters.held.remote,
-        )
+        needed = held.total if self.host_memory is None else held.remote
+        self._check_host(needed, f"a simulated tensor of {nbytes} bytes")
         if self._due("allocate"):
             raise HostMemoryError(f"injected failure: {nbytes} bytes were not allocated")
         buffer = SimulatedBuffer(self, nbytes, split, held.total // self.page_bytes)
@@ -98,17 +110,32 @@ class SimulatedTier(Tier):
         self._check_local(more.local)
         needed = more.total if self.host_memory is None else more.remote
         if needed:
-            check_host_memory(needed, self.host_memory, what, taken=self.counters.held.remote)
+            self._check_host(needed, what)
+
+    def has_room(self, more: TierBytes) -> bool:
+        if self.host_memory is None:
+            return more.total <= available_host_memory()
+        return more.remote + self.counters.held.remote <= self.host_memory
+
+    def capture_is_open(self) -> bool:
+        return self.capturing
 
     def reserve(
         self, remote_bytes: int, *, peak_bytes: int | None = None, prepare: bool = True
     ) -> None:
-        check_host_memory(
+        self._check_host(
             remote_bytes if peak_bytes is None or self.host_memory is not None else peak_bytes,
-            self.host_memory,
             f"offloading {remote_bytes / 1e9:.2f} GB to the simulated tier",
-            taken=self.counters.held.remote,
         )
+
+    def _check_host(self, more: int, what: str) -> None:
+        """Raise HostMemoryError if `more` bytes would not fit, pages made ahead given back."""
+        try:
+            check_host_memory(more, self.host_memory, what, taken=self.counters.held.remote)
+        except HostMemoryError:
+            if not PAGE_MAKER.give_back():
+                raise
+            check_host_memory(more, self.host_memory, what, taken=self.counters.held.remote)
 
     def _check_local(self, more: int) -> None:
         """Raise DeviceMemoryError if `more` bytes of pages would not fit the "GPU"."""
@@ -169,7 +196,8 @@ class SimulatedBuffer(TieredBuffer):
         self._block = block
         self._page_is_local = np.zeros(pages, dtype=bool)
         self._page_is_local[: self.local_pages(split)] = True
-        self._page_is_held = np.full(pages, not growing)
+        self._page_is_held = np.full(pages, not growing)  # those made ahead too
+        self._page_is_ahead = np.zeros(pages, dtype=bool)
         if growing:
             self.committed = 0
         tier.counters.hold(self.physical_bytes())
@@ -189,20 +217,55 @@ class SimulatedBuffer(TieredBuffer):
         new = self._new_pages(committed)
         return _held(self._page_is_local, new, self.page_bytes)
 
+    def next_ahead(self, committed: int) -> int:
+        return self.page_bytes if (self._new_pages(committed) & ~self._page_is_local).any() else 0
+
+    def make_ahead(self, committed: int) -> int:
+        with MEMORY_LOCK:
+            pages = np.flatnonzero(self._new_pages(committed) & ~self._page_is_local)
+            if not len(pages):
+                return 0
+            if self._tier._due("ahead"):
+                raise HostMemoryError("injected failure: a page was not made ahead")
+            self._page_is_held[pages[0]] = self._page_is_ahead[pages[0]] = True
+            self._tier.counters.hold(TierBytes(remote=self.page_bytes))
+            return self.page_bytes
+
+    def drop_ahead(self) -> None:
+        with MEMORY_LOCK:
+            self._tier.counters.hold(TierBytes(remote=-self.ahead_bytes()))
+            self._page_is_held &= ~self._page_is_ahead
+            self._page_is_ahead[:] = False
+
+    @property
+    def ahead(self) -> int:
+        pages = np.flatnonzero(self._page_is_ahead)
+        end = (int(pages[-1]) + 1) * self.page_bytes - self.start_offset if len(pages) else 0
+        return min(self.nbytes, max(self.committed, end))
+
+    def ahead_bytes(self) -> int:
+        return int(self._page_is_ahead.sum()) * self.page_bytes
+
     def _grow(self, committed: int) -> int:
         if self._tier._due("page"):
             raise HostMemoryError(f"injected failure: {committed} bytes were not committed")
-        new = self._new_pages(committed)
-        self._tier.counters.hold(_held(self._page_is_local, new, self.page_bytes))
-        self._page_is_held |= new
+        with MEMORY_LOCK:
+            new = self._new_pages(committed)
+            self._tier.counters.hold(_held(self._page_is_local, new, self.page_bytes))
+            self._page_is_held |= new
+            self._page_is_ahead[: self._page_count_of(committed)] = False
         return self._page_end(committed)
 
     def _new_pages(self, committed: int) -> np.ndarray:
-        """True for each page that `grow(committed)` would take."""
-        pages = -(-(self.start_offset + committed) // self.page_bytes) if committed else 0
+        """True for each page that `grow(committed)` would make."""
+        pages = self._page_count_of(committed)
         return (np.arange(len(self._page_is_held)) < pages) & ~self._page_is_held
 
+    def _page_count_of(self, committed: int) -> int:
+        return -(-(self.start_offset + committed) // self.page_bytes) if committed else 0
+
     def _move(self, split: int) -> None:
+        self.drop_ahead()  # made for the old residency
         before, after = self.local_pages(self.split), self.local_pages(split)
         pages = range(before, after) if after > before else range(before - 1, after - 1, -1)
         held = int(self._page_is_held[min(before, after) : max(before, after)].sum())
@@ -242,12 +305,7 @@ class SimulatedBuffer(TieredBuffer):
             if more > 0:
                 self._tier._check_local(more)
             elif self._tier.host_memory is not None:
-                check_host_memory(
-                    -more,
-                    self._tier.host_memory,
-                    "a move to the simulated tier",
-                    taken=self._tier.counters.held.remote,
-                )
+                self._tier._check_host(-more, "a move to the simulated tier")
         except (DeviceMemoryError, HostMemoryError) as error:
             raise self._stays(error) from error
 

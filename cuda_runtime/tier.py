@@ -35,11 +35,14 @@ class Tier(abc.ABC):
         name: "cpu", "cuda:N" or "simulated".
         page_bytes: granularity of moves.
         whole_tensors: True where a tensor is all local or all remote (registered host memory).
+        makes_ahead: True where remote pages take long to make, and can be made before a buffer
+            grows into them (`TieredBuffer.make_ahead`).
     """
 
     name: str
     page_bytes: int
     whole_tensors: bool = False
+    makes_ahead: bool = False
 
     def held_bytes(self, nbytes: int, split: int) -> TierBytes:
         """Pages, in bytes, that a new buffer of `nbytes` with `split` local bytes would hold."""
@@ -69,6 +72,15 @@ class Tier(abc.ABC):
         """Raise HostMemoryError or DeviceMemoryError, with the arithmetic, unless `more` bytes of
         pages fit. `what` names the purpose, for the message. Takes nothing."""
         return
+
+    def has_room(self, more: TierBytes) -> bool:
+        """Whether `more` bytes of pages fit now: nothing is given back for them, and nothing waited
+        for, so that a thread in the background may ask."""
+        return True
+
+    def capture_is_open(self) -> bool:
+        """Whether a CUDA graph is being captured on a stream that torch captures on."""
+        return False
 
     @abc.abstractmethod
     def reserve(

@@ -16,7 +16,8 @@ import torch
 
 from dak_inductor.cuda_runtime.exported import as_bytes, bytes_tensor, check_source, shaped
 from dak_inductor.cuda_runtime.file_bytes import FileBytes
-from dak_inductor.errors import MoveError, StaleViewError, TieredTensorError, TierError
+from dak_inductor.cuda_runtime.remote_view import RemoteView
+from dak_inductor.errors import MoveError, TieredTensorError, TierError
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +46,6 @@ class SplitRecord(Protocol):
     address: int
 
     def publish(self, split: int) -> None: ...
-
-
-class RemoteView:
-    """A CPU view of the remote bytes [split, nbytes) of a buffer, valid until the next move."""
-
-    def __init__(self, buffer: TieredBuffer) -> None:
-        self.buffer = buffer
-        self.generation = buffer.generation
-        self.start = buffer.split
-
-    def tensor(self) -> torch.Tensor:
-        """uint8 CPU tensor over bytes [split, nbytes) of the buffer. Raises StaleViewError."""
-        if self.buffer.generation != self.generation:
-            raise StaleViewError(
-                f"this view of remote bytes was made at generation {self.generation}, the "
-                f"buffer is at {self.buffer.generation}: pages moved. Take a new remote_view()."
-            )
-        return self.buffer._remote_bytes()
 
 
 class TieredBuffer(abc.ABC):
@@ -146,7 +129,7 @@ class TieredBuffer(abc.ABC):
         return (self.start_offset + split) // self.page_bytes
 
     def physical_bytes(self) -> TierBytes:
-        """Bytes of the pages held, by tier; at least `bytes_by_tier()`."""
+        """Bytes of the pages held, those made ahead too, by tier; at least `bytes_by_tier()`."""
         return self._all_pages()
 
     def claimed_bytes(self) -> TierBytes:
@@ -204,8 +187,33 @@ class TieredBuffer(abc.ABC):
         return split
 
     def growth(self, committed: int) -> TierBytes:
-        """Bytes of the pages that `grow(committed)` would take, by tier."""
+        """Bytes of the pages that `grow(committed)` would make, by tier: not those made ahead."""
         return TierBytes()
+
+    def next_ahead(self, committed: int) -> int:
+        """Bytes that `make_ahead(committed)` would make; 0 where there is nothing left to make."""
+        return 0
+
+    def make_ahead(self, committed: int) -> int:
+        """Make one allocation of the remote pages that `grow(committed)` will need; its bytes.
+
+        Any thread may call it while work is in flight, captures too. The caller guarantees that it
+        fits (`Tier.has_room`). Raises HostMemoryError, DeviceMemoryError, DriverError.
+        """
+        return 0
+
+    def drop_ahead(self) -> None:
+        """Give back what `make_ahead` has made and `grow` has not taken."""
+        return
+
+    @property
+    def ahead(self) -> int:
+        """`grow` up to here makes no remote page; at least `committed`."""
+        return self.committed
+
+    def ahead_bytes(self) -> int:
+        """Bytes of the pages that `make_ahead` has made and `grow` has not taken."""
+        return 0
 
     def grow(self, committed: int) -> int:
         """Give at least bytes [0, committed) memory of their own, zeroed; returns what is then

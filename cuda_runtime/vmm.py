@@ -13,7 +13,9 @@ import torch
 
 from dak_inductor.cuda_runtime import address_table, device_records
 from dak_inductor.cuda_runtime.host_memory import available_host_memory, check_host_memory
+from dak_inductor.cuda_runtime.memory_lock import MEMORY_LOCK
 from dak_inductor.cuda_runtime.nvrtc import extension
+from dak_inductor.cuda_runtime.page_maker import PAGE_MAKER
 from dak_inductor.cuda_runtime.page_pipeline import PagePipeline, PageStages
 from dak_inductor.cuda_runtime.probe_support import host_page_support
 from dak_inductor.cuda_runtime.registered import RegisteredTier
@@ -91,6 +93,7 @@ class VmmTier(Tier):
         self.name = remote
         self.device = device
         self.host_memory = host_memory
+        self.makes_ahead = remote == "cpu"  # pages of a GPU are made in 10 us
         peer = -1 if remote == "cpu" else int(remote.removeprefix("cuda:"))
         self._tier = _native_tier(device.index or 0, peer, by_node)
         self.page_bytes = int(self._tier.page_bytes)
@@ -101,8 +104,10 @@ class VmmTier(Tier):
         return self.name == "cpu"
 
     def allocate(self, nbytes: int, *, split: int) -> VmmBuffer:
-        self._check_buffer(nbytes, split)
-        return self._entered(self._tier.allocate(nbytes, creation_split(split, nbytes)), split)
+        with MEMORY_LOCK:
+            self._check_buffer(nbytes, split)
+            memory = self._tier.allocate(nbytes, creation_split(split, nbytes))
+        return self._entered(memory, split)
 
     def allocate_each(
         self, requests: Sequence[tuple[int, int]]
@@ -128,8 +133,9 @@ class VmmTier(Tier):
 
     def _made(self, nbytes: int, split: int) -> Any:
         """The pages of a new buffer, not mapped yet."""
-        self._check_buffer(nbytes, split)
-        return self._tier.make(nbytes, creation_split(split, nbytes))
+        with MEMORY_LOCK:
+            self._check_buffer(nbytes, split)
+            return self._tier.make(nbytes, creation_split(split, nbytes))
 
     def _mapped(self, memory: Any, split: int) -> VmmBuffer:
         memory.map()
@@ -184,9 +190,30 @@ class VmmTier(Tier):
         else:
             _check_device(int(self.name.removeprefix("cuda:")), more.remote, what)
 
+    def has_room(self, more: TierBytes) -> bool:
+        free, _ = extension().memory_info(self.device.index or 0)
+        if more.local > free or not more.remote:
+            return more.local <= free
+        if not self.remote_is_host:
+            return more.remote <= extension().memory_info(int(self.name.removeprefix("cuda:")))[0]
+        if self.host_memory is None:
+            return more.remote <= available_host_memory()
+        return more.remote + memory_in_use().get("cpu", 0) <= self.host_memory
+
+    def capture_is_open(self) -> bool:
+        return bool(extension().capture_is_open())
+
     def _check_host(self, more: int, what: str) -> None:
         if more <= 0:
             return
+        try:
+            self._check_host_now(more, what)
+        except HostMemoryError:
+            PAGE_MAKER.give_back()
+            drain()
+            self._check_host_now(more, what)
+
+    def _check_host_now(self, more: int, what: str) -> None:
         prepared = self.prepared_bytes()
         if self.host_memory is None:
             check_host_memory(max(0, more - prepared), None, what)
@@ -250,6 +277,7 @@ def _at_exit() -> None:
     driver = sys.modules.get("dak_inductor.cuda_runtime._driver")
     if driver is None or not driver.is_open() or driver.in_forked_child():
         return
+    PAGE_MAKER.stop()
     for tier in _native_tiers.values():
         tier.stop()
     driver.shutdown(_EXIT_SECONDS)

@@ -53,6 +53,23 @@ class VmmBuffer(TieredBuffer):
     def growth(self, committed: int) -> TierBytes:
         return TierBytes(*self._memory.growth(self._pages(committed)))
 
+    def next_ahead(self, committed: int) -> int:
+        return int(self._memory.next_ahead(self._pages(committed)))
+
+    def make_ahead(self, committed: int) -> int:
+        self.check_usable()
+        return int(self._memory.make_ahead(self._pages(committed)))
+
+    def drop_ahead(self) -> None:
+        self._memory.drop_ahead()
+
+    @property
+    def ahead(self) -> int:
+        return self._bytes_of(int(self._memory.ahead_pages()))
+
+    def ahead_bytes(self) -> int:
+        return int(self._memory.ahead_bytes())
+
     def _grow(self, committed: int) -> int:
         self._prepared_split = None
         self._memory.grow(self._pages(committed))
@@ -63,9 +80,12 @@ class VmmBuffer(TieredBuffer):
         """Pages that hold the first `committed` bytes."""
         return -(-(self.start_offset + committed) // self.page_bytes) if committed else 0
 
+    def _bytes_of(self, pages: int) -> int:
+        """Bytes of the tensor that lie in the first `pages` pages."""
+        return max(0, min(self.nbytes, pages * self.page_bytes - self.start_offset))
+
     def _note_committed(self) -> None:
-        end = int(self._memory.committed_pages()) * self.page_bytes - self.start_offset
-        self.committed = max(0, min(self.nbytes, end))
+        self.committed = self._bytes_of(int(self._memory.committed_pages()))
 
     def _move(self, split: int) -> None:
         if split != self._prepared_split:

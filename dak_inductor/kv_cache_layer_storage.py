@@ -144,7 +144,12 @@ class LayerStorage:
         )
 
     def ahead(self, slots: int) -> int:
-        """`slots` and an eighth of them, within _AHEAD_BYTES: what to commit when it is due."""
+        """What to commit when `slots` are due: up to where pages are made already, or an eighth
+        more than `slots`, within _AHEAD_BYTES."""
+        pairs = zip(self.buffers, self.row_bytes, strict=True)
+        made = min(self.capacity, *(buffer.ahead // row for buffer, row in pairs))
+        if made >= slots:
+            return made
         more = min(slots // 8, _AHEAD_BYTES // max(self.row_bytes))
         return min(self.capacity, slots + more)
 

@@ -8,9 +8,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dak_inductor.cuda_runtime.memory_lock import MEMORY_LOCK
 from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
-from dak_inductor.errors import CacheError, ContextLengthError, DeviceMemoryError, HostMemoryError
+from dak_inductor.errors import (
+    CacheError,
+    ContextLengthError,
+    DeviceMemoryError,
+    DriverError,
+    HostMemoryError,
+)
+from dak_inductor.kv_cache_ahead import PagesAhead
 from dak_inductor.kv_cache_geometry import CacheGeometry
 from dak_inductor.kv_cache_layer_storage import LayerStorage, aligned_split, capacity_of
 from dak_inductor.placement import LAUNCH_LOCK
@@ -115,7 +123,8 @@ class CacheStorage:
         ]
         self._place = {tensor.name: place for place, tensor in enumerate(self.tensors)}
         self._room = min(layer.room for layer in self.layers)
-        self._ready = 0  # a length that every layer is prepared for
+        self._ahead = PagesAhead(tier, self.layers)
+        self._quiet = 0  # up to this length there is nothing to prepare
         for layer in self.layers:
             _owners[layer] = weakref.ref(self)
 
@@ -143,19 +152,24 @@ class CacheStorage:
         Raises ContextLengthError past `max_len`, HostMemoryError or DeviceMemoryError where the
         pages do not fit: before anything is changed.
         """
-        if length <= self._ready and tokens <= self._room:
+        if length <= self._quiet and tokens <= self._room:
             return
         self._check_length(length)
         self._grow([layer.slots_after(length, tokens) for layer in self.layers], length)
         for layer in self.layers:
             layer.make_slots(length, tokens)
-        ready = min(layer.ready for layer in self.layers)
-        self._ready = min(ready, self.geometry.max_len)
+        ready = min(self.geometry.max_len, *(layer.ready for layer in self.layers))
+        due = self._ahead.watch(length)
+        self._quiet = ready if due is None else min(ready, due)
 
     def commit(self, length: int) -> None:
         """Take memory for a context of `length` tokens now. Raises what `prepare` raises."""
         self._check_length(length)
         self._grow([min(length, layer.capacity) for layer in self.layers], length)
+
+    def give_back(self) -> None:
+        """Give back pages that were made ahead of need. They are made again when need be."""
+        self._ahead.give_back()
 
     def _check_length(self, length: int) -> None:
         if length > self.geometry.max_len:
@@ -174,16 +188,31 @@ class CacheStorage:
         if not short:
             return
         what = f"the KV cache at {length} tokens of {self.geometry.max_len}"
-        with LAUNCH_LOCK:
-            ahead = [(layer, layer.ahead(wanted)) for layer, wanted in short]
+        self._ahead.check()
+        with LAUNCH_LOCK, MEMORY_LOCK:
             try:
-                self.tier.check_growth(_growth(ahead), what)
-                short = ahead
-            except (HostMemoryError, DeviceMemoryError):
-                self.tier.check_growth(_growth(short), what)
-            self._wait_for_readers()
-            for layer, wanted in short:
-                layer.grow(wanted)
+                fitting = self._fitting(short, what)
+                self._wait_for_readers()
+                for layer, wanted in fitting:
+                    layer.grow(wanted)
+            except (HostMemoryError, DeviceMemoryError, DriverError):
+                self._ahead.give_back()
+                raise
+
+    def _fitting(
+        self, short: list[tuple[LayerStorage, int]], what: str
+    ) -> list[tuple[LayerStorage, int]]:
+        """What to commit where `short` is due: more than that if it fits."""
+        with self._ahead.kept():  # what is made already is not counted in a growth
+            for wanted in ([(layer, layer.ahead(slots)) for layer, slots in short], short):
+                try:
+                    self.tier.check_growth(_growth(wanted), what)
+                except (HostMemoryError, DeviceMemoryError):
+                    continue
+                return wanted
+        self._ahead.give_back()  # some of it may be for later than what is due
+        self.tier.check_growth(_growth(short), what)
+        return short
 
     def _wait_for_readers(self) -> None:
         """Pages change under an address that kernels in flight may read through a mask."""
@@ -198,7 +227,8 @@ class CacheStorage:
 
     def reset(self) -> None:
         """Empty; what is committed stays so."""
-        self._ready = 0
+        self._quiet = 0
+        self.give_back()
         for layer in self.layers:
             layer.reset()
 

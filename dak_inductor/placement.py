@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dak_inductor.cuda_runtime.memory_lock import MEMORY_LOCK
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.errors import DakError, MoveError
 from dak_inductor.offloaded import OffloadedModel
@@ -50,7 +51,7 @@ def apply(plan: Plan, model: OffloadedModel) -> MoveReport:
     tensors = model.tensors()
     plan.check_model(model.fingerprint, {t.name: t.buffer.nbytes for t in tensors})
     start = time.perf_counter()
-    with LAUNCH_LOCK:
+    with LAUNCH_LOCK, MEMORY_LOCK:
         _refuse_capture(model.device)
         wanted = {
             tensor.buffer: tensor.buffer.nearest_split(

@@ -37,6 +37,8 @@ def restore(model: Model, device: torch.device | str | int = "cpu") -> Model:
     target = torch.device(device)
     if target.type == "cuda" and target.index is None:
         target = torch.device("cuda", torch.cuda.current_device())
+    for cache in record.caches:
+        cache.give_back()
     _check_room(record, target)
     with LAUNCH_LOCK, torch.inference_mode(False), torch.no_grad():
         if record.device.type == "cuda":

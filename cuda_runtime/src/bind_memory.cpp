@@ -86,7 +86,12 @@ void bind_ranges(py::module_& m) {
       .def("generation", &TieredRange::generation, Unlocked())
       .def("physical_bytes", &TieredRange::physical_bytes, Unlocked())
       .def("grow", &TieredRange::grow, Unlocked(), "grow(pages): give the first pages memory of their own")
-      .def("growth", &TieredRange::growth, Unlocked(), "growth(pages) -> (local, remote) bytes it would take")
+      .def("growth", &TieredRange::growth, Unlocked(), "growth(pages) -> (local, remote) bytes it would make")
+      .def("make_ahead", &TieredRange::make_ahead, Unlocked(), "make_ahead(pages) -> bytes of one allocation")
+      .def("next_ahead", &TieredRange::next_ahead, Unlocked(), "What make_ahead(pages) would return.")
+      .def("drop_ahead", &TieredRange::drop_ahead, Unlocked())
+      .def("ahead_pages", &TieredRange::ahead_pages, Unlocked())
+      .def("ahead_bytes", &TieredRange::ahead_bytes, Unlocked())
       .def("committed_pages", &TieredRange::committed_pages, Unlocked())
       .def("remote_bytes_in", &TieredRange::remote_bytes_in, Unlocked())
       .def("residency",
@@ -236,6 +241,7 @@ void bind_memory(py::module_& m) {
     for (std::uint64_t handle : handles) streams.push_back(reinterpret_cast<cu::Stream>(handle));
     reaper::watch_streams(std::move(streams));
   });
+  m.def("capture_is_open", &reaper::capture_is_open, Unlocked(), "On one of the watched streams.");
   m.def("release_staging", &release_staging, Unlocked());
 }
 

@@ -90,6 +90,7 @@ TieredRange::~TieredRange() {
         driver().cuMemUnmap.status(page_address(run.first), run.count() * page_bytes());
     }
     segments_.clear();
+    ahead_.clear();
     addresses_ = {};
   } catch (const Error&) {
     // The context is gone, and its memory with it.
@@ -120,6 +121,7 @@ std::pair<std::size_t, std::size_t> TieredRange::physical_bytes() {
   std::pair<std::size_t, std::size_t> held;
   for (const Segment& segment : segments_)
     (segment.pages.remote ? held.second : held.first) += segment.memory.bytes();
+  for (const Segment& segment : ahead_) held.second += segment.memory.bytes();
   return held;
 }
 

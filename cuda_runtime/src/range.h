@@ -62,7 +62,7 @@ class TieredRange {
 
   Residency residency();
   std::uint64_t generation();
-  // Bytes of pages held, local and remote.
+  // Bytes of pages held, local and remote, those made ahead among them.
   std::pair<std::size_t, std::size_t> physical_bytes();
   // Bytes of [start, stop) that are remote.
   std::size_t remote_bytes_in(std::size_t start, std::size_t stop);
@@ -81,8 +81,18 @@ class TieredRange {
   // guarantees that no work on the range is in flight. After any failure the old state stands.
   void grow(std::size_t pages);
   std::size_t committed_pages();
-  // Bytes of the pages that grow(pages) would take, local and remote.
+  // Bytes of the pages that grow(pages) would make, local and remote: those made ahead are not among them.
   std::pair<std::size_t, std::size_t> growth(std::size_t pages);
+
+  // Make the next allocation of remote pages that grow(pages) will need, cleared and not mapped: what lies at
+  // their addresses until then may be read by work in flight. Returns its bytes, 0 where all are made. One
+  // allocation a call, so that the caller can stop between two. Safe while work is in flight and captures are
+  // open. Throws HostMemory, DeviceMemory or Driver; then nothing is held.
+  std::size_t make_ahead(std::size_t pages);
+  std::size_t next_ahead(std::size_t pages);  // bytes that make_ahead(pages) would make
+  void drop_ahead();                          // give them back, in the background
+  std::size_t ahead_pages();                  // grow() up to here makes no remote page
+  std::size_t ahead_bytes();
 
   // Copy bytes in or out, synchronously; `bytes` may be any CPU memory. `position` is the first byte's in the
   // file.
@@ -119,6 +129,11 @@ class TieredRange {
   std::vector<PageRun> zero_runs(std::size_t first, std::size_t last) const;
   void map_zeros(std::size_t first, std::size_t last);
   std::size_t block_end(std::size_t pages) const;
+  std::size_t growth_end(std::size_t pages) const;
+  std::vector<PageRun> missing(std::size_t end, std::size_t taken) const;
+  void map_grown(std::size_t end, const std::vector<const Segment*>& added, const std::vector<Segment>& made);
+  std::size_t taken_ahead(std::size_t end) const;
+  std::optional<PageRun> next_run(std::size_t pages) const;
   void need_committed(std::size_t count, std::size_t offset) const;
 
   cu::DevicePtr page_address(std::size_t page) const {
@@ -148,6 +163,8 @@ class TieredRange {
   std::size_t committed_ = 0;      // pages with memory of their own, a prefix
   std::size_t block_pages_ = 1;    // of a mapping of zeros, but for those at the end
   std::shared_ptr<const PhysicalPages> zero_block_, zero_page_;
+  std::vector<Segment> ahead_;     // remote pages that grow() takes, in order
+  std::uint64_t ahead_epoch_ = 0;  // changes with what is to be made next
   Residency residency_;
   std::uint64_t generation_ = 0;
   bool mapped_ = false;

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <iterator>
 
 #include "mapping.h"
 #include "range.h"
@@ -62,31 +63,31 @@ std::pair<std::size_t, std::size_t> TieredRange::growth(std::size_t pages) {
   driver();
   std::lock_guard lock(mutex_);
   std::pair<std::size_t, std::size_t> bytes;
-  for (const PageRun& run : runs(residency_, committed_, std::max(committed_, block_end(pages))))
+  const std::size_t end = std::max(committed_, growth_end(pages));
+  for (const PageRun& run : runs(residency_, committed_, end))
     (run.remote ? bytes.second : bytes.first) += run.count() * page_bytes();
+  for (std::size_t i = 0; i < taken_ahead(end); ++i) bytes.second -= ahead_[i].memory.bytes();
   return bytes;
 }
 
-void TieredRange::grow(std::size_t pages) {
-  driver();
-  if (pages > page_count_)
-    throw Error(ErrorKind::Tier, std::to_string(pages) + " pages of a range of " + std::to_string(page_count_));
-  cancel_preparation();
-  std::lock_guard lock(mutex_);
-  need_usable();
-  const std::size_t end = block_end(pages);
-  if (end <= committed_) return;
-  DeviceScope scope(tier_->device());
+// Map the first pages up to `end` in place of zeros, and clear those that are `made` now; or keep the zeros.
+void TieredRange::map_grown(std::size_t end, const std::vector<const Segment*>& added,
+                            const std::vector<Segment>& made) {
   const cu::DevicePtr address = page_address(committed_);
   const std::size_t bytes = (end - committed_) * page_bytes();
-  std::vector<Segment> added = make_segments(allocations(residency_, committed_, end));
   driver().cuMemUnmap(address, bytes);
   try {
-    map_in_order(*tier_, address, pointers(added));
+    map_in_order(*tier_, address, added);
     try {
-      driver().cuMemsetD8Async(address, 0, bytes, tier_->stream());
-      driver().cuStreamSynchronize(tier_->stream());
+      for (std::size_t i = 0; i < made.size();) {
+        const std::size_t first = made[i].pages.first;
+        std::size_t last = first;
+        while (i < made.size() && made[i].pages.first == last) last = made[i++].pages.last;
+        driver().cuMemsetD8Async(page_address(first), 0, (last - first) * page_bytes(), tier_->stream());
+      }
+      if (!made.empty()) driver().cuStreamSynchronize(tier_->stream());
     } catch (...) {
+      driver().cuStreamSynchronize.status(tier_->stream());  // clearing what is unmapped next
       driver().cuMemUnmap.status(address, bytes);
       throw;
     }
@@ -100,7 +101,34 @@ void TieredRange::grow(std::size_t pages) {
     }
     throw;
   }
-  for (Segment& segment : added) segments_.push_back(std::move(segment));
+}
+
+void TieredRange::grow(std::size_t pages) {
+  driver();
+  if (pages > page_count_)
+    throw Error(ErrorKind::Tier, std::to_string(pages) + " pages of a range of " + std::to_string(page_count_));
+  cancel_preparation();
+  std::lock_guard lock(mutex_);
+  need_usable();
+  const std::size_t end = growth_end(pages);
+  if (end <= committed_) return;
+  DeviceScope scope(tier_->device());
+  const std::size_t taken = taken_ahead(end);
+  std::vector<Segment> made = make_segments(missing(end, taken));
+  std::vector<const Segment*> added = pointers(made);
+  for (std::size_t i = 0; i < taken; ++i) added.push_back(&ahead_[i]);
+  std::sort(added.begin(), added.end(),
+            [](const Segment* a, const Segment* b) { return a->pages.first < b->pages.first; });
+  map_grown(end, added, made);
+  const auto used = ahead_.begin() + static_cast<std::ptrdiff_t>(taken);
+  const std::size_t before = segments_.size();
+  segments_.reserve(before + added.size());
+  std::move(made.begin(), made.end(), std::back_inserter(segments_));
+  std::move(ahead_.begin(), used, std::back_inserter(segments_));
+  ahead_.erase(ahead_.begin(), used);
+  std::sort(segments_.begin() + static_cast<std::ptrdiff_t>(before), segments_.end(),
+            [](const Segment& a, const Segment& b) { return a.pages.first < b.pages.first; });
+  ++ahead_epoch_;
   committed_ = end;
   if (committed_ == page_count_) zero_block_ = zero_page_ = nullptr;
   ++generation_;

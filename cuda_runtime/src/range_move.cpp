@@ -147,6 +147,9 @@ std::vector<Segment> TieredRange::commit(Preparation& preparation) {
   std::sort(kept.begin(), kept.end(),
             [](const Segment& a, const Segment& b) { return a.pages.first < b.pages.first; });
   segments_ = std::move(kept);
+  for (Segment& segment : ahead_) replaced.push_back(std::move(segment));  // made for the old residency
+  ahead_.clear();
+  ++ahead_epoch_;
   residency_ = preparation.target;
   ++generation_;
   return replaced;

@@ -140,4 +140,15 @@ void watch_streams(std::vector<cu::Stream> streams) {
   s.streams = std::move(streams);
 }
 
+bool capture_is_open() {
+  driver();
+  std::vector<cu::Stream> streams;
+  {
+    State& s = state();
+    std::lock_guard lock(s.mutex);
+    streams = s.streams;
+  }
+  return capture_is_open(streams);
+}
+
 }  // namespace dak::reaper

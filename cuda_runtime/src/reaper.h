@@ -37,4 +37,7 @@ void shutdown(double seconds);
 // the reaper waits for captures on these to end first.
 void watch_streams(std::vector<cu::Stream> streams);
 
+// Whether a capture is open on one of those streams.
+bool capture_is_open();
+
 }  // namespace dak::reaper

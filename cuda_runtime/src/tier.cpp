@@ -84,13 +84,11 @@ std::vector<PhysicalPages> Tier::take(bool remote, const std::vector<std::size_t
   }
 }
 
-std::shared_ptr<const PhysicalPages> Tier::zeros(std::size_t bytes) {
-  std::lock_guard lock(zeros_mutex_);
-  if (auto known = zeros_[bytes].lock()) return known;
-  auto pages = std::make_shared<PhysicalPages>(std::move(take(false, {bytes}).front()));
+void Tier::clear(const PhysicalPages& pages) const {
+  const std::size_t bytes = pages.bytes();
   const AddressRange window(bytes, page_bytes_);
   const Driver& cuda = driver();
-  cuda.cuMemMap(window.address(), bytes, 0, pages->handle(), 0);
+  cuda.cuMemMap(window.address(), bytes, 0, pages.handle(), 0);
   try {
     grant_access(window.address(), bytes, Access::Devices);
     cuda.cuMemsetD8Async(window.address(), 0, bytes, stream_);
@@ -100,6 +98,13 @@ std::shared_ptr<const PhysicalPages> Tier::zeros(std::size_t bytes) {
     throw;
   }
   cuda.cuMemUnmap(window.address(), bytes);
+}
+
+std::shared_ptr<const PhysicalPages> Tier::zeros(std::size_t bytes) {
+  std::lock_guard lock(zeros_mutex_);
+  if (auto known = zeros_[bytes].lock()) return known;
+  auto pages = std::make_shared<PhysicalPages>(std::move(take(false, {bytes}).front()));
+  clear(*pages);
   zeros_[bytes] = pages;
   return pages;
 }

@@ -45,6 +45,9 @@ class Tier {
   // Let the devices read and write mapped pages of one tier; with Access::Cpu the CPU too (host pages).
   void grant_access(cu::DevicePtr address, std::size_t bytes, Access access) const;
 
+  // Fill an allocation that is mapped nowhere with zeros, done on return.
+  void clear(const PhysicalPages& pages) const;
+
   // A local allocation of zeros, the same one for all who ask for this size while one of them holds it. It is
   // mapped where a range has no memory of its own yet, so nobody may write to it.
   std::shared_ptr<const PhysicalPages> zeros(std::size_t bytes);

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dak_inductor as dak
+from dak_inductor.cuda_runtime.page_maker import PAGE_MAKER
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
 from dak_inductor.errors import (
     BudgetError,
@@ -133,6 +134,7 @@ def test_memory_goes_with_the_cache():
     generate(model, prompt(2, 10), 20, past_key_values=cache)
     assert tier.counters.held.total > 0
     del cache
+    assert PAGE_MAKER.wait()
     assert tier.counters.held == TierBytes()
 
 

@@ -61,9 +61,12 @@ struct State {
   cu::AllocationHandle next_handle = 1000;
   std::uintptr_t next_object = 16;
   bool capturing = false;
+  long forbidden = 0;  // calls that would have broken a capture of another thread
   thread_local static int context;
+  thread_local static cu::CaptureMode mode;
 };
 thread_local int State::context = 0;
+thread_local cu::CaptureMode State::mode = cu::CAPTURE_GLOBAL;
 State& state() {
   static State* instance = new State;
   return *instance;
@@ -74,6 +77,8 @@ Result enter(const char* name) {
   State& s = state();
   ++s.calls[name];
   ++s.calls["*"];
+  const bool memory = std::string(name).starts_with("cuMem") || std::string(name) == "cuStreamSynchronize";
+  if (s.capturing && memory && State::mode == cu::CAPTURE_GLOBAL) ++s.forbidden;
   Failure& failure = s.failure;
   if (!failure.status || (failure.name != "*" && failure.name != name)) return cu::SUCCESS;
   if (failure.after-- > 0) return cu::SUCCESS;
@@ -175,6 +180,7 @@ void dak_fake_fail(const char* name, long after, int status, int lasting) {
   state().failure = {name, after, status, lasting != 0};
 }
 int dak_fake_pending() { return state().failure.status != 0; }
+long dak_fake_forbidden() { return state().forbidden; }
 long dak_fake_calls(const char* name) { return state().calls[name]; }
 void dak_fake_reset_calls() { state().calls.clear(); }
 void dak_fake_attribute(int attribute, int value) { state().attributes[attribute] = value; }
@@ -250,8 +256,7 @@ Result cuCtxSynchronize() {
   return s.capturing ? CAPTURE_UNSUPPORTED : cu::SUCCESS;
 }
 Result cuThreadExchangeStreamCaptureMode(cu::CaptureMode* mode) {
-  thread_local cu::CaptureMode current = cu::CAPTURE_GLOBAL;
-  std::swap(*mode, current);
+  std::swap(*mode, State::mode);
   return cu::SUCCESS;
 }
 

@@ -27,6 +27,7 @@ class FakeDriver:
         for name in ("used", "allocations", "reservations", "mappings", "open_to_cpu"):
             getattr(self._library, f"dak_fake_{name}").restype = ctypes.c_size_t
         self._library.dak_fake_calls.restype = ctypes.c_long
+        self._library.dak_fake_forbidden.restype = ctypes.c_long
 
     def fail(self, name: str, after: int = 0, status: int = 1, *, lasting: bool = False) -> None:
         """Fail a call of `name` ("*": any), `after` more having succeeded."""
@@ -41,6 +42,10 @@ class FakeDriver:
 
     def calls(self, name: str = "*") -> int:
         return int(self._library.dak_fake_calls(name.encode()))
+
+    def forbidden(self) -> int:
+        """Calls that would have broken another thread's capture, since the library was opened."""
+        return int(self._library.dak_fake_forbidden())
 
     def capturing(self, on: bool) -> None:
         self._library.dak_fake_capturing(int(on))
