@@ -1,10 +1,10 @@
 """A decode step of Llama-3-8B-shaped layers in a CUDA graph: `dak` against every peer, same run.
 
-Bar: `dak` takes at most 1.03 times the stock kernels on the same share of split tensors, the
-faster of their two forms (eager, under Inductor) at every fraction, and 1.03 times the faster of
-its own two strategies, direct reads and copies ahead.
+Bars are those of `harness/step_bars`: stock kernels on the same share of split tensors, the fastest
+real peer and oracle, its own two strategies, and the bound.
 
     python benchmarks/bench_decode_step.py --out DIR [--layers 8] [--fractions 0.1,0.5] [--batch 1]
+        [--shape llama3-70b] [--record decode_step_70b]
 """
 
 from __future__ import annotations
@@ -14,21 +14,20 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from dak_inductor.benchmarks.harness import ceilings, command_line
 from dak_inductor.benchmarks.harness.comparison import compare, make_reference
-from dak_inductor.benchmarks.harness.models import LLAMA3_8B, TINY, Workload
+from dak_inductor.benchmarks.harness.models import LLAMA3_8B, LLAMA3_70B, TINY, Workload
 from dak_inductor.benchmarks.harness.peers import all_providers
 from dak_inductor.benchmarks.harness.peers.provider import Setting
-from dak_inductor.benchmarks.harness.record import Record, Verdict, make_record
+from dak_inductor.benchmarks.harness.record import Record, make_record
+from dak_inductor.benchmarks.harness.step_bars import verdicts
 from dak_inductor.benchmarks.harness.timing import rotation_count
 
-BAR = 1.03
-BAR_PEERS = ("split eager", "split inductor")
-STRATEGIES = ("dak direct", "dak staged")
+SHAPES = {"llama3-8b": LLAMA3_8B, "llama3-70b": LLAMA3_70B, "tiny": TINY}
 COLUMNS = (
     "provider", "kind", "fraction", "realised", "milliseconds", "T/L", "accurate", "status", "note",
 )  # fmt: skip
@@ -40,9 +39,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--batch", type=int, default=1)
     made.add_argument("--context", type=int, default=512)
     made.add_argument("--fractions", type=command_line.fractions, default=(0.1, 0.5))
-    made.add_argument(
-        "--shape", choices=("llama3-8b", "tiny"), default=command_line.default_shape()
-    )
+    made.add_argument("--shape", choices=tuple(SHAPES), default=command_line.default_shape())
+    made.add_argument("--record", default="decode_step", help="name of the JSON record")
     made.add_argument("--peers", default="all", help="comma-separated provider names, or all")
     made.add_argument("--seconds-per-row", type=float, default=None, help="measured time of each")
     made.add_argument("--limit-seconds", type=float, default=None, help="begin no row after that")
@@ -61,39 +59,6 @@ def chosen_providers(peers: str) -> list[str]:
     return names
 
 
-def verdicts(
-    rows: Sequence[Mapping[str, object]], fractions: Sequence[float], *, on_gpu: bool
-) -> list[Verdict]:
-    """`dak` over the faster form of stock kernels on split tensors, and over the faster of its own
-    strategies where both were measured, at each fraction."""
-    made = []
-    for fraction in fractions:
-        at = {
-            row["provider"]: row
-            for row in rows
-            if row["fraction"] == fraction and row["status"] == "ok"
-        }
-        times = {name: float(str(at[name]["milliseconds"])) for name in BAR_PEERS if name in at}
-        name = f"dak / stock on split, {fraction:.0%} remote"
-        if "dak" not in at or not times:
-            missing = "dak" if "dak" not in at else "stock on split"
-            made.append(Verdict(name, None, BAR, "x", False, f"no accurate row of {missing}"))
-            continue
-        ours = float(str(at["dak"]["milliseconds"]))
-        against = "; ".join(f"{peer}: {ours / time:.3f}x" for peer, time in times.items())
-        ratio = ours / min(times.values())
-        passed = ratio <= BAR if on_gpu else None
-        made.append(Verdict(name, ratio, BAR, "x", passed, against if on_gpu else "no GPU"))
-        own = {name: float(str(at[name]["milliseconds"])) for name in STRATEGIES if name in at}
-        if len(own) == len(STRATEGIES):
-            name = f"dak / its faster strategy, {fraction:.0%} remote"
-            ratio = ours / min(own.values())
-            passed = ratio <= BAR if on_gpu else None
-            against = "; ".join(f"{each}: {ours / time:.3f}x" for each, time in own.items())
-            made.append(Verdict(name, ratio, BAR, "x", passed, against if on_gpu else "no GPU"))
-    return made
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     if arguments.quick:
@@ -102,8 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     device, rule = command_line.default_device(), command_line.timing_rule(arguments)
     if arguments.seconds_per_row:
         rule = dataclasses.replace(rule, target_seconds=arguments.seconds_per_row)
-    shape = TINY if arguments.shape == "tiny" else LLAMA3_8B
-    workload = Workload(shape=shape, batch=arguments.batch, context=arguments.context)
+    workload = Workload(
+        shape=SHAPES[arguments.shape], batch=arguments.batch, context=arguments.context
+    )
     workload = workload.with_layers(arguments.layers)
     names, providers = chosen_providers(arguments.peers), all_providers()
     settings = [
@@ -122,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def record() -> Record:
         """What there is so far."""
         return make_record(
-            "decode_step",
+            arguments.record,
             arguments=command_line.arguments_dict(arguments),
             cells=[{"note": row.get("reason", ""), **row} for row in rows],
             verdicts=verdicts(rows, arguments.fractions, on_gpu=device.type == "cuda"),

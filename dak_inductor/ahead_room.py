@@ -9,6 +9,8 @@ import torch
 from dak_inductor.lowering.ahead.memory import Room
 from dak_inductor.offloaded import OffloadedModel
 
+AHEAD_DEVICES = ("cuda",)
+"""Where copies ahead are of use: on the simulated tier of the CPU nothing is faster or slower."""
 LARGEST_SHARE = 1 / 64
 """Of the budget."""
 

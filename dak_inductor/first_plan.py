@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from dak_inductor import hardware
+from dak_inductor.ahead_room import AHEAD_DEVICES
 from dak_inductor.budget import BudgetTerms, DeviceBudget
+from dak_inductor.copied_rows import row_block
 from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
 from dak_inductor.default_plan import uses_of
@@ -61,6 +63,7 @@ def make_first_plan(
         remote=request.remote,
         refusals=tuple(inventory.refusals),
         model=inventory.fingerprint,
+        ahead=budget.device.type in AHEAD_DEVICES,
     )
     if request.plan is not None:
         plan = load_plan(request.plan)
@@ -112,6 +115,7 @@ def tensor_specs(
             min_remote=entry.nbytes if place == "remote" else 0,
             max_remote=0 if place == "gpu" else None,
             granularity=entry.nbytes if tier.whole_tensors else 256,
+            row_block=0 if tier.whole_tensors else row_block(entry),
         )
     return specs
 

@@ -25,7 +25,8 @@ class TensorSpec:
     """One tensor whose bytes the plan divides.
 
     Its split may be 0, `nbytes`, or any multiple of `granularity`. A live tensor moves by pages:
-    with `page` set, the splits are 0, `nbytes` and `first_page_split` + k * `page`.
+    with `page` set, the splits are 0, `nbytes` and `first_page_split` + k * `page`. Copies ahead of
+    a product come in blocks of rows, of `row_block` bytes; 0 where none can be made.
     """
 
     name: str
@@ -36,6 +37,7 @@ class TensorSpec:
     current_remote: int | None = None  # None: not placed yet
     page: int | None = None
     first_page_split: int | None = None  # None: the tensor starts on a page boundary
+    row_block: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,10 @@ class OpUse:
 
 @dataclass(frozen=True, slots=True)
 class PlanProblem:
-    """`remote_bytes` of the `tensors` have to be remote; which bytes is the planner's to say."""
+    """`remote_bytes` of the `tensors` have to be remote; which bytes is the planner's to say.
+
+    ahead: the link may copy remote rows ahead of the products that read them.
+    """
 
     tensors: tuple[TensorSpec, ...]
     uses: tuple[OpUse, ...]
@@ -72,6 +77,7 @@ class PlanProblem:
     remote: str
     refusals: tuple[Refusal, ...] = ()
     model: str = ""  # fingerprint
+    ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True)

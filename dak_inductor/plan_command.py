@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dak_inductor import hardware
+from dak_inductor.copied_rows import row_block
 from dak_inductor.cost_model import peak_flops
 from dak_inductor.errors import BudgetError, ModelError, OptionError
 from dak_inductor.hardware import HardwareProfile
@@ -254,12 +255,16 @@ def plan_model(
         activations=int(2 * max((use.other_bytes for use in first), default=0)),
     )
     problem = PlanProblem(
-        tensors=tuple(TensorSpec(entry.name, entry.nbytes) for entry in inventory.entries),
+        tensors=tuple(
+            TensorSpec(entry.name, entry.nbytes, row_block=row_block(entry))
+            for entry in inventory.entries
+        ),
         uses=tuple(uses),
         remote_bytes=memory.remote_bytes,
         remote=request.remote,
         refusals=(*inventory.refusals, *refusals),
         model=inventory.fingerprint,
+        ahead=True,
     )
     compute = {use.op: use.flops / peak_flops(profile, use.dtype) for use in uses if use.flops}
     return PlanAnswer(request, memory, make_plan(problem, profile), compute)

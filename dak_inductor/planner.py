@@ -1,4 +1,5 @@
-"""Which bytes go remote: the greedy planner for operators that read remote bytes directly.
+"""Which bytes go remote: greedily for operators that read remote bytes directly, evenly over the
+step where copies ahead are predicted to be faster (`ahead_placement`).
 
 The weighted time of all uses of a tensor is convex and piecewise linear in its remote bytes, and
 the tensors share one constraint only, how many bytes are remote in all. Taking the pieces of all
@@ -9,16 +10,17 @@ Pure: no GPU, no tensor, the same plan for the same problem in any order.
 
 from __future__ import annotations
 
-import math
-import re
+from collections.abc import Mapping
 
-from dak_inductor.cost_curve import Line, cost_lines, cost_pieces, objective
-from dak_inductor.cost_model import step_bound
+from dak_inductor import ahead_placement
+from dak_inductor.cost_curve import cost_lines, cost_pieces, objective
 from dak_inductor.errors import BudgetError, PlanError
 from dak_inductor.greedy import fill, round_splits, steepest_slope
-from dak_inductor.hardware import HardwareProfile, LinkProfile
-from dak_inductor.plan import OpPlan, Plan, PlanProblem
+from dak_inductor.hardware import HardwareProfile
+from dak_inductor.plan import Plan, PlanProblem
+from dak_inductor.schedule import Schedule
 from dak_inductor.split_grid import SplitGrid, split_grid
+from dak_inductor.tensor_names import natural
 
 
 def make_plan(
@@ -42,15 +44,33 @@ def make_plan(
 
     relaxed = fill(pieces, grids, asked, rank, [0] * len(grids), 0.0)
     objective_bound = objective(lines, relaxed.remote, grids)
-    if any(spec.current_remote is not None for spec in problem.tensors):
-        current = [spec.current_remote or 0 for spec in problem.tensors]
+    current = [spec.current_remote or 0 for spec in problem.tensors]
+    if any(current):
         price = move_tolerance * steepest_slope(pieces)
-        priced = fill(pieces, grids, asked, rank, current, price)
-        remote = round_splits(priced, pieces, grids, current, asked)
-        remote = _keep(remote, problem, grids, lines, asked, move_tolerance)
-    else:
-        remote = round_splits(relaxed, pieces, grids, [0] * len(grids), asked)
-    return _record(problem, profile, link, lines, grids, remote, objective_bound)
+        relaxed = fill(pieces, grids, asked, rank, current, price)
+    rounded = round_splits(relaxed, pieces, grids, current, asked)
+    best = Schedule(problem, profile, lines, grids, rounded)
+    if problem.ahead and (
+        spread := ahead_placement.placement(problem, lines, pieces, grids, asked, link)
+    ):
+        ahead = Schedule(problem, profile, lines, grids, spread)
+        # also where both take as long: the ring of copies does not reach from one whole tensor to
+        # the next
+        if ahead.staged and ahead.objective <= best.objective * (1 + move_tolerance):
+            best = ahead
+    if _is_allowed(problem, grids, asked):
+        now = Schedule(problem, profile, lines, grids, current)
+        if now.objective <= best.objective * (1 + move_tolerance):
+            best = now
+    return best.plan(objective_bound)
+
+
+def seconds_of(problem: PlanProblem, remote: Mapping[str, int], profile: HardwareProfile) -> float:
+    """Sum of calls x time with these `remote` bytes of each tensor, wherever they may be split."""
+    grids = [split_grid(spec) for spec in problem.tensors]
+    lines = cost_lines(problem, profile, profile.link(problem.remote))
+    wanted = [remote[spec.name] for spec in problem.tensors]
+    return Schedule(problem, profile, lines, grids, wanted).objective
 
 
 def _check(problem: PlanProblem, grids: list[SplitGrid]) -> None:
@@ -78,7 +98,7 @@ def _rank(problem: PlanProblem) -> list[int]:
     """
     tensors = problem.tensors
     by_size: dict[int, list[int]] = {}
-    for index in sorted(range(len(tensors)), key=lambda i: _natural(tensors[i].name)):
+    for index in sorted(range(len(tensors)), key=lambda i: natural(tensors[i].name)):
         by_size.setdefault(tensors[index].nbytes, []).append(index)
     order = [
         equal[place]
@@ -91,12 +111,6 @@ def _rank(problem: PlanProblem) -> list[int]:
     return rank
 
 
-def _natural(name: str) -> tuple[tuple[int, str], ...]:
-    """Sorts layer 2 ahead of layer 10."""
-    parts = re.split(r"(\d+)", name)
-    return tuple((int(part) if part.isdecimal() else -1, part) for part in parts)
-
-
 def _spread(count: int) -> list[int]:
     """0 to count - 1 in an order of which every beginning is spread over the whole: by their bits
     from the last to the first."""
@@ -104,66 +118,12 @@ def _spread(count: int) -> list[int]:
     return sorted(range(count), key=lambda number: int(f"{number:0{width}b}"[::-1], 2))
 
 
-def _keep(
-    remote: list[int],
-    problem: PlanProblem,
-    grids: list[SplitGrid],
-    lines: list[Line],
-    asked: int,
-    tolerance: float,
-) -> list[int]:
-    """`remote`, or the current placement where it is allowed and nearly as good."""
-    current = []
+def _is_allowed(problem: PlanProblem, grids: list[SplitGrid], asked: int) -> bool:
+    """Whether everything may stay where it is."""
+    total = 0
     for spec, grid in zip(problem.tensors, grids, strict=True):
         there = spec.current_remote
         if there is None or not grid.low <= there <= grid.high:
-            return remote
-        current.append(there)
-    if sum(current) < asked:
-        return remote
-    now, then = objective(lines, current, grids), objective(lines, remote, grids)
-    return current if now <= then * (1 + tolerance) else remote
-
-
-def _record(
-    problem: PlanProblem,
-    profile: HardwareProfile,
-    link: LinkProfile,
-    lines: list[Line],
-    grids: list[SplitGrid],
-    remote: list[int],
-    objective_bound: float,
-) -> Plan:
-    shares = [r / g.nbytes if g.nbytes else 0.0 for r, g in zip(remote, grids, strict=True)]
-    shares.append(0.0)  # index -1
-    times: dict[str, list[float]] = {}
-    compute: dict[str, float] = {}
-    ops = []
-    for use, cost, _, _, tensor, floor in lines:
-        share = shares[tensor]
-        time = cost.time(share) + floor
-        far = cost.touched(share) * use.touched_bytes
-        ops.append(
-            OpPlan(
-                use.op, use.graph, use.tensor, use.kind, use.strategy, share,
-                use.touched_bytes - far + use.other_bytes, far, time, use.calls,
-                cost.limit(share), use.module, use.source, use.m,
-            )
-        )  # fmt: skip
-        times.setdefault(use.graph, []).append(time)
-        compute[use.graph] = compute.get(use.graph, 0.0) + cost.compute
-    names: dict[str, int] = {s.name: r for s, r in zip(problem.tensors, remote, strict=True)}
-    return Plan(
-        model=problem.model,
-        hardware=profile.name,
-        remote=problem.remote,
-        asked_bytes=problem.remote_bytes,
-        splits=names,
-        sizes={spec.name: spec.nbytes for spec in problem.tensors},
-        ops=tuple(ops),
-        refusals=problem.refusals,
-        step_times={graph: math.fsum(values) for graph, values in times.items()},
-        bound=step_bound(ops, compute, profile, link),
-        objective=math.fsum(op.calls * op.time for op in ops),
-        objective_bound=objective_bound,
-    )
+            return False
+        total += there
+    return total >= asked

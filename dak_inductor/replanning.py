@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from dak_inductor import hardware, placement
+from dak_inductor.ahead_room import AHEAD_DEVICES
 from dak_inductor.binding import Binding
-from dak_inductor.cost_model import op_time
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.default_plan import default_uses
 from dak_inductor.hardware import HardwareProfile
 from dak_inductor.offloaded import OffloadedModel
 from dak_inductor.plan import OpUse, Plan, PlanProblem
-from dak_inductor.planner import make_plan
+from dak_inductor.planner import make_plan, seconds_of
 from dak_inductor.refusal import Refusal
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ def problem_of(model: OffloadedModel, bindings: Iterable[Binding]) -> PlanProble
     names = {id(tensor.buffer): tensor.name for tensor in model.tensors()}
     uses: list[OpUse] = []
     refusals: dict[tuple[str, str], Refusal] = {}
+    bindings = list(bindings)
     for binding in bindings:
         bound = {
             index: names[id(buffer)]
@@ -74,6 +75,20 @@ def problem_of(model: OffloadedModel, bindings: Iterable[Binding]) -> PlanProble
         remote=model.remote,
         refusals=(*model.refusals, *refusals.values()),
         model=model.fingerprint,
+        ahead=copies_ahead(model, bindings),
+    )
+
+
+def copies_ahead(model: OffloadedModel, bindings: Iterable[Binding]) -> bool:
+    """Whether copies ahead may serve this model: the GPU reads it, and no graph was called yet that
+    has none."""
+    if model.device.type not in AHEAD_DEVICES:
+        return False
+    own = model.buffer_ids()
+    return not any(
+        binding.ahead is not None and binding.ahead.never
+        for binding in bindings
+        if any(id(buffer) in own for buffer in binding.live_buffers().values())
     )
 
 
@@ -165,13 +180,5 @@ def _wanted(model: OffloadedModel, plan: Plan) -> Iterator[tuple[TieredBuffer, i
 
 def gain_of(problem: PlanProblem, plan: Plan, profile: HardwareProfile) -> float:
     """Seconds that the plan saves over the calls expected, against the placement as it is."""
-    link = profile.link(problem.remote)
-    now = {spec.name: (spec.current_remote or 0) / max(spec.nbytes, 1) for spec in problem.tensors}
-    return sum(
-        use.calls
-        * (
-            op_time(use, now[use.tensor], profile, link)
-            - op_time(use, plan.splits[use.tensor] / max(plan.sizes[use.tensor], 1), profile, link)
-        )
-        for use in problem.uses
-    )
+    now = {spec.name: spec.current_remote or 0 for spec in problem.tensors}
+    return seconds_of(problem, now, profile) - seconds_of(problem, plan.splits, profile)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dak_inductor import placement, replanning
-from dak_inductor.ahead_room import ring_room
+from dak_inductor.ahead_room import AHEAD_DEVICES, ring_room
 from dak_inductor.binding import Binding, bind
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
@@ -34,9 +34,6 @@ from dak_inductor.resident_copies import resident_copies
 from dak_inductor.written_inputs import buffers_of
 
 log = logging.getLogger(__name__)
-
-AHEAD_DEVICES = ("cuda",)
-"""Where copies ahead are of use: on the simulated tier of the CPU nothing is faster or slower."""
 
 
 class Session:

@@ -7,6 +7,7 @@ from typing import Any
 
 from dak_inductor import hardware
 from dak_inductor.benchmarks.harness.model_case import Case
+from dak_inductor.copied_rows import row_block
 from dak_inductor.inventory import take_inventory
 from dak_inductor.plan import Plan, PlanProblem, TensorSpec
 from dak_inductor.plan_command import REMOTE_PAGE, build_model, graphs_for
@@ -75,11 +76,15 @@ class Predictor:
         inventory, (uses, refusals) = self._graphs
         profile = hardware.load(case.hardware)
         problem = PlanProblem(
-            tensors=tuple(TensorSpec(entry.name, entry.nbytes) for entry in inventory.entries),
+            tensors=tuple(
+                TensorSpec(entry.name, entry.nbytes, row_block=row_block(entry))
+                for entry in inventory.entries
+            ),
             uses=tuple(uses),
             remote_bytes=round(case.share * inventory.tierable_bytes),
             remote=case.remote,
             refusals=(*inventory.refusals, *refusals),
             model=inventory.fingerprint,
+            ahead=True,
         )
         return replace(make_plan(problem, profile), model=case.model)

@@ -89,6 +89,12 @@ class StepMemory:
         grew, self._grew = self._grew, False
         return grew
 
+    @property
+    def never(self) -> bool:
+        """Whether nothing is ever copied ahead: by the option, or since all steps are off."""
+        known = self._steps.values()
+        return self.strategy == "direct" or (bool(known) and all(step.off for step in known))
+
     def steps(self) -> Iterator[tuple[Hashable, KnownStep]]:
         """Those with a plan or a reason to have none, by token counts."""
         for tokens, known in self._steps.items():

@@ -81,17 +81,22 @@ def choose(
     most = min(room, RING_BYTES)
     if most < LEAST_RING_BYTES:
         return _all_direct(ops, direct, "no room for a ring")
+
+    def price(plan: StepPlan) -> float:
+        return plan.ring_bytes / rates.copy if charged else 0.0
+
     found: list[StepPlan] = []
     for chosen, reason in _candidates(ops, strategy):
-        plan = _planned(ops, chosen, reason, rates, most, direct)
-        if plan is not None:
-            found.append(plan)
+        for size in _ring_sizes(most, charged):
+            plan = _planned(ops, chosen, reason, rates, size, direct)
+            if plan is not None:
+                found.append(plan)
     if not found:
         return _all_direct(ops, direct, "little or nothing of it is remote")
-    best = min(found, key=lambda plan: plan.seconds)
-    price = best.ring_bytes / rates.copy if charged else 0.0
-    if strategy == "auto" and best.seconds + price > (1 - _MARGIN) * direct:
-        why = f"staged {best.seconds * 1e3:.3f} ms, direct {direct * 1e3:.3f} ms"
+    best = min(found, key=lambda plan: plan.seconds + price(plan))
+    seconds = best.seconds + price(best)
+    if strategy == "auto" and seconds > (1 - _MARGIN) * direct:
+        why = f"staged {seconds * 1e3:.3f} ms, direct {direct * 1e3:.3f} ms"
         return _all_direct(ops, direct, why)
     return best
 
@@ -99,6 +104,13 @@ def choose(
 def _all_direct(ops: Sequence[StepOp], seconds: float, reason: str) -> StepPlan:
     steps = tuple(OpStep("direct", op.refusal or reason) for op in ops)
     return StepPlan(steps, (), (), 0, seconds, seconds)
+
+
+def _ring_sizes(most: int, charged: bool) -> Iterator[int]:
+    """To try: the largest, and halves of it where each byte has its price."""
+    yield most
+    while charged and (most := most // 2) >= LEAST_RING_BYTES:
+        yield most
 
 
 def _candidates(ops: Sequence[StepOp], strategy: Strategy) -> Iterator[tuple[tuple[int, ...], str]]:

@@ -21,7 +21,14 @@ from dak_inductor.benchmarks import (
     generate_over_budget,
     run_all,
 )
-from dak_inductor.benchmarks.harness import accuracy, command_line, generation, memory, record
+from dak_inductor.benchmarks.harness import (
+    accuracy,
+    command_line,
+    generation,
+    memory,
+    record,
+    step_bars,
+)
 from dak_inductor.benchmarks.harness.models import LLAMA3_8B, TINY, Workload
 from dak_inductor.benchmarks.harness.table import table
 from dak_inductor.benchmarks.harness.timing import (
@@ -263,19 +270,36 @@ def test_decode_bar_is_against_the_faster_stock_form() -> None:
         }  # fmt: skip
 
     stock = [row("split eager", 2.0), row("split inductor", 1.0)]
-    (good,) = bench_decode_step.verdicts([*stock, row("dak", 1.02)], (0.1,), on_gpu=True)
-    (slow,) = bench_decode_step.verdicts([*stock, row("dak", 1.04)], (0.1,), on_gpu=True)
-    (wrong,) = bench_decode_step.verdicts(
-        [*stock, row("dak", 0.5, "inaccurate")], (0.1,), on_gpu=True
-    )
-    (undecided,) = bench_decode_step.verdicts([*stock, row("dak", 9.0)], (0.1,), on_gpu=False)
+    (good,) = step_bars.verdicts([*stock, row("dak", 1.02)], (0.1,), on_gpu=True)
+    (slow,) = step_bars.verdicts([*stock, row("dak", 1.04)], (0.1,), on_gpu=True)
+    (wrong,) = step_bars.verdicts([*stock, row("dak", 0.5, "inaccurate")], (0.1,), on_gpu=True)
+    (undecided,) = step_bars.verdicts([*stock, row("dak", 9.0)], (0.1,), on_gpu=False)
     assert [v.passed for v in (good, slow, wrong, undecided)] == [True, False, False, None]
     own = [row("dak direct", 0.9), row("dak staged", 0.8)]
     for ours, passed in ((0.82, True), (0.85, False)):
-        _, choice = bench_decode_step.verdicts(
-            [*stock, *own, row("dak", ours)], (0.1,), on_gpu=True
-        )
+        _, choice = step_bars.verdicts([*stock, *own, row("dak", ours)], (0.1,), on_gpu=True)
         assert choice.passed is passed
+
+
+def test_a_decode_step_is_held_against_real_peers_oracles_and_its_bound() -> None:
+    def row(provider: str, kind: str, milliseconds: float, over: float) -> dict[str, object]:
+        return {
+            "provider": provider, "kind": kind, "fraction": 0.02, "milliseconds": milliseconds,
+            "T/L": over, "status": "ok",
+        }  # fmt: skip
+
+    rows = [
+        row("split inductor", "real peer", 1.0, 1.2),
+        row("layer prefetch inductor", "oracle", 0.9, 1.08),
+        row("dak", "real peer", 0.95, 1.14),
+        row("dak direct", "real peer", 0.5, 0.6),  # no peer of ours
+    ]
+    found = {v.name: v for v in step_bars.verdicts(rows, (0.02,), on_gpu=True)}
+    assert found["dak / fastest real peer, 2% remote"].measured == pytest.approx(0.95)
+    assert found["dak / fastest real peer, 2% remote"].passed is True
+    assert found["dak / fastest oracle, 2% remote"].passed is False
+    assert found["dak, T / L, 2% remote"].passed is True
+    assert found["dak, T / L, 2% remote"].bar == 1.15
 
 
 def test_compile_bar_fails_where_a_run_failed() -> None:

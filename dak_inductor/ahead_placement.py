@@ -1,0 +1,201 @@
+"""Where bytes go that the link copies ahead of the products that read them.
+
+Copies ahead keep the link busy through a whole step, so what counts is the step's sum of remote
+bytes, and that the next of them are never further away than the ring of copies reaches. The remote
+bytes then lie in few products, since each that is copied for pays for it once, in equal parts all
+over the model: the last matrix of every block, say. Direct reads are better where little is remote:
+there each product hides its own remote bytes behind its local ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from dak_inductor.cost_curve import Line, Piece
+from dak_inductor.hardware import HardwareProfile, LinkProfile
+from dak_inductor.plan import PlanProblem
+from dak_inductor.split_grid import SplitGrid
+from dak_inductor.tensor_names import natural, role
+
+PRODUCT_SECONDS = 10e-6
+"""What a product takes longer whose remote rows are copied ahead: a product and a sum over them of
+their own. Measured on the H200 in a decode step of Llama-3-8B's layers."""
+MARGIN = 0.03
+"""What copies ahead must save, as a share of the step."""
+
+_PRODUCTS = ("linear", "linear_epilogue", "gated_linear")
+_ENDS_SECONDS = 10e-6  # of a step with copies: they start and are joined
+_LEAST_COPY = 2 * 2**20  # bytes; smaller pieces use the link worse
+_FEW = 4  # tensors: so few do not lie all over a model
+
+
+class StagedStep(NamedTuple):
+    """A graph's step with its remote bytes copied ahead. `besides` is what it takes more than its
+    products one after the other, never negative: waiting for the link, and slower HBM."""
+
+    seconds: float
+    besides: float
+    copied: float  # bytes
+
+
+def is_carrier(line: Line, problem: PlanProblem) -> bool:
+    """Whether the remote rows of this use can be copied ahead: a product that reads all of it."""
+    use = line.use
+    if line.tensor < 0 or use.kind not in _PRODUCTS:
+        return False
+    spec = problem.tensors[line.tensor]
+    return spec.row_block > 0 and use.touched_bytes == spec.nbytes and not use.untouched_share
+
+
+def staged_seconds(line: Line) -> float:
+    """Of one product with remote rows copied ahead, as long as it never waits for them."""
+    return line.cost.time(0.0) + line.floor + PRODUCT_SECONDS
+
+
+def staged_steps(
+    lines: Sequence[Line],
+    shares: Sequence[float],
+    problem: PlanProblem,
+    profile: HardwareProfile,
+    link: LinkProfile,
+) -> dict[str, StagedStep]:
+    """By graph that has carriers with remote bytes."""
+    copied: dict[str, float] = {}
+    products: dict[str, float] = {}
+    read: dict[str, float] = {}
+    for line in lines:
+        use, share = line.use, shares[line.tensor]
+        graph = use.graph
+        if share > 0 and is_carrier(line, problem):
+            copied[graph] = copied.get(graph, 0.0) + share * use.touched_bytes
+            took = staged_seconds(line)
+        else:
+            took = line.cost.time(share) + line.floor
+            far = line.cost.touched(share) * use.touched_bytes
+            read[graph] = read.get(graph, 0.0) + far
+        products[graph] = products.get(graph, 0.0) + took
+    lost = min(link.copy_interference * link.copy_bandwidth / profile.hbm_bandwidth, 0.5)
+    steps = {}
+    for graph, nbytes in copied.items():
+        copies = nbytes / link.copy_bandwidth
+        # HBM is slower while copies run
+        alone = products[graph]
+        slowed = alone + lost / (1 - lost) * min(alone, copies)
+        busy = copies + read.get(graph, 0.0) / link.direct_bandwidth
+        seconds = max(slowed, busy) + _ENDS_SECONDS
+        steps[graph] = StagedStep(seconds, seconds - alone, nbytes)
+    return steps
+
+
+def placement(
+    problem: PlanProblem,
+    lines: Sequence[Line],
+    pieces: Sequence[Sequence[Piece]],
+    grids: Sequence[SplitGrid],
+    asked: int,
+    link: LinkProfile,
+) -> list[int] | None:
+    """Remote bytes by tensor, `asked` in all; None where no product can be copied for.
+
+    What costs less than a copied byte goes first, as the rows of an embedding or the tokens of a
+    context that is still to come; then groups of equal tensors, level by level; then the rest.
+    """
+    groups = _groups(problem, lines, grids, link)
+    if not groups:
+        return None
+    carriers = {tensor for group in groups for tensor in group.tensors}
+    rest = sorted(
+        (piece.slope, piece.tensor, piece.start, piece)
+        for own in pieces
+        for piece in own
+        if piece.tensor not in carriers
+    )
+    rounded = [grid.low for grid in grids]
+    missing = asked - sum(rounded)
+    todo: list[tuple[float, int, _Group | Piece]] = [
+        *((group.price, 1, group) for group in groups),
+        *((slope, 0, piece) for slope, _, _, piece in rest),
+    ]
+    todo.sort(key=lambda entry: entry[:2])  # stable: groups and pieces stay in their order
+    for _, _, part in todo:
+        if missing <= 0:
+            break
+        if isinstance(part, Piece):
+            tensor = part.tensor
+            wanted = grids[tensor].at_least(math.ceil(min(part.stop, part.start + missing)))
+            missing -= wanted - rounded[tensor]
+            rounded[tensor] = wanted
+        else:
+            missing = _level(part, problem, grids, rounded, missing)
+    return rounded if missing <= 0 else None
+
+
+class _Group(NamedTuple):
+    """Tensors of one size and role, in the model's order. `price` is seconds per byte."""
+
+    price: float
+    tensors: list[int]
+
+
+def _groups(
+    problem: PlanProblem, lines: Sequence[Line], grids: Sequence[SplitGrid], link: LinkProfile
+) -> list[_Group]:
+    """The cheapest first, of equal ones those of many, large tensors, each read on its own."""
+    able: dict[int, bool] = {}
+    calls: dict[int, float] = {}
+    reads: dict[tuple[str, str], int] = {}
+    for line in lines:
+        if line.tensor >= 0:
+            able[line.tensor] = able.get(line.tensor, True) and is_carrier(line, problem)
+            calls[line.tensor] = calls.get(line.tensor, 0.0) + line.use.calls
+            product = (line.use.graph, line.use.op)
+            reads[product] = reads.get(product, 0) + 1
+    shared = {
+        line.tensor for line in lines if reads.get((line.use.graph, line.use.op), 0) > 1
+    }  # of products that read two, such as gate and up
+    alike: dict[tuple[str, int, float], list[int]] = {}
+    for tensor, carries in able.items():
+        if carries and grids[tensor].high > grids[tensor].low:
+            spec = problem.tensors[tensor]
+            key = (role(spec.name), spec.nbytes, calls[tensor])
+            alike.setdefault(key, []).append(tensor)
+    found = []
+    for (name, nbytes, called), tensors in alike.items():
+        tensors.sort(key=lambda tensor: natural(problem.tensors[tensor].name))
+        order = (
+            called,
+            len(tensors) < _FEW,
+            -nbytes,
+            any(tensor in shared for tensor in tensors),
+            name,
+        )
+        found.append((order, _Group(called / link.copy_bandwidth, tensors)))
+    return [group for _, group in sorted(found, key=lambda entry: entry[0])]
+
+
+def _level(
+    group: _Group,
+    problem: PlanProblem,
+    grids: Sequence[SplitGrid],
+    rounded: list[int],
+    missing: int,
+) -> int:
+    """Make equal shares of the tensors remote, `missing` bytes in all or all there are; what is
+    missing then. Few bytes go to every second, third, ... tensor.
+    """
+    number, nbytes = len(group.tensors), problem.tensors[group.tensors[0]].nbytes
+    count = min(number, max(1, missing // _LEAST_COPY, -(-missing // nbytes)))
+    # the last of each stretch: the link works ahead of it
+    chosen = [group.tensors[(place + 1) * number // count - 1] for place in range(count)]
+    for place, tensor in enumerate(chosen):
+        if missing <= 0:
+            break
+        spec, grid = problem.tensors[tensor], grids[tensor]
+        share = math.ceil(missing / (count - place))
+        block = spec.row_block
+        wanted = min(rounded[tensor] + -(-share // block) * block, rounded[tensor] + missing)
+        before, rounded[tensor] = rounded[tensor], grid.at_least(wanted)
+        missing -= rounded[tensor] - before
+    return missing

@@ -1,0 +1,128 @@
+"""A placement with the faster way of reading it: by graph, directly or with copies ahead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+
+from dak_inductor.ahead_placement import (
+    MARGIN,
+    StagedStep,
+    is_carrier,
+    staged_seconds,
+    staged_steps,
+)
+from dak_inductor.cost_curve import Line
+from dak_inductor.cost_model import step_bound
+from dak_inductor.hardware import HardwareProfile
+from dak_inductor.plan import OpPlan, Plan, PlanProblem
+from dak_inductor.split_grid import SplitGrid
+
+
+class Schedule:
+    """`remote` bytes of each tensor, and what the step takes. Times in seconds."""
+
+    def __init__(
+        self,
+        problem: PlanProblem,
+        profile: HardwareProfile,
+        lines: Sequence[Line],
+        grids: Sequence[SplitGrid],
+        remote: Sequence[int],
+    ) -> None:
+        self.remote = remote
+        self._problem, self._profile, self._lines = problem, profile, lines
+        self._shares = [
+            r / g.nbytes if g.nbytes else 0.0 for r, g in zip(remote, grids, strict=True)
+        ]
+        self._shares.append(0.0)  # index -1
+        self._direct = [line.cost.time(self._shares[line.tensor]) + line.floor for line in lines]
+
+    @cached_property
+    def staged(self) -> dict[str, StagedStep]:
+        """Graphs whose remote rows are copied ahead, since that is predicted to be faster."""
+        if not self._problem.ahead:
+            return {}
+        direct: dict[str, float] = {}
+        for line, seconds in zip(self._lines, self._direct, strict=True):
+            direct[line.use.graph] = direct.get(line.use.graph, 0.0) + seconds
+        link = self._profile.link(self._problem.remote)
+        steps = staged_steps(self._lines, self._shares, self._problem, self._profile, link)
+        return {
+            graph: step
+            for graph, step in steps.items()
+            if step.seconds < (1 - MARGIN) * direct[graph]
+        }
+
+    @cached_property
+    def times(self) -> list[float]:
+        """Of one call of each use. What a step with copies takes besides its products is theirs
+        that are copied for, by their bytes."""
+        if not self.staged:
+            return self._direct
+        times = list(self._direct)
+        for number, line in enumerate(self._lines):
+            if self._is_staged(line):
+                step = self.staged[line.use.graph]
+                copied = self._shares[line.tensor] * line.use.touched_bytes
+                times[number] = staged_seconds(line) + step.besides * copied / step.copied
+        return times
+
+    @cached_property
+    def objective(self) -> float:
+        """Sum over uses of calls x time."""
+        return math.fsum(
+            line.use.calls * seconds for line, seconds in zip(self._lines, self.times, strict=True)
+        )
+
+    def plan(self, objective_bound: float) -> Plan:
+        """The record. `objective_bound` is that of direct reads; copies ahead may be faster, and
+        are bounded by the step."""
+        times: dict[str, list[float]] = {}
+        compute: dict[str, float] = {}
+        ops = []
+        for line, seconds in zip(self._lines, self.times, strict=True):
+            use, cost, share = line.use, line.cost, self._shares[line.tensor]
+            staged = self._is_staged(line)
+            far = cost.touched(share) * use.touched_bytes
+            ops.append(
+                OpPlan(
+                    use.op, use.graph, use.tensor, use.kind,
+                    "staged" if staged else use.strategy, share,
+                    use.touched_bytes - far + use.other_bytes, far, seconds, use.calls,
+                    "link" if staged else cost.limit(share), use.module, use.source, use.m,
+                )
+            )  # fmt: skip
+            times.setdefault(use.graph, []).append(seconds)
+            compute[use.graph] = compute.get(use.graph, 0.0) + cost.compute
+        problem = self._problem
+        bound = step_bound(ops, compute, self._profile, self._profile.link(problem.remote))
+        if self.staged:
+            fewest = dict.fromkeys(bound, math.inf)
+            for op in ops:
+                fewest[op.graph] = min(fewest[op.graph], op.calls)
+            whole = math.fsum(fewest[graph] * seconds for graph, seconds in bound.items())
+            objective_bound = min(objective_bound, whole)
+        names = {s.name: r for s, r in zip(problem.tensors, self.remote, strict=True)}
+        return Plan(
+            model=problem.model,
+            hardware=self._profile.name,
+            remote=problem.remote,
+            asked_bytes=problem.remote_bytes,
+            splits=names,
+            sizes={spec.name: spec.nbytes for spec in problem.tensors},
+            ops=tuple(ops),
+            refusals=problem.refusals,
+            step_times={graph: math.fsum(values) for graph, values in times.items()},
+            bound=bound,
+            objective=self.objective,
+            objective_bound=objective_bound,
+        )
+
+    def _is_staged(self, line: Line) -> bool:
+        return (
+            line.use.graph in self.staged
+            and self._shares[line.tensor] > 0
+            and is_carrier(line, self._problem)
+        )

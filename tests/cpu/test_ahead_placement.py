@@ -1,0 +1,138 @@
+"""Placements for copies ahead: equal parts all over the model, and only where they are faster."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dak_inductor.benchmarks.bench_planner import PAGE, on_the_grid, random_problem
+from dak_inductor.hardware import load
+from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
+from dak_inductor.planner import make_plan, seconds_of
+
+H200 = load("h200")
+SIZES = {
+    "q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096),
+    "gate": (14336, 4096), "up": (14336, 4096), "down": (4096, 14336),
+}  # fmt: skip
+LAYERS = 8
+
+
+def decoder(share: float, *, ahead: bool = True, remote: str = "cpu") -> PlanProblem:
+    """Layers of Llama-3-8B with an embedding, of which a step reads one row."""
+    specs = [TensorSpec("embed", 128256 * 4096 * 2, row_block=8 * 4096 * 2)]
+    uses = [OpUse("embed", "decode", "embed", "embedding", 8192.0, 8192.0, 0.0, 16.0, m=1)]
+    for layer in range(LAYERS):
+        for name, (out, width) in SIZES.items():
+            tensor = f"layers.{layer}.{name}"
+            nbytes = out * width * 2
+            op = f"layers.{layer}.gate_up" if name in ("gate", "up") else tensor
+            specs.append(TensorSpec(tensor, nbytes, row_block=8 * width * 2))
+            uses.append(
+                OpUse(op, "decode", tensor, "linear", nbytes, 2.0 * (out + width),
+                      2.0 * out * width, 16.0, m=1)
+            )  # fmt: skip
+    weights = sum(spec.nbytes for spec in specs[1:])
+    asked = specs[0].nbytes + round(share * weights)
+    return PlanProblem(tuple(specs), tuple(uses), asked, remote, ahead=ahead)
+
+
+def staged(plan: Plan) -> dict[str, float]:
+    return {op.tensor: op.remote_share for op in plan.ops if op.strategy == "staged"}
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.1, 0.2])
+def test_deep_in_the_links_region_one_matrix_of_every_layer_is_remote_in_equal_parts(
+    share: float,
+) -> None:
+    problem = decoder(share)
+    plan = make_plan(problem, H200)
+    assert set(staged(plan)) == {f"layers.{layer}.down" for layer in range(LAYERS)}
+    parts = [plan.splits[name] for name in staged(plan)]
+    block = 8 * 14336 * 2
+    assert max(parts) - min(parts) <= 2 * block
+    assert sum(part % block > 0 for part in parts) <= 1  # the last takes what is left
+    assert plan.splits["embed"] == plan.sizes["embed"]  # read least, so it goes first
+    assert problem.remote_bytes <= plan.remote_bytes < problem.remote_bytes + 256
+
+
+@pytest.mark.parametrize("share", [0.0, 0.005, 0.01])
+def test_few_remote_bytes_are_read_directly(share: float) -> None:
+    plan = make_plan(decoder(share), H200)
+    assert plan.splits == make_plan(decoder(share, ahead=False), H200).splits
+    assert not staged(plan)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 1.0])
+def test_a_staged_step_is_predicted_between_its_bound_and_direct_reads(share: float) -> None:
+    plan = make_plan(decoder(share), H200)
+    direct = make_plan(decoder(share, ahead=False), H200)
+    assert plan.bound["decode"] <= plan.step_times["decode"] < 0.97 * direct.step_times["decode"]
+    assert plan.objective_bound <= plan.objective < direct.objective
+    assert plan.step_times["decode"] == pytest.approx(sum(op.time for op in plan.ops))
+    assert plan.objective == pytest.approx(sum(op.calls * op.time for op in plan.ops))
+    assert seconds_of(decoder(share), plan.splits, H200) == pytest.approx(plan.objective)
+
+
+def test_when_a_matrix_of_every_layer_is_whole_the_next_one_follows() -> None:
+    plan = make_plan(decoder(0.4), H200)
+    shares = staged(plan)
+    assert all(shares[f"layers.{layer}.down"] == 1.0 for layer in range(LAYERS))
+    assert 0 < shares["layers.0.gate"] < 1
+    assert "layers.0.up" not in shares
+
+
+def test_few_bytes_lie_in_every_second_or_third_layer() -> None:
+    """Copies of less than 2 MiB use the link worse."""
+    problem = decoder(0.02)
+    slow = replace(H200, hbm_bandwidth=H200.hbm_bandwidth * 20)  # so that few bytes are many
+    problem = replace(problem, remote_bytes=problem.tensors[0].nbytes + 9 * 2**20)
+    plan = make_plan(problem, slow)
+    assert sorted(staged(plan)) == [f"layers.{layer}.down" for layer in (1, 3, 5, 7)]
+
+
+def test_planning_again_where_everything_lies_moves_nothing() -> None:
+    problem = decoder(0.05)
+    plan = make_plan(problem, H200)
+    live = tuple(
+        replace(
+            spec,
+            current_remote=plan.splits[spec.name],
+            page=PAGE,
+            first_page_split=(spec.nbytes - plan.splits[spec.name]) % PAGE,
+        )
+        for spec in problem.tensors
+    )
+    again = make_plan(replace(problem, tensors=live), H200)
+    assert again.splits == plan.splits
+    assert staged(again).keys() == staged(plan).keys()
+
+
+def test_what_no_copy_can_serve_is_planned_for_direct_reads() -> None:
+    problem = decoder(0.1)
+    none = tuple(replace(spec, row_block=0) for spec in problem.tensors)
+    plan = make_plan(replace(problem, tensors=none), H200)
+    assert not staged(plan)
+    assert plan.splits == make_plan(decoder(0.1, ahead=False), H200).splits
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_copies_ahead_never_cost_more_nor_break_a_budget(seed: int) -> None:
+    problem, profile = random_problem(seed)
+    blocks = tuple(replace(spec, row_block=256 * 8) for spec in problem.tensors)
+    problem = on_the_grid(replace(problem, tensors=blocks))
+    direct = make_plan(problem, profile)
+    plan = make_plan(replace(problem, ahead=True), profile)
+    assert plan.objective <= direct.objective * (1 + 2e-3)
+    assert plan.objective_bound <= plan.objective * (1 + 1e-6)  # splits are rounded
+    assert plan.remote_bytes >= plan.asked_bytes
+    for spec in problem.tensors:
+        most = spec.nbytes if spec.max_remote is None else spec.max_remote
+        assert spec.min_remote <= plan.splits[spec.name] <= most
+    for graph, seconds in plan.step_times.items():
+        assert plan.bound[graph] <= seconds * (1 + 1e-9)
+    assert Plan.from_json(plan.to_json()) == plan
