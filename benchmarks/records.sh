@@ -37,7 +37,7 @@ few=(--fractions 0,0.01,0.1,0.5,1.0)
 {
     run 0 over_budget generate_over_budget --remote cpu
     grid 0 linear bench_linear --remote cpu "${decode[@]}"
-    run 0 decode_step bench_decode_step --remote cpu --fractions 0.02,0.05,0.1,0.5 \
+    run 0 decode_step bench_step --remote cpu --fractions 0.02,0.05,0.1,0.5 \
         --seconds-per-row 0.5 --limit-seconds "$(left)"
 } &
 {

@@ -61,10 +61,11 @@ TINY = Shape(layers=4, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate
 
 @dataclass(slots=True)
 class StepInputs:
-    """Inputs of one decode step at a fixed position; the cache is written in place.
+    """Inputs of one step at fixed positions; the cache is written in place.
 
-    hidden [batch, 1, hidden]; cosine, sine [head_dim]; keys, values per layer
-    [batch, kv_heads, context, head_dim]; position [1], the cache row this step writes (the last).
+    hidden [batch, tokens, hidden]; cosine, sine [tokens, head_dim]; keys, values per layer
+    [batch, kv_heads, context, head_dim]; position [tokens], the cache rows this step writes, the
+    last ones. A step of several tokens is a prefill: it writes all rows.
     """
 
     hidden: Tensor
@@ -133,7 +134,11 @@ class Block(nn.Module):
         keys.index_copy_(2, position, rotate(key, cosine, sine))
         values.index_copy_(2, position, value)
         attended = functional.scaled_dot_product_attention(
-            rotate(query, cosine, sine), keys, values, enable_gqa=shape.heads != shape.kv_heads
+            rotate(query, cosine, sine),
+            keys,
+            values,
+            is_causal=length > 1,
+            enable_gqa=shape.heads != shape.kv_heads,
         )
         hidden = hidden + self.o(attended.transpose(1, 2).reshape(batch, length, -1))
         normed = self.mlp_norm(hidden)
@@ -180,20 +185,29 @@ def _linear(rows: int, columns: int, *, device: torch.device, dtype: torch.dtype
 
 
 def rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary embedding of [batch, heads, length, head_dim] at one position."""
+    """Rotary embedding of [batch, heads, length, head_dim]; cosine, sine [length, head_dim]."""
     first, second = states.chunk(2, dim=-1)
     return states * cosine + torch.cat((-second, first), dim=-1) * sine
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A decode step to time: shape, batch, context, dtype and the seed of weights and inputs."""
+    """A step to time: shape, batch, context, dtype and the seed of weights and inputs.
+
+    A decode step, or with `prefill` one of all `context` tokens of each sequence.
+    """
 
     shape: Shape = LLAMA3_8B
     batch: int = 1
     context: int = 512
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
+    prefill: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Of each sequence in a step."""
+        return self.context if self.prefill else 1
 
     def with_layers(self, layers: int) -> Workload:
         return replace(self, shape=replace(self.shape, layers=layers))
@@ -218,12 +232,12 @@ class Workload:
             return torch.randn(*sizes, generator=generator, device=device, dtype=self.dtype)
 
         cache = (self.batch, shape.kv_heads, self.context, shape.head_dim)
-        position = torch.tensor([self.context - 1], device=device)
+        position = torch.arange(self.context - self.tokens, self.context, device=device)
         half = shape.head_dim // 2
         frequencies = 500_000.0 ** -(torch.arange(half, device=device, dtype=torch.float32) / half)
-        angles = torch.cat((frequencies, frequencies)) * float(self.context - 1)
+        angles = torch.outer(position.float(), torch.cat((frequencies, frequencies)))
         return StepInputs(
-            hidden=draw(self.batch, 1, shape.hidden),
+            hidden=draw(self.batch, self.tokens, shape.hidden),
             cosine=angles.cos().to(self.dtype),
             sine=angles.sin().to(self.dtype),
             keys=[draw(*cache) for _ in range(shape.layers)],
@@ -245,9 +259,12 @@ class Workload:
 
     def work(self, remote_bytes: int) -> Work:
         """What one step must move and compute when `remote_bytes` of the weights are remote."""
-        attention = 4 * self.batch * self.shape.heads * self.shape.head_dim * self.context
+        tokens = self.batch * self.tokens
+        attention = 4 * tokens * self.shape.heads * self.shape.head_dim * self.context
+        if self.prefill:
+            attention //= 2  # causal
         return Work(
             local_bytes=self.linear_bytes - remote_bytes + self.cache_bytes,
             remote_bytes=remote_bytes,
-            flops=2 * self.batch * self.shape.linear_elements + self.shape.layers * attention,
+            flops=2 * tokens * self.shape.linear_elements + self.shape.layers * attention,
         )

@@ -4,6 +4,7 @@ lines."""
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import time
@@ -14,10 +15,10 @@ import torch
 
 from dak_inductor.benchmarks import (
     bench_compile,
-    bench_decode_step,
     bench_load,
     bench_long_context,
     bench_move,
+    bench_step,
     generate_over_budget,
     run_all,
 )
@@ -258,7 +259,7 @@ def test_unreadable_options_are_refused() -> None:
             command_line.fractions(text)
     assert command_line.fractions("0.1,0.5") == (0.1, 0.5)
     with pytest.raises(SystemExit, match="unknown peers"):
-        bench_decode_step.chosen_providers("dak,magic")
+        bench_step.chosen_providers("dak,magic")
     with pytest.raises(SystemExit, match="unknown suites"):
         run_all.chosen("move,magic")
 
@@ -366,3 +367,19 @@ def test_run_all_reads_a_suite_with_its_own_record(
     (tmp_path / "plans.json").write_text(json.dumps({"bars": {"fast": True, "exact": False}}))
     rows = run_all.rows_of("plans", "", 1.0, tmp_path)
     assert [row["verdict"] for row in rows] == ["pass", "MISS", ""]
+
+
+@torch.no_grad()
+def test_a_prefill_step_sees_no_later_token_and_counts_all_of_them() -> None:
+    device = torch.device("cpu")
+    prefill = Workload(TINY, batch=2, context=16, dtype=torch.float32, prefill=True)
+    model, inputs = prefill.build(device), prefill.inputs(device)
+    before = model(*inputs.arguments())
+    inputs.hidden[:, 8:] += 1
+    after = model(*inputs.arguments())
+    torch.testing.assert_close(after[:, :8], before[:, :8])
+    assert not torch.allclose(after[:, 8:], before[:, 8:])
+    decode = dataclasses.replace(prefill, prefill=False)
+    assert decode.inputs(device).hidden.shape == (2, 1, TINY.hidden)
+    linear = 2 * 2 * TINY.linear_elements
+    assert prefill.work(0).flops - 16 * linear == 8 * (decode.work(0).flops - linear)

@@ -1,10 +1,10 @@
-"""A decode step of Llama-3-8B-shaped layers in a CUDA graph: `dak` against every peer, same run.
+"""A step of Llama-3-shaped layers in a CUDA graph, decode or prefill: `dak` against every peer.
 
 Bars are those of `harness/step_bars`: stock kernels on the same share of split tensors, the fastest
 real peer and oracle, its own two strategies, and the bound.
 
-    python benchmarks/bench_decode_step.py --out DIR [--layers 8] [--fractions 0.1,0.5] [--batch 1]
-        [--shape llama3-70b] [--record decode_step_70b]
+    python benchmarks/bench_step.py --out DIR [--layers 8] [--fractions 0.1,0.5] [--batch 1]
+        [--shape llama3-70b] [--prefill] [--record decode_step_70b]
 """
 
 from __future__ import annotations
@@ -38,13 +38,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--layers", type=int, default=8)
     made.add_argument("--batch", type=int, default=1)
     made.add_argument("--context", type=int, default=512)
+    made.add_argument(
+        "--prefill", action="store_true", help="a step of all tokens of the context instead"
+    )
     made.add_argument("--fractions", type=command_line.fractions, default=(0.1, 0.5))
     made.add_argument("--shape", choices=tuple(SHAPES), default=command_line.default_shape())
-    made.add_argument("--record", default="decode_step", help="name of the JSON record")
+    made.add_argument("--record", default=None, help="name of the JSON record")
     made.add_argument("--peers", default="all", help="comma-separated provider names, or all")
     made.add_argument("--seconds-per-row", type=float, default=None, help="measured time of each")
     made.add_argument("--limit-seconds", type=float, default=None, help="begin no row after that")
-    return made.parse_args(argv)
+    arguments = made.parse_args(argv)
+    arguments.record = arguments.record or f"{'prefill' if arguments.prefill else 'decode'}_step"
+    return arguments
 
 
 def chosen_providers(peers: str) -> list[str]:
@@ -68,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.seconds_per_row:
         rule = dataclasses.replace(rule, target_seconds=arguments.seconds_per_row)
     workload = Workload(
-        shape=SHAPES[arguments.shape], batch=arguments.batch, context=arguments.context
+        shape=SHAPES[arguments.shape],
+        batch=arguments.batch,
+        context=arguments.context,
+        prefill=arguments.prefill,
     )
     workload = workload.with_layers(arguments.layers)
     names, providers = chosen_providers(arguments.peers), all_providers()
