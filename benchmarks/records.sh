@@ -39,6 +39,7 @@ few=(--fractions 0,0.01,0.1,0.5,1.0)
     grid 0 linear bench_linear --remote cpu "${decode[@]}"
     run 0 decode_step bench_step --remote cpu --fractions 0.02,0.05,0.1,0.5 \
         --seconds-per-row 0.5 --limit-seconds "$(left)"
+    run 0 marks bench_marks --remote cpu
 } &
 {
     grid 1 linear_prefill bench_linear --remote cpu "${prefill[@]}"

@@ -21,6 +21,7 @@ from dak_inductor.offload import offload
 from dak_inductor.plan import Plan
 from dak_inductor.restore import restore
 from dak_inductor.stats import Stats, stats
+from dak_inductor.trace import trace
 
 try:
     __version__ = version("dak-inductor")
@@ -38,4 +39,5 @@ __all__ = [
     "offload",
     "restore",
     "stats",
+    "trace",
 ]

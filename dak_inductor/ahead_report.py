@@ -13,8 +13,9 @@ from rich.text import Text
 from dak_inductor.binding import Binding
 from dak_inductor.lowering.ahead.memory import KnownStep, tokens_text
 from dak_inductor.lowering.ahead.sequence import StepCall
-from dak_inductor.plan_report import bytes_text, seconds_text
-from dak_inductor.template_report import any_layer
+from dak_inductor.plan_report import any_layer, bytes_text, seconds_text
+
+COLUMNS = ("weights", "remote bytes", "why", "count")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,21 +97,27 @@ def render(steps: Iterable[StepStrategy]) -> Group:
     parts: list[Text | Table] = []
     for step in steps:
         parts.append(Text(str(step)))
-        rows: dict[tuple[str, str, str], int] = {}
-        for op in step.ops:
-            label = any_layer(", ".join(op.tensors))
-            row = (label, op.strategy, op.reason)
-            rows[row] = rows.get(row, 0) + 1
+        rows = rows_of(step)
         if rows:
             parts.append(_table(rows))
     return Group(*parts)
 
 
+def rows_of(step: StepStrategy) -> dict[tuple[str, str, str], int]:
+    """How many products of equal layers have the same weights, strategy and reason."""
+    rows: dict[tuple[str, str, str], int] = {}
+    for op in step.ops:
+        row = (any_layer(", ".join(op.tensors)), op.strategy, op.reason)
+        rows[row] = rows.get(row, 0) + 1
+    return rows
+
+
 def _table(rows: dict[tuple[str, str, str], int]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("weights", "remote bytes", "why"):
+    *texts, number = COLUMNS
+    for name in texts:
         table.add_column(name, overflow="fold")
-    table.add_column("count", justify="right")
+    table.add_column(number, justify="right")
     for row, count in rows.items():
         table.add_row(*(Text(cell) for cell in row), str(count))
     return table

@@ -43,8 +43,8 @@ def dak(
 
     Args:
         mode: a mode of Inductor, as in `torch.compile`.
-        options: `strategy`, `window`, `strict`, `plan`, `trials`, `mode`; all other keys are
-            Inductor's.
+        options: `strategy`, `window`, `strict`, `plan`, `trials`, `nvtx`, `mode`; all other keys
+            are Inductor's.
 
     Raises:
         OptionError: an option that does not exist.

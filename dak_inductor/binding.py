@@ -34,7 +34,7 @@ class Binding:
     one of them, or the ring of copies ahead, grew since the last plan. `seen_changes` is the state
     of the registry of models for which the binding is known to hold. `window` is the backend's
     option, in bytes. `ahead` is what is known of the order of the products, once a call has run on
-    a GPU.
+    a GPU. `title` names the graph and the models that its weights are of.
     """
 
     graph: str
@@ -46,11 +46,12 @@ class Binding:
     seen_changes: int
     window: int | None = None
     device: torch.device | None = None
+    title: str = ""
     ahead: StepMemory | None = None
     calls: int = 0
     largest: dict[str, int] = field(default_factory=dict)
     grew: bool = False
-    _tokens: dict[tuple[tuple[str, int], ...], tuple[int, ...]] = field(default_factory=dict)
+    _tokens: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)
     _uncounted: int = 0
     _counted_at: tuple[int, ...] = ()
     _reads: list[tuple[Op, TierBytes]] = field(default_factory=list)
@@ -71,38 +72,36 @@ class Binding:
         evaluate = Evaluator({**self.table.hints, **self.values})
         return max((evaluate(op.m) for op in self.table.ops if op.operand in self.names), default=0)
 
-    def tokens(self, arguments: Sequence[object]) -> tuple[int, ...]:
-        """The rows of the products of a call, each number once: what tells prefill from decode.
+    def tokens(self, values: Mapping[str, int]) -> tuple[int, ...]:
+        """The rows of the products of a call with these values of the symbols, each number once:
+        what tells prefill from decode.
 
         () where the graph has one set of sizes.
         """
-        if not self.table.symbols:
+        if not values:
             return ()
-        values = tuple(sorted(self.table.symbol_values(arguments).items()))
-        if values not in self._tokens:
+        key = tuple(values.values())  # the graph's symbols are always in one order
+        if key not in self._tokens:
             if len(self._tokens) >= _MOST_SIZES:
                 self._tokens.clear()
-            evaluate = Evaluator({**self.table.hints, **dict(values)})
+            evaluate = Evaluator({**self.table.hints, **values})
             rows = {evaluate(op.m) for op in self.table.ops if op.operand in self.names}
-            self._tokens[values] = tuple(sorted(rows))
-        return self._tokens[values]
+            self._tokens[key] = tuple(sorted(rows))
+        return self._tokens[key]
 
     def uses(self, calls: float) -> list[OpUse]:
         """The planner's view of the graph with these weights, weighted by `calls`."""
         return self.table.uses(self.names, graph=self.graph, calls=calls, values=self.values)
 
-    def note_call(self, arguments: Sequence[object]) -> None:
-        """Count one call. Bytes are added up when someone asks, or before pages or sizes change."""
-        if self.table.symbols:
-            values = self.table.symbol_values(arguments)
-            if values != self.values:
-                self.flush()
-                self.grew = self.grew or any(values[s] > self.largest.get(s, 0) for s in values)
-                self.largest = {
-                    s: max(value, self.largest.get(s, 0)) for s, value in values.items()
-                }
-                self.values = values
-                self._counted_at = ()
+    def note_call(self, values: Mapping[str, int]) -> None:
+        """Count one call with these values of the symbols. Bytes are added up when someone asks, or
+        before pages or sizes change."""
+        if values and values != self.values:
+            self.flush()
+            self.grew = self.grew or any(values[s] > self.largest.get(s, 0) for s in values)
+            self.largest = {s: max(value, self.largest.get(s, 0)) for s, value in values.items()}
+            self.values = values
+            self._counted_at = ()
         self.calls += 1
         self._uncounted += 1
 
@@ -146,7 +145,9 @@ def bind(
     """Look up which operands of a call are tiered."""
     seen_changes = changes()
     known = {
-        id(tensor.buffer): tensor.name for model in offloaded_models() for tensor in model.tensors()
+        id(tensor.buffer): (tensor.name, model.label)
+        for model in offloaded_models()
+        for tensor in model.tensors()
     }
     names: dict[int, str] = {}
     buffers: dict[int, TieredBuffer] = {}
@@ -158,8 +159,9 @@ def bind(
         buffer = address_table.lookup(argument.data_ptr())
         if buffer is not None:
             tiered.append(argument)
-            names[index] = known.get(id(buffer), buffer.label)
+            names[index] = known.get(id(buffer), (buffer.label, ""))[0]
             buffers[index] = buffer
+    models = dict.fromkeys(known[id(b)][1] for b in buffers.values() if id(b) in known)
     devices = {argument.device for argument in tiered}
     simulated = any(buffer.device.type == "cpu" for buffer in buffers.values())
     return Binding(
@@ -172,4 +174,5 @@ def bind(
         seen_changes=seen_changes,
         window=window,
         device=devices.pop() if len(devices) == 1 else None,
+        title=f"{graph} of {' + '.join(models)}" if models else graph,
     )

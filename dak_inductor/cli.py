@@ -211,21 +211,22 @@ def report(
     figures: Annotated[
         Path | None, typer.Option("--figures", help="A folder for the charts as SVG files.")
     ] = None,
+    png: Annotated[
+        bool, typer.Option("--png", help="Charts as PNG files too; needs matplotlib.")
+    ] = False,
 ) -> None:
     """One HTML file of benchmark records: grids, rooflines, verdicts, and runs compared."""
     with _named_errors(context):
-        from dak_inductor.report.chart import standalone
         from dak_inductor.report.document import document
+        from dak_inductor.report.figures import write_figures
         from dak_inductor.report.records import load_all
-        from dak_inductor.report.roofline import pictures
-        from dak_inductor.report.style import FIGURE_STYLE
 
+        if png and figures is None:
+            raise OptionError("--png needs --figures FOLDER, where the files are written")
         loaded = load_all(results)
         _write(out, document(loaded))
         if figures is not None:
-            _make_folder(figures)
-            for picture in (each for record in loaded for each in pictures(record)):
-                _write(figures / f"{picture.name}.svg", standalone(picture, FIGURE_STYLE))
+            write_figures(loaded, figures, png=png)
         count = f"{len(loaded)} record{'s' if len(loaded) != 1 else ''}"
         typer.echo(f"{out}: {count}, {out.stat().st_size / 1e3:.0f} kB")
 
@@ -263,13 +264,6 @@ def _console() -> Console:
     """Standard output; where that is no terminal, wide enough for every column."""
     console = Console()
     return console if console.is_terminal else Console(width=120)
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(f"{path} is no folder: {error.strerror or error}") from error
 
 
 def _write(path: Path, text: str) -> None:

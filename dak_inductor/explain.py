@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console, Group
@@ -15,15 +15,19 @@ from dak_inductor.cuda_runtime.tier_buffer import TierBytes
 from dak_inductor.errors import ModelError
 from dak_inductor.link_window import LinkWindow, window_in_force
 from dak_inductor.lowering.linear.trials import Trial
+from dak_inductor.measured_ops import measured_seconds
 from dak_inductor.memory_curve import MemoryPoint, memory_curve
 from dak_inductor.memory_curve import render as render_curve
 from dak_inductor.offloaded import OffloadedModel, record_of
 from dak_inductor.plan import Plan
-from dak_inductor.plan_report import bytes_text
+from dak_inductor.plan_report import OpSeconds, bytes_text
 from dak_inductor.planner import make_plan
 from dak_inductor.replanning import problem_of
 from dak_inductor.session import SESSION
 from dak_inductor.template_report import OpTemplate, templates_of
+
+if TYPE_CHECKING:
+    from dak_inductor.report.window_history import WindowUpdate
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,7 @@ class Explanation:
     bytes are copied ahead, and what this process has measured of products over the same link.
 
     The plan's times are those of direct reads; a step whose products are copied ahead has its own
-    prediction in `strategies`.
+    prediction in `strategies`. `measured` are times of products of which a trial was made.
 
     `str()` gives the report; rich renders it as tables.
     """
@@ -50,6 +54,8 @@ class Explanation:
     trials: tuple[Trial, ...] = ()
     curve: tuple[MemoryPoint, ...] = ()
     strategies: tuple[StepStrategy, ...] = ()
+    measured: OpSeconds = field(default_factory=dict)
+    window_history: tuple[WindowUpdate, ...] = ()
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=150, color_system=None, force_terminal=False)
@@ -116,6 +122,8 @@ def explain(model: torch.nn.Module) -> Explanation:
     ]
     tables = {binding.graph: binding.table for binding in bindings}
     asked = [binding.window for binding in bindings if binding.window is not None]
+    plan, trials = _as_placed(record), trial_report.trials_of(record.device, record.remote)
+    shapes = {name: weight.shape for name, weight in record.weights.items()}
     return Explanation(
         label=record.label,
         device=str(record.device),
@@ -127,12 +135,13 @@ def explain(model: torch.nn.Module) -> Explanation:
         ),
         resident_bytes=record.resident_bytes,
         graphs=len(tables),
-        plan=_as_placed(record),
+        plan=plan,
         templates=tuple(op for item in tables.items() for op in templates_of(*item)),
         window=window_in_force(record.device, record.remote, asked),
-        trials=trial_report.trials_of(record.device, record.remote),
+        trials=trials,
         curve=_curve(record),
         strategies=ahead_report.strategies_of(bindings),
+        measured=measured_seconds(plan, trials, shapes),
     )
 
 

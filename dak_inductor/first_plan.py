@@ -66,8 +66,8 @@ def make_first_plan(
         ahead=budget.device.type in AHEAD_DEVICES,
     )
     if request.plan is not None:
-        plan = load_plan(request.plan)
-        plan.check_model(inventory.fingerprint, {s.name: s.nbytes for s in specs.values()})
+        sizes = {spec.name: spec.nbytes for spec in specs.values()}
+        plan = load_plan(request.plan).fitted(inventory.fingerprint, sizes)
         held = held_bytes(tier, specs.values(), plan)
         if held.local > terms.available:
             raise BudgetError(_too_small(request, inventory, terms, held.local, "the plan keeps"))

@@ -136,12 +136,11 @@ class Inventory:
 
     @property
     def fingerprint(self) -> str:
-        """Of names, shapes and dtypes of all parameters; equal for equal architectures."""
-        digest = hashlib.sha256()
-        for entry in self:
-            for member in entry.members if entry.is_parameter else ():
-                tensor = member.tensor
-                digest.update(f"{member.names} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        """Of names, shapes and dtypes of all parameters; equal for equal architectures, whatever
+        the pages of a tier leave whole."""
+        members = [m for entry in self if entry.is_parameter for m in entry.members]
+        lines = sorted(f"{m.names} {tuple(m.tensor.shape)} {m.tensor.dtype}\n" for m in members)
+        digest = hashlib.sha256("".join(lines).encode())
         return f"{self.label}-{digest.hexdigest()[:16]}"
 
 

@@ -33,6 +33,7 @@ class BackendOptions:
     strict:   raise instead of warn where nothing is offloaded or a weight became resident.
     plan:     a plan, or the path of a plan file, that is applied instead of the planner's own.
     trials:   whether products are timed to choose their way; None leaves it as it is, at first on.
+    nvtx:     whether calls and operators are NVTX ranges; None leaves it as it is, at first off.
     """
 
     strategy: Strategy = "auto"
@@ -40,6 +41,7 @@ class BackendOptions:
     strict: bool = False
     plan: Any = None
     trials: bool | None = None
+    nvtx: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,8 @@ def _from_environment() -> dict[str, Any]:
         found["strict"] = _switch("DAK_STRICT", value)
     if (value := environment("trials")) is not None:
         found["trials"] = _switch("DAK_TRIALS", value)
+    if (value := environment("nvtx")) is not None:
+        found["nvtx"] = _switch("DAK_NVTX", value)
     return found
 
 
@@ -110,6 +114,15 @@ def trials_by_default() -> bool:
     """
     value = environment("trials")
     return value is None or _switch("DAK_TRIALS", value)
+
+
+def nvtx_by_default() -> bool:
+    """Whether there are NVTX ranges where no graph was compiled with the option `nvtx`.
+
+    Raises OptionError.
+    """
+    value = environment("nvtx")
+    return value is not None and _switch("DAK_NVTX", value)
 
 
 def _switch(name: str, value: str) -> bool:
@@ -125,8 +138,10 @@ def _check(options: BackendOptions) -> BackendOptions:
         _check_window(options.window)
     if not isinstance(options.strict, bool):
         raise OptionError(f"strict={options.strict!r}: use True or False")
-    if options.trials is not None and not isinstance(options.trials, bool):
-        raise OptionError(f"trials={options.trials!r}: use True or False")
+    for name in ("trials", "nvtx"):
+        value = getattr(options, name)
+        if value is not None and not isinstance(value, bool):
+            raise OptionError(f"{name}={value!r}: use True or False")
     return options
 
 

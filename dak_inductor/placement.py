@@ -16,6 +16,7 @@ import torch
 from dak_inductor.cuda_runtime.memory_lock import MEMORY_LOCK
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.errors import DakError, MoveError
+from dak_inductor.lowering.marks import MARKS
 from dak_inductor.offloaded import OffloadedModel
 from dak_inductor.plan import Plan
 
@@ -68,7 +69,8 @@ def apply(plan: Plan, model: OffloadedModel) -> MoveReport:
         idle_from = time.perf_counter()
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
-        report = _move_all(moves, room, model.claimed_bytes().local)
+        with MARKS.of("move", model.label):
+            report = _move_all(moves, room, model.claimed_bytes().local)
     end = time.perf_counter()
     return replace(report, seconds=end - start, pause=end - idle_from)
 

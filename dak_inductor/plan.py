@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -157,6 +157,23 @@ class Plan:
             f"not in the model, {_some(other)} of another size; plan again with `dak plan`"
         )
 
+    def fitted(self, model: str, sizes: Mapping[str, int]) -> Plan:
+        """The plan for the same model where a tier of other pages divides it into these tensors:
+        what one of them leaves whole is local. Raises as `check_model`.
+        """
+        dropped = {name for name, remote in self.splits.items() if name not in sizes and not remote}
+        fitted = self
+        if model and model == self.model and self.sizes.keys() != sizes.keys():
+            kept = {name: size for name, size in self.sizes.items() if name not in dropped}
+            fitted = replace(
+                self,
+                splits={n: self.splits.get(n, 0) for n in {**kept, **sizes}},
+                sizes={**sizes, **kept},
+                ops=tuple(replace(o, tensor="") if o.tensor in dropped else o for o in self.ops),
+            )
+        fitted.check_model(model, sizes)
+        return fitted
+
     def to_json(self) -> str:
         """Versioned JSON, one operator a line, which `from_json` reads back to an equal plan."""
         head: dict[str, Any] = {"version": self.version}
@@ -261,7 +278,8 @@ def _check_values(plan: Plan) -> None:
             raise PlanError(f"{name}: {remote} bytes remote of {plan.sizes[name]}")
     if plan.remote_bytes < plan.asked_bytes:
         raise PlanError(
-            f"the splits make {plan.remote_bytes} bytes remote, {plan.asked_bytes} are needed"
+            f"the splits make {plan.remote_bytes} bytes remote, {plan.asked_bytes} are needed: "
+            "make more of them remote, or lower asked_bytes, for which the GPU must have room"
         )
     for op in plan.ops:
         if op.tensor and op.tensor not in plan.sizes:

@@ -16,9 +16,12 @@ from rich.text import Text
 from dak_inductor.plan import OpPlan, Plan
 from dak_inductor.refusal import Refusal
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _LIMITS = {"hbm": "HBM", "link": "link", "compute": "compute"}
 _REFUSALS_SHOWN = 12
+
+OpSeconds = Mapping[tuple[str, str], float]
+"""Of one call, by graph and operator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +39,13 @@ class OpGroup:
     time: float  # of all of them
     limits: str
     source: str
+    measured: float | None = None  # of all of them, where each was
 
     @classmethod
-    def of(cls, label: str, ops: Sequence[OpPlan]) -> OpGroup:
+    def of(cls, label: str, ops: Sequence[OpPlan], measured: OpSeconds) -> OpGroup:
         """The sums over `ops`, of which there is at least one."""
         shares = [op.remote_share for op in ops]
+        known = [measured.get(key) for key in dict.fromkeys((op.graph, op.op) for op in ops)]
         return cls(
             label=label,
             kind=ops[0].kind,
@@ -55,18 +60,27 @@ class OpGroup:
                 name for key, name in _LIMITS.items() if key in {o.limit for o in ops}
             ),
             source=ops[0].source.rsplit("/", 1)[-1],
+            measured=None if None in known else sum(seconds or 0.0 for seconds in known),
         )
 
 
-def group_ops(ops: Iterable[OpPlan], *, all_ops: bool = False) -> list[OpGroup]:
+def group_ops(
+    ops: Iterable[OpPlan], *, all_ops: bool = False, measured: OpSeconds | None = None
+) -> list[OpGroup]:
     """Rows of the report, in order of first appearance; one operator each with `all_ops`."""
     groups: dict[tuple[object, ...], list[OpPlan]] = {}
     for number, op in enumerate(ops):
         name = op.module or op.tensor.removesuffix(".weight") or op.op
-        label = name if all_ops else _NUMBER.sub("*", name)
+        label = name if all_ops else any_layer(name)
         key = (label, op.kind, op.m, number if all_ops else -1)
         groups.setdefault(key, []).append(op)
-    return [OpGroup.of(str(key[0]), members) for key, members in groups.items()]
+    return [OpGroup.of(str(key[0]), members, measured or {}) for key, members in groups.items()]
+
+
+def any_layer(name: str) -> str:
+    """What the names of equal layers have in common: a star for each number between dots. Others
+    tell modules apart: "conv1", "conv2"."""
+    return _LAYER.sub("*", name)
 
 
 def seconds_text(seconds: float) -> str:
@@ -243,7 +257,7 @@ def _refusal_table(refusals: Sequence[Refusal], all_ops: bool) -> Table:
     groups: dict[tuple[str, str, str], list[Refusal]] = {}
     for refusal in refusals:
         where = refusal.module or refusal.node
-        where = where if all_ops else _NUMBER.sub("*", where)
+        where = where if all_ops else any_layer(where)
         groups.setdefault((refusal.target, where, refusal.reason), []).append(refusal)
     rows = list(groups.items())
     for (target, where, reason), members in rows if all_ops else rows[:_REFUSALS_SHOWN]:

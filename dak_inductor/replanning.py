@@ -142,9 +142,8 @@ def load_plan(plan: Plan | str, model: OffloadedModel) -> Plan:
             plan = Plan.from_json(Path(plan).read_text())
         except OSError as error:
             raise PlanError(f"plan file {plan}: {error.strerror or error}") from error
-    plan = with_caches(plan, model)
-    plan.check_model(model.fingerprint, {t.name: t.buffer.nbytes for t in model.tensors()})
-    return plan
+    sizes = {tensor.name: tensor.buffer.nbytes for tensor in model.tensors()}
+    return with_caches(plan, model).fitted(model.fingerprint, sizes)
 
 
 def with_caches(plan: Plan, model: OffloadedModel) -> Plan:

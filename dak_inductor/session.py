@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from dak_inductor.kv_cache_steps import CacheStep, StepRunner
 from dak_inductor.link_window import set_windows
 from dak_inductor.lowering.ahead.memory import StepMemory
 from dak_inductor.lowering.linear.trials import TRIALS
+from dak_inductor.lowering.marks import MARKS
 from dak_inductor.offloaded import OffloadedModel, changes, offloaded_models
 from dak_inductor.op_table import OpTable
 from dak_inductor.options import BackendOptions
@@ -136,14 +137,18 @@ class CompiledGraph:
             binding = self._binding(arguments)
             if binding.calls == 0:
                 self._make_room(binding)
-            written = self.steps.before(arguments, lambda: self._symbols(arguments))
+            values = self.table.symbol_values(arguments)
+            written = self.steps.before(arguments, lambda: {**self.table.hints, **values})
             try:
-                with self._ahead(binding, arguments):
+                with (
+                    MARKS.of("graph", binding.title),
+                    self._ahead(binding, arguments, values),
+                ):
                     result = self.run(*arguments)
             except torch.OutOfMemoryError as error:
                 raise DeviceMemoryError(_out_of_memory(binding, error)) from error
             self.steps.after(written)
-        binding.note_call(arguments)
+        binding.note_call(values)
         if binding.ahead is not None and binding.ahead.ring_grew():
             binding.grew = True
         if binding.names and replanning.is_due(binding):
@@ -167,9 +172,6 @@ class CompiledGraph:
             held.remote / 1e9,
         )
 
-    def _symbols(self, arguments: Sequence[Any]) -> dict[str, int]:
-        return {**self.table.hints, **self.table.symbol_values(arguments)}
-
     def _binding(self, arguments: Sequence[Any]) -> Binding:
         if self._plain is None:
             caches = self.steps.operands
@@ -189,11 +191,15 @@ class CompiledGraph:
                 set_windows(binding.window, binding.live_buffers().values())
             if self.settings.trials is not None:
                 TRIALS.switch(self.settings.trials)
+            if self.settings.nvtx is not None:
+                MARKS.switch(self.settings.nvtx)
             self._bindings[key] = binding
             self._session.add(binding)
         return binding
 
-    def _ahead(self, binding: Binding, arguments: Sequence[Any]) -> AbstractContextManager[None]:
+    def _ahead(
+        self, binding: Binding, arguments: Sequence[Any], values: Mapping[str, int]
+    ) -> AbstractContextManager[None]:
         """Copies ahead of the products of this call, where the option has them and a GPU reads."""
         device = binding.device
         if device is None or device.type not in AHEAD_DEVICES:
@@ -204,7 +210,7 @@ class CompiledGraph:
                 self.name, self.settings.strategy, lambda: ring_room(device, models())
             )
         written = partial(buffers_of, arguments, self.written)
-        return binding.ahead.opened(binding.tokens(arguments), device, written)
+        return binding.ahead.opened(binding.tokens(values), device, written)
 
     def _check(self, binding: Binding, arguments: Sequence[Any]) -> None:
         copies = resident_copies(self.table, binding, arguments)

@@ -3,7 +3,6 @@ why each template before it in the order cuda, triton does not."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,8 +12,7 @@ from rich.text import Text
 
 from dak_inductor.lowering.registry import TemplateRefusal
 from dak_inductor.op_table import Op, OpTable
-
-_NUMBER = re.compile(r"\d+")
+from dak_inductor.plan_report import any_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +58,6 @@ def templates_of(graph: str, table: OpTable) -> list[OpTemplate]:
         )
         for op in ops.values()
     ]
-
-
-def any_layer(label: str) -> str:
-    """What labels of equal layers have in common: a star for each number."""
-    return _NUMBER.sub("*", label)
 
 
 def render(templates: Iterable[OpTemplate]) -> Table:

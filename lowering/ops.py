@@ -24,6 +24,7 @@ from torch import Tensor
 
 import dak_inductor.lowering.ops_cache  # noqa: F401  (registers torch.ops.dak.write_tokens)
 from dak_inductor.lowering import reads
+from dak_inductor.lowering.marks import MARKS
 from dak_inductor.lowering.operator_record import Operator
 from dak_inductor.lowering.ops_attention import ATTENTION_OPERATOR
 from dak_inductor.lowering.ops_linear import LINEAR_OPERATORS
@@ -98,8 +99,9 @@ def _register(operator: Operator) -> None:
         return _unaliased(operator.stock(*args, **kwargs), args)
 
     def cpu(*args: Any, **kwargs: Any) -> Tensor:
-        operator.count(*args, **kwargs)
-        return stock(*args, **kwargs)
+        with MARKS.of_operands("simulated", args):
+            operator.count(*args, **kwargs)
+            return stock(*args, **kwargs)
 
     _library.impl(operator.name, cpu, "CPU")
     _library.impl(operator.name, _on_device(operator, stock), "CUDA")
@@ -109,15 +111,15 @@ def _register(operator: Operator) -> None:
 
 def _on_device(operator: Operator, stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
     kernel = operator.kernel
-    if kernel is None:
-        return stock
 
     def device(*args: Any, **kwargs: Any) -> Tensor:
-        served = kernel(*args, **kwargs)
+        served = None if kernel is None else kernel(*args, **kwargs)
         if served is not None:
             return served
-        operator.count(*args, **kwargs)
-        return stock(*args, **kwargs)
+        with MARKS.of_operands("stock", args):
+            if kernel is not None:
+                operator.count(*args, **kwargs)
+            return stock(*args, **kwargs)
 
     return device
 

@@ -18,7 +18,7 @@ from dak_inductor.benchmarks.harness.attention_peers import (
     stock_variants,
 )
 from dak_inductor.benchmarks.harness.attention_reference import AttentionCall
-from dak_inductor.benchmarks.harness.kernel_reads import ReadCounter
+from dak_inductor.benchmarks.harness.kernel_reads import count_run
 from dak_inductor.benchmarks.harness.linear_reference import poison_free_memory
 from dak_inductor.benchmarks.harness.rounds import (
     Rounds,
@@ -26,7 +26,7 @@ from dak_inductor.benchmarks.harness.rounds import (
     make_rounds,
     time_rounds,
 )
-from dak_inductor.benchmarks.harness.timing import TimingRule, synchronize
+from dak_inductor.benchmarks.harness.timing import TimingRule
 from dak_inductor.benchmarks.harness.yardstick import Ceilings, Work, direct_bound, over_bound
 from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
@@ -139,16 +139,11 @@ def measure_cell(
         poison_free_memory(query.nbytes, device)
     output = attention(query, tiered.caches[0])
     verdict = judge_sample(case, output)
-    counter = ReadCounter(tiered.buffers)
     rounds = make_rounds(
         attention_round(attention, query, tiered.caches), count, bound, device=device
     )
     timing, stock = time_rounds([rounds, case.rounds], device=device, rule=rule)
-    synchronize(device)
-    counter.reset()
-    again = rounds.output()
-    synchronize(device)
-    reads = counter.read()
+    again, reads = count_run(rounds.output, tiered.buffers, device)
     seconds = timing.seconds
     counted = reads is not None and reads.calls == 2 * rounds.calls
     cell = AttentionCell(

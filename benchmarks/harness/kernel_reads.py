@@ -7,12 +7,16 @@ on the host, by the buffer's label.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
+from dak_inductor.benchmarks.harness.timing import synchronize
 from dak_inductor.cuda_runtime.device_records import RecordCounters
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.lowering import counters
+
+Result = TypeVar("Result")
 
 
 class ReadCounter:
@@ -56,12 +60,24 @@ def count_runs(
     run: Callable[[], object], buffers: Sequence[TieredBuffer], calls: int = 1
 ) -> RecordCounters:
     """What `calls` calls of `run` on the GPU count for the buffers. Waits for the device."""
-    counter = ReadCounter(buffers)
-    torch.cuda.synchronize()
-    counter.reset()
-    for _ in range(calls):
-        run()
-    torch.cuda.synchronize()
-    reads = counter.read()
+
+    def every() -> None:
+        for _ in range(calls):
+            run()
+
+    _, reads = count_run(every, buffers, torch.device("cuda", torch.cuda.current_device()))
     assert reads is not None, "a buffer has no counter"
     return reads
+
+
+def count_run(
+    run: Callable[[], Result], buffers: Sequence[TieredBuffer], device: torch.device
+) -> tuple[Result, RecordCounters | None]:
+    """What one call of `run` returns, and what it counts for the buffers; None where one of them
+    has no counter. Waits for the device before and after."""
+    counter = ReadCounter(buffers)
+    synchronize(device)
+    counter.reset()
+    result = run()
+    synchronize(device)
+    return result, counter.read()

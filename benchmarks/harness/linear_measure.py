@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dak_inductor.benchmarks.harness.kernel_reads import ReadCounter
+from dak_inductor.benchmarks.harness.kernel_reads import count_run
 from dak_inductor.benchmarks.harness.linear_bars import LinearCell
 from dak_inductor.benchmarks.harness.linear_grid import LinearShape
 from dak_inductor.benchmarks.harness.linear_peers import linear_round
@@ -22,7 +22,7 @@ from dak_inductor.benchmarks.harness.linear_reference import (
 )
 from dak_inductor.benchmarks.harness.linear_weights import TieredWeights
 from dak_inductor.benchmarks.harness.rounds import Rounds, make_rounds, time_rounds
-from dak_inductor.benchmarks.harness.timing import TimingRule, synchronize
+from dak_inductor.benchmarks.harness.timing import TimingRule
 from dak_inductor.benchmarks.harness.yardstick import Ceilings, Work, direct_bound, over_bound
 
 
@@ -75,16 +75,11 @@ def measure_cell(
         poison_free_memory(case.tokens * shape.n * first.element_size(), device)
     output = linear(case.x, first)
     verdict = case.reference.judge(output)
-    counter = ReadCounter(weights.buffers)
     rounds = make_rounds(
         linear_round(case.x, weights.tensors, linear), len(weights.tensors), bound, device=device
     )
     timing, stock = time_rounds([rounds, case.resident], device=device, rule=rule)
-    synchronize(device)
-    counter.reset()
-    again = rounds.output()
-    synchronize(device)
-    reads = counter.read()
+    again, reads = count_run(rounds.output, weights.buffers, device)
     counted = reads is not None and reads.calls > 0
     seconds = timing.seconds
     remote_counted = reads.remote_bytes / rounds.calls if reads is not None and counted else None

@@ -1,4 +1,4 @@
-"""A small chart with logarithmic axes as inline SVG: curves, points, grid, legend."""
+"""A small chart as inline SVG, logarithmic or linear: curves, points, grid, legend."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLOURS = 14
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Points (x, y) above zero; `curve` joins them by a line without marks."""
+    """Points (x, y), above zero on logarithmic axes; `curve` joins them by a line without marks."""
 
     name: str
     points: tuple[tuple[float, float], ...]
@@ -30,9 +30,13 @@ class Axis:
     low: float
     high: float
     percent: bool = False
+    linear: bool = False
 
     def ticks(self) -> list[float]:
-        """Powers of ten, with more between them the shorter the axis is."""
+        """Powers of ten, with more between them the shorter the axis is; of a linear one four to
+        ten round values."""
+        if self.linear:
+            return self._even_ticks()
         decades = math.log10(self.high / self.low)
         steps: tuple[float, ...] = (1, 2, 5) if decades < 2.2 else (1,)
         if decades < 0.7:
@@ -42,8 +46,18 @@ class Axis:
         near = 1 + 1e-9
         return [value for value in values if self.low / near <= value <= self.high * near]
 
+    def _even_ticks(self) -> list[float]:
+        length = self.high - self.low
+        power = 10.0 ** math.floor(math.log10(length))
+        step = next(s * power for s in (0.1, 0.2, 0.5, 1, 2) if length / (s * power) <= 10)
+        first, last = math.ceil(self.low / step), math.floor(self.high / step)
+        return [round(number * step, 12) for number in range(first, last + 1)]
+
     def share(self, value: float) -> float:
+        """Where on the axis it lies, from 0 to 1."""
         clipped = min(max(value, self.low), self.high)
+        if self.linear:
+            return (clipped - self.low) / (self.high - self.low)
         return math.log(clipped / self.low) / math.log(self.high / self.low)
 
     def text(self, value: float) -> str:

@@ -15,10 +15,12 @@ from dak_inductor.report.roofline import roofline
 from dak_inductor.report.run_comparison import comparison
 from dak_inductor.report.style import STYLE
 from dak_inductor.report.verdict_table import verdict_table
+from dak_inductor.report.window_history import updates_of, window_history
 
 _LONG = 120
-_ROWS = 400
+_ROWS = 300
 _LAST = ("note", "reason")
+_ALWAYS = ("figure", "status", *_LAST)
 _FIGURES = {"prediction": "open", "simulation": "open", "measured": "ok"}
 
 
@@ -78,6 +80,7 @@ def _section(index: int, record: LoadedRecord) -> Html:
             tag("ul", *lines, class_="small") if lines else "",
             heat_maps(record.cells),
             roofline(record),
+            window_history(record.benchmark, updates_of(record.data.get("window_history"))),
             model_tables(record.cells) if models else "",
             _cells(record.cells, folded=models),
             _folded(record),
@@ -109,13 +112,24 @@ def _cells(cells: Sequence[Mapping[str, Any]], *, folded: bool) -> Html:
     kept = list(cells)[:_ROWS]
     names = [n for n in dict.fromkeys(key for row in kept for key in row) if _shown(n, kept)]
     names.sort(key=lambda name: name in _LAST)  # long texts, behind the figures
+    same = [name for name in names if len(kept) > 1 and _is_same(name, kept)]
+    names = [name for name in names if name not in same]
     rows = [[_entry(name, row.get(name)) for name in names] for row in kept]
     texts = {n for n in names if any(isinstance(row.get(n), str) for row in kept)}
     numeric = {i for i, name in enumerate(names) if name not in texts}
     words = f"{len(kept)} of {len(cells)} rows" if len(cells) > len(kept) else f"{len(kept)} rows"
+    told = "; ".join(f"{name}: {number(kept[0][name])}" for name in same)
     return details(
-        words, table(names, rows, numbers=numeric), open_=not folded and "shape" not in kept[0]
+        words,
+        tag("p", f"the same in all: {told}", class_="small") if told else "",
+        table(names, rows, numbers=numeric),
+        open_=not folded and "shape" not in kept[0],
     )
+
+
+def _is_same(name: str, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a column says one thing in all rows; what stands out by its colour is no such."""
+    return name not in _ALWAYS and all(row.get(name) == rows[0].get(name) for row in rows)
 
 
 def _shown(name: str, rows: Sequence[Mapping[str, Any]]) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dak_inductor.ahead_report import COLUMNS, StepStrategy, rows_of
 from dak_inductor.memory_curve import MemoryPoint
 from dak_inductor.plan_report import bytes_text, seconds_text
 from dak_inductor.report.document import page
 from dak_inductor.report.html import Html, cell, details, join, table, tag
 from dak_inductor.report.plan_view import plan_view
+from dak_inductor.report.window_history import window_history
 from dak_inductor.template_report import OpTemplate
 
 if TYPE_CHECKING:
@@ -23,10 +25,12 @@ def explanation_page(found: Explanation, title: str) -> str:
         _tiers(found),
         _memory(found.curve),
         tag("h2", "Operators"),
-        plan_view(found.plan),
+        plan_view(found.plan, found.measured),
         _kernels(found.templates),
+        _ahead(found.strategies),
         _trials(found),
         tag("p", str(found.window)) if found.window else Html(""),
+        window_history("link", found.window_history),
     ]
     return page("dak.explain", *parts)
 
@@ -81,6 +85,21 @@ def _kernels(templates: Sequence[OpTemplate]) -> Html:
             details("each operator", table(headings, rows, numbers=range(0))),
         ]
     )
+
+
+def _ahead(steps: Sequence[StepStrategy]) -> Html:
+    """Which products of each step are copied ahead, and why the others are not."""
+    if not steps:
+        return Html("")
+    parts: list[Html] = [tag("h2", "Copied ahead")]
+    for step in steps:
+        rows = [
+            [weights, cell(strategy, "ok" if strategy == "staged" else ""), cell(why, "note"), n]
+            for (weights, strategy, why), n in rows_of(step).items()
+        ]
+        parts.append(tag("p", str(step)))
+        parts.append(table(COLUMNS, rows, numbers=range(3, 4)) if rows else Html(""))
+    return join(parts)
 
 
 def _trials(found: Explanation) -> Html:

@@ -71,7 +71,7 @@ class Cell(Html):
 
 
 def cell(content: object, class_: str, title: str | None = None) -> Cell:
-    return Cell(tag("td", content, class_=class_, title=title))
+    return Cell(tag("td", content, class_=class_ or None, title=title))
 
 
 def details(summary: object, *children: object, open_: bool = False) -> Html:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from dak_inductor import hardware
 from dak_inductor.errors import DakError
 from dak_inductor.plan import Plan
-from dak_inductor.plan_report import OpGroup, bytes_text, group_ops, seconds_text
+from dak_inductor.plan_report import OpGroup, OpSeconds, bytes_text, group_ops, seconds_text
 from dak_inductor.refusal import Refusal
 from dak_inductor.report.html import Html, cell, details, join, table, tag
 from dak_inductor.timeline import LANES, Span, timeline
@@ -17,38 +17,42 @@ MOST_SPANS = 600
 _LANE_TEXT = {"operator": "op", "local": "HBM", "remote": "link", "compute": "cores"}
 
 
-def plan_view(plan: Plan) -> Html:
+def plan_view(plan: Plan, measured: OpSeconds | None = None) -> Html:
     """What goes where and what it costs: sums, one table for each graph, refusals, timelines."""
     total = plan.total_bytes
     share = plan.remote_bytes / total if total else 0.0
     words = (
         f"{plan.model or 'model'} on {plan.hardware}, remote tier {plan.remote}: "
         f"{bytes_text(plan.remote_bytes)} of {bytes_text(total)} remote ({share:.1%}). "
-        "Times are predictions of the cost model."
+        "Times are predictions of the cost model"
+        + ("; measured ones are of trials, by the way that was taken." if measured else ".")
     )
     parts = [tag("p", words)]
     for graph in plan.step_times:
-        parts += [graph_view(plan, graph)]
+        parts += [graph_view(plan, graph, measured or {})]
     parts += [refusals(plan.refusals)]
     return join(parts)
 
 
-def graph_view(plan: Plan, graph: str) -> Html:
+def graph_view(plan: Plan, graph: str, measured: OpSeconds) -> Html:
     """Equal layers in one row; every operator, with its source line, folded away."""
     step, bound = plan.step_times[graph], plan.bound.get(graph, 0.0)
     over = f", {step / bound:.2f}x of its bound" if bound else ""
     ops = [op for op in plan.ops if op.graph == graph]
+    layers = group_ops(ops, measured=measured)
+    every = group_ops(ops, all_ops=True, measured=measured)
     return join([
         tag("h3", f"{graph}: {seconds_text(step)} predicted{over}"),
         _picture(plan, graph),
-        _groups(group_ops(ops), step),
-        details(f"all {len(ops)} operators", _groups(group_ops(ops, all_ops=True), step)),
+        _groups(layers, step),
+        details(f"all {len(ops)} operators", _groups(every, step)),
     ])  # fmt: skip
 
 
-def _groups(groups: Iterable[OpGroup], step: float) -> Html:
+def _groups(groups: Sequence[OpGroup], step: float) -> Html:
+    timed = any(group.measured is not None for group in groups)
     headings = ("operator", "kind", "source", "count", "rows", "remote", "share", "HBM", "link",
-                "time", "bound by")  # fmt: skip
+                "time", *(["measured"] if timed else []), "bound by")  # fmt: skip
     rows = []
     for group in groups:
         low, high = group.lowest_share, group.highest_share
@@ -65,10 +69,15 @@ def _groups(groups: Iterable[OpGroup], step: float) -> Html:
                 bytes_text(group.local_bytes),
                 bytes_text(group.remote_bytes),
                 seconds_text(group.time),
+                *([_seconds(group.measured)] if timed else []),
                 cell(group.limits, ""),
             ]
         )
-    return table(headings, rows, numbers=range(3, 10))
+    return table(headings, rows, numbers=range(3, 11 if timed else 10))
+
+
+def _seconds(known: float | None) -> str:
+    return "" if known is None else seconds_text(known)
 
 
 def _bar(share: float, text: str) -> Html:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 _LIGHT = ("#e3f4e1", "#cfecd0", "#e9efb4", "#fbeaa0", "#fcd28b", "#f9b07c", "#ee8a72", "#dd6a6a")
 _DARK = ("#12402a", "#1c4d2c", "#414a1a", "#574a12", "#66430f", "#713510", "#7a2a1c", "#86222c")
-_SERIES = ("#2563c9", "#c2410c", "#15803d", "#9333ea", "#0e7490", "#be123c", "#a16207", "#4b5563",
-           "#db2777", "#4d7c0f", "#1e3a8a", "#78350f", "#0d9488", "#a8a29e")  # fmt: skip
+SERIES = ("#2563c9", "#c2410c", "#15803d", "#9333ea", "#0e7490", "#be123c", "#a16207", "#4b5563",
+          "#db2777", "#4d7c0f", "#1e3a8a", "#78350f", "#0d9488", "#a8a29e")  # fmt: skip
 _SERIES_DARK = ("#7db0ff", "#ff9d66", "#6ddc91", "#cf9bff", "#62d6ea", "#ff8598", "#e6c25a",
                 "#b6bfcc", "#ff9bd0", "#b4e06c", "#c7d2fe", "#d6a77a", "#2dd4bf",
                 "#78716c")  # fmt: skip
@@ -17,12 +17,12 @@ def _palette(heat: tuple[str, ...], series: tuple[str, ...]) -> str:
 
 
 _CLASSES = "".join(f".h{i}{{background:var(--h{i})}}" for i in range(len(_LIGHT))) + "".join(
-    f".s{i}{{fill:var(--s{i});background:var(--s{i})}}" for i in range(len(_SERIES))
+    f".s{i}{{fill:var(--s{i});background:var(--s{i})}}" for i in range(len(SERIES))
 )
 
 STYLE = (
     ":root{color-scheme:light dark;--bg:#fff;--fg:#1b2027;--dim:#5a6472;--line:#d9dee5;"
-    f"--card:#f5f7f9;--ok:#14713a;--bad:#b3261e;--accent:#2563c9;{_palette(_LIGHT, _SERIES)}}}"
+    f"--card:#f5f7f9;--ok:#14713a;--bad:#b3261e;--accent:#2563c9;{_palette(_LIGHT, SERIES)}}}"
     "@media (prefers-color-scheme:dark){:root{--bg:#14171b;--fg:#e7eaee;--dim:#a0a9b5;"
     "--line:#333a44;--card:#1d2127;--ok:#6ddc91;--bad:#ff8a80;--accent:#7db0ff;"
     f"{_palette(_DARK, _SERIES_DARK)}}}}}"
@@ -65,12 +65,12 @@ padding:.6rem;font-size:.8rem}
 )
 
 FIGURE_STYLE = (
-    f":root{{--bg:#fff;--fg:#1b2027;--dim:#5a6472;--line:#d9dee5;{_palette(_LIGHT, _SERIES)}}}"
+    f":root{{--bg:#fff;--fg:#1b2027;--dim:#5a6472;--line:#d9dee5;{_palette(_LIGHT, SERIES)}}}"
     "@media (prefers-color-scheme:dark){:root{--bg:#14171b;--fg:#e7eaee;--dim:#a0a9b5;"
     f"--line:#333a44;{_palette(_DARK, _SERIES_DARK)}}}}}"
     ".ground{fill:var(--bg)}text{fill:var(--dim);font:12px system-ui,sans-serif}"
     ".heading{fill:var(--fg);font-size:14px}.mid{text-anchor:middle}.end{text-anchor:end}"
     ".grid{stroke:var(--line);stroke-width:1}.line{fill:none;stroke:var(--fg);stroke-width:2}"
-    + "".join(f".s{i}{{fill:var(--s{i})}}" for i in range(len(_SERIES)))
+    + "".join(f".s{i}{{fill:var(--s{i})}}" for i in range(len(SERIES)))
 )
 """Of a chart in a file of its own."""

@@ -18,7 +18,7 @@ import torch
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.errors import ProfileError
 from dak_inductor.lowering.ahead.player import Player
-from dak_inductor.lowering.ahead.sequence import Sequence, Splits
+from dak_inductor.lowering.ahead.sequence import CallSequence, Splits
 from dak_inductor.lowering.ahead.step import (
     LearningStep,
     PlayedStep,
@@ -54,7 +54,7 @@ class KnownStep:
     """One step. `splits` are those that `plan` was made for; `off` says why nothing is staged any
     more."""
 
-    sequence: Sequence | None = None
+    sequence: CallSequence | None = None
     splits: Splits | None = None
     plan: StepPlan | None = None
     derailments: int = 0
@@ -174,7 +174,7 @@ class StepMemory:
             raise
 
     def _plan(
-        self, tokens: Hashable, sequence: Sequence, index: int, capturing: bool
+        self, tokens: Hashable, sequence: CallSequence, index: int, capturing: bool
     ) -> StepPlan | None:
         """None where it cannot be made now."""
         if not capturing:

@@ -24,6 +24,7 @@ from dak_inductor.lowering.linear import ring, ring_plan
 from dak_inductor.lowering.linear.copy_engine import copy_bytes
 from dak_inductor.lowering.linear.product import Product
 from dak_inductor.lowering.linear.queues import Queues
+from dak_inductor.lowering.marks import MARKS
 
 _FIRST = 2
 """Copies queued before the step's first kernel: the host takes 5 to 10 us for each."""
@@ -75,6 +76,10 @@ class Player:
 
         Raises DriverError where a copy cannot be queued.
         """
+        with MARKS.of_buffers("staged", product.buffers):
+            return self._run(op, product)
+
+    def _run(self, op: OpStep, product: Product) -> Tensor:
         rows = ring.token_rows(product.x)
         n = product.weights[0].shape[0]
         outputs = tuple(rows.new_empty((rows.shape[0], n)) for _ in product.weights)
@@ -113,14 +118,16 @@ class Player:
     def _copy(self, number: int) -> None:
         part, place = self._plan.parts[number], self._plan.at[number]
         if part.copied and self._memory is not None:
-            first = self._calls[part.op].weights[part.weight].address
+            weight = self._calls[part.op].weights[part.weight]
             begins = (part.remote - part.start) * part.row_bytes
-            copy_bytes(
-                self._memory.data_ptr() + place.offset + begins,
-                first + part.remote * part.row_bytes,
-                part.copied,
-                self._device,
-            )
+            buffer = None if weight.buffer is None else weight.buffer()
+            with MARKS.of_buffers("copy", (buffer,)):
+                copy_bytes(
+                    self._memory.data_ptr() + place.offset + begins,
+                    weight.address + part.remote * part.row_bytes,
+                    part.copied,
+                    self._device,
+                )
 
     def _in_place(self, op: OpStep, products: ring.Products) -> None:
         """The rows of each weight ahead of its first part."""

@@ -64,7 +64,7 @@ class StepCall:
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
+class CallSequence:
     """All calls of a step, in order."""
 
     calls: tuple[StepCall, ...]

@@ -16,7 +16,7 @@ from dak_inductor.cuda_runtime.nvrtc import extension
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.lowering.ahead.player import Player
 from dak_inductor.lowering.ahead.sequence import (
-    Sequence,
+    CallSequence,
     Splits,
     StepCall,
     call_of,
@@ -47,7 +47,7 @@ class LearningStep:
         self._device, self._place = device, place_of(device)
         self._calls: list[StepCall] = []
         self.elsewhere = False
-        self.sequence: Sequence | None = None
+        self.sequence: CallSequence | None = None
 
     def serve(self, product: Product) -> Tensor | None:
         """None."""
@@ -62,7 +62,7 @@ class LearningStep:
     def close(self, *, failed: bool) -> None:
         """`sequence` is what was learned; None where there is nothing to learn."""
         if self._calls and not failed and not self.elsewhere:
-            self.sequence = Sequence(tuple(self._calls))
+            self.sequence = CallSequence(tuple(self._calls))
 
 
 class PlayedStep:
@@ -75,7 +75,7 @@ class PlayedStep:
 
     def __init__(
         self,
-        sequence: Sequence,
+        sequence: CallSequence,
         splits: Splits,
         plan: StepPlan,
         player: Player,
@@ -115,6 +115,8 @@ class PlayedStep:
         call = self._sequence.calls[self._next]
         if key_of(product) != call.key:
             return f"product {self._next} is another than it was"
+        # The launch lock is held, but by this thread: a graph that is called inside of this one
+        # may plan again and move pages while copies are under way.
         if call.splits() != self._splits[self._next]:
             return "a split was moved meanwhile"
         if self._plan.ops[self._next].strategy == "staged":

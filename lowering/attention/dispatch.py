@@ -15,6 +15,7 @@ from dak_inductor.lowering.attention import tensor_maps
 from dak_inductor.lowering.attention.configuration import MAXIMUM_QUERIES, choose, refusal
 from dak_inductor.lowering.attention.launch import CachedTensor, launch
 from dak_inductor.lowering.attention.problem import DTYPES, AttentionMasking, AttentionProblem
+from dak_inductor.lowering.marks import MARKS
 from dak_inductor.lowering.refusals import HOPPER, capability, log_once
 
 log = logging.getLogger(__name__)
@@ -71,16 +72,17 @@ def run(
         query = query.clone(memory_format=torch.contiguous_format)
     batch, heads, queries, head_dim = query.shape
     out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=query.device)
-    launch(
-        problem,
-        choose(problem),
-        query=query,
-        caches=(CachedTensor(key, buffers[0]), CachedTensor(value, buffers[1])),
-        lengths=lengths,
-        starts=starts,
-        masking=masking,
-        out=out,
-    )
+    with MARKS.of_buffers("direct", buffers):
+        launch(
+            problem,
+            choose(problem),
+            query=query,
+            caches=(CachedTensor(key, buffers[0]), CachedTensor(value, buffers[1])),
+            lengths=lengths,
+            starts=starts,
+            masking=masking,
+            out=out,
+        )
     return out.transpose(1, 2)
 
 

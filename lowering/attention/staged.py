@@ -31,6 +31,7 @@ from dak_inductor.lowering.attention.staged_plan import StagedPlan
 from dak_inductor.lowering.attention.stored_tokens import StoredTokens, count_reads, stored_tokens
 from dak_inductor.lowering.linear.launch import profile_of
 from dak_inductor.lowering.linear.queues import queues_of
+from dak_inductor.lowering.marks import MARKS
 from dak_inductor.lowering.refusals import log_once
 from dak_inductor.lowering.slots import allocate
 from dak_inductor.lowering.stock_attention import stored
@@ -81,8 +82,9 @@ class StagedAttention:
 
     def stage(self, part: Part, slot: Slot) -> None:
         """Copy the part's keys and values."""
-        self.keys.copy(slot[0], part.start, part.stop)
-        self.values.copy(slot[1], part.start, part.stop)
+        with MARKS.of_buffers("copy", (self.keys.buffer, self.values.buffer)):
+            self.keys.copy(slot[0], part.start, part.stop)
+            self.values.copy(slot[1], part.start, part.stop)
 
     def compute(self, part: Part, slot: Slot | None) -> None:
         """All calls over the part."""
@@ -175,14 +177,17 @@ def run(
         return None
     problem = _problem(query, keys, values, masks, span)
     local = min(keys.local_tokens(), values.local_tokens())
-    count = partial(count_reads, _distinct(keys, values), span.first, span.stop)
+    same = key.data_ptr() == value.data_ptr()
+    count = partial(count_reads, (keys,) if same else (keys, values), span.first, span.stop)
     if local >= span.stop and forwards[0] != "triton" and (not causal or problem.past == 0):
-        out = _one_call(query, key[:, :, : span.stop], value[:, :, : span.stop], masks)
-        count()
+        with MARKS.of_buffers("stock", buffers):
+            out = _one_call(query, key[:, :, : span.stop], value[:, :, : span.stop], masks)
+            count()
     else:
         tiers = frozenset(buffer.tier for buffer in buffers if buffer is not None)
         plan = _plan(problem, local, query.device.index, tiers, forwards)
-        out = _run(plan, query, keys, values, masks, count)
+        with MARKS.of_buffers("ring", buffers):
+            out = _run(plan, query, keys, values, masks, count)
     return stored(out)
 
 
@@ -289,9 +294,3 @@ def _plan(
     links = (profile.link(tier) for tier in tiers)
     slowest = min(links, key=lambda link: link.copy_bandwidth)
     return staged_plan.choose(problem, local, profile, slowest, forwards)
-
-
-def _distinct(keys: StoredTokens, values: StoredTokens) -> tuple[StoredTokens, ...]:
-    """Keys and values; once where they are one tensor."""
-    same = keys.tensor.data_ptr() == values.tensor.data_ptr()
-    return (keys,) if same else (keys, values)

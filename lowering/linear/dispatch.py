@@ -17,6 +17,7 @@ from dak_inductor.lowering.linear.problem import DTYPES, LinearProblem
 from dak_inductor.lowering.linear.product import Product
 from dak_inductor.lowering.linear.trials import TRIALS
 from dak_inductor.lowering.linear.ways import Way, WayName, ways_of
+from dak_inductor.lowering.marks import MARKS
 from dak_inductor.lowering.refusals import HOPPER, capability, log_once
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def _fastest(
     ways = tuple(way for way in ways if way.name in runs)
 
     def measure() -> tuple[float, ...]:
-        with device_counters.kept(product.weights):
+        with MARKS.of_buffers("trial", product.buffers), device_counters.kept(product.weights):
             return stopwatch.seconds_of([runs[way.name] for way in ways], product.x.device)
 
     way = TRIALS.choose(facts, ways, measure) if measures else TRIALS.current(facts, ways)

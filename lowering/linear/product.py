@@ -14,6 +14,7 @@ from dak_inductor.lowering.linear.call_facts import CallFacts
 from dak_inductor.lowering.linear.configuration import LinearConfiguration
 from dak_inductor.lowering.linear.launch import Operand, launch
 from dak_inductor.lowering.linear.problem import Activation, LinearProblem
+from dak_inductor.lowering.marks import MARKS
 
 _ACTIVATIONS = {
     "none": Activation.NONE,
@@ -82,28 +83,30 @@ class Product:
         )
         out = torch.empty((problem.m, problem.n), dtype=problem.dtype, device=self.x.device)
         added = None if self.residual is None else _vectors(self.residual.reshape(-1, problem.n))
-        launch(
-            problem,
-            configuration,
-            x=rows,
-            operands=operands,
-            residual=added,
-            activation=_ACTIVATIONS[self.activation],
-            out=out,
-        )
+        with MARKS.of_buffers("direct", self.buffers):
+            launch(
+                problem,
+                configuration,
+                x=rows,
+                operands=operands,
+                residual=added,
+                activation=_ACTIVATIONS[self.activation],
+                out=out,
+            )
         return out.view(*self.x.shape[:-1], problem.n)
 
     def staged(self) -> Tensor:
         """Through the ring, which takes any number of tokens."""
-        return ring.run(
-            self.x,
-            self.weights,
-            self.buffers,
-            biases=self.biases,
-            residual=self.residual,
-            activation=self.activation,
-            layout=self.layout,
-        )
+        with MARKS.of_buffers("ring", self.buffers):
+            return ring.run(
+                self.x,
+                self.weights,
+                self.buffers,
+                biases=self.biases,
+                residual=self.residual,
+                activation=self.activation,
+                layout=self.layout,
+            )
 
     def ring_refusal(self) -> str | None:
         """Why the ring does not take it; None where it does."""

@@ -26,6 +26,7 @@ from dak_inductor.lowering.linear.launch import profile_of
 from dak_inductor.lowering.linear.problem import DTYPES, LinearProblem
 from dak_inductor.lowering.linear.queues import queues_of
 from dak_inductor.lowering.linear.ring_plan import Part, Residency, RingPlan
+from dak_inductor.lowering.marks import MARKS
 from dak_inductor.lowering.slots import allocate
 
 _aten = torch.ops.aten
@@ -61,7 +62,8 @@ class Products:
         cut = min(max(self.residency[part.weight].remote - first, 0), rows)
         for start, stop in ((0, cut), (cut, rows)):
             if start < stop:
-                copy(target[start:stop], source[start:stop])
+                with MARKS.of_operands("copy", self.weights[part.weight : part.weight + 1]):
+                    copy(target[start:stop], source[start:stop])
 
     def compute(self, part: Part, slot: Tensor | None) -> None:
         """The product, from its slot or where it lies.

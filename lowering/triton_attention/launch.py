@@ -13,6 +13,7 @@ from dak_inductor.cuda_runtime import address_table
 from dak_inductor.lowering import residency  # noqa: F401  (registers torch.ops.dak.residency)
 from dak_inductor.lowering.attention import operands
 from dak_inductor.lowering.attention.stored_tokens import StoredTokens, stored_tokens
+from dak_inductor.lowering.marks import MARKS
 from dak_inductor.lowering.refusals import capability, log_once
 from dak_inductor.lowering.triton_attention.configuration import (
     DEFAULT_WINDOW,
@@ -65,20 +66,21 @@ def run(
         query = query.contiguous()
     group = query.shape[1] // key.shape[1]
     shape = tile_shape(group * query.shape[2], key.shape[3], value.shape[3], query.dtype)
-    return launch(
-        query,
-        keys,
-        values,
-        shape,
-        records=[torch.ops.dak.residency.default(tensor) for tensor in (key, value)],
-        programs=_programs(query.device, shape, query.dtype.itemsize),
-        lengths=lengths,
-        starts=starts,
-        scale=scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-    )
+    with MARKS.of_buffers("direct", (keys.buffer, values.buffer)):
+        return launch(
+            query,
+            keys,
+            values,
+            shape,
+            records=[torch.ops.dak.residency.default(tensor) for tensor in (key, value)],
+            programs=_programs(query.device, shape, query.dtype.itemsize),
+            lengths=lengths,
+            starts=starts,
+            scale=scale,
+            causal=causal,
+            window=window,
+            softcap=softcap,
+        )
 
 
 def launch(

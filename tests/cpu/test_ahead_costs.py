@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dak_inductor import hardware
-from dak_inductor.lowering.ahead.sequence import Sequence, call_of, key_of
+from dak_inductor.lowering.ahead.sequence import CallSequence, call_of, key_of
 from dak_inductor.lowering.ahead.step_costs import step_ops, tier_of
 from dak_inductor.lowering.ahead.step_op import RowSpan
 
@@ -102,7 +102,7 @@ def test_calls_are_the_same_only_with_equal_weights_tokens_and_epilogue() -> Non
 
 def test_a_sequence_keeps_no_weight_alive() -> None:
     pair = weight_of(96, 64, 0.5)
-    sequence = Sequence((call_of(Layer((pair[1],)).product(inputs(2))),))
+    sequence = CallSequence((call_of(Layer((pair[1],)).product(inputs(2))),))
     assert sequence.splits() == ((pair[0].split,),)
     del pair
     assert sequence.splits() is None

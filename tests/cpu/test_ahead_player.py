@@ -11,7 +11,7 @@ from dak_inductor import hardware
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
 from dak_inductor.lowering import counters
 from dak_inductor.lowering.ahead.player import Player
-from dak_inductor.lowering.ahead.sequence import Sequence, call_of
+from dak_inductor.lowering.ahead.sequence import CallSequence, call_of
 from dak_inductor.lowering.ahead.step import PlayedStep
 from dak_inductor.lowering.ahead.step_costs import link_rates, step_ops
 from dak_inductor.lowering.ahead.step_plan import StepPlan, choose
@@ -171,7 +171,7 @@ def test_a_derailed_step_is_joined_at_once(at: int) -> None:
         plan, calls = planned(made, inputs)
         main, side = scheduler.queue(), scheduler.queue()
         player = Poisoned(plan, calls, Queues(main, side), CPU)  # type: ignore[arg-type]
-        sequence = Sequence(tuple(calls))
+        sequence = CallSequence(tuple(calls))
         splits = sequence.splits()
         assert splits is not None
         step = PlayedStep(sequence, splits, plan, player, CPU)

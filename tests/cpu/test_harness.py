@@ -9,6 +9,7 @@ import json
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from dak_inductor.benchmarks import (
     bench_compile,
     bench_load,
     bench_long_context,
+    bench_marks,
     bench_move,
     bench_step,
     generate_over_budget,
@@ -31,6 +33,7 @@ from dak_inductor.benchmarks.harness import (
     step_bars,
 )
 from dak_inductor.benchmarks.harness.models import LLAMA3_8B, TINY, Workload
+from dak_inductor.benchmarks.harness.peers.provider import Prepared
 from dak_inductor.benchmarks.harness.table import table
 from dak_inductor.benchmarks.harness.timing import (
     Timing,
@@ -45,6 +48,7 @@ from dak_inductor.benchmarks.harness.yardstick import (
     over_bound,
     step_bound,
 )
+from dak_inductor.lowering import marks
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(hbm_stream=4600e9, link_direct=51e9, link_copy=55e9, matmul_flops=800e12)
@@ -345,6 +349,29 @@ def test_move_benchmark_moves_and_compares(tmp_path: Path) -> None:
     assert status == 0
     assert [cell["moved_bytes"] for cell in read["cells"]] == [1 << 20] * 4
     assert [cell["direction"] for cell in read["cells"][:2]] == ["to remote", "to local"]
+
+
+def test_what_ranges_cost_is_measured_on_any_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU nothing is decided; without NVTX nothing is measured, and a note says so."""
+    step = torch.zeros(8).add
+    provider = SimpleNamespace(prepare=lambda *_: Prepared(lambda: step(1), 0, 0))
+    monkeypatch.setattr(bench_marks, "DakBackend", lambda: provider)
+    asked = ["--out", str(tmp_path), "--quick", "--remote", "simulated"]
+    assert bench_marks.main(asked) == 0
+    record = json.loads((tmp_path / "marks.json").read_text())
+    assert not record["cells"] and any("NVTX" in note for note in record["notes"])
+    seen: list[str] = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", seen.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: None)
+    assert bench_marks.main(asked) == 0 and seen
+    record = json.loads((tmp_path / "marks.json").read_text())
+    (row,), (verdict,) = record["cells"], record["verdicts"]
+    assert row["with_milliseconds"] > 0 and verdict["passed"] is None
+    assert not marks.MARKS.nvtx
+    bad = bench_marks.verdicts([{**row, "cost": 0.006}], on_gpu=True)
+    assert bad[0].passed is False and bad[0].bar == 0.005
 
 
 def test_run_all_says_what_did_not_finish(

@@ -131,7 +131,9 @@ def test_a_budget_is_refused_by_name_or_is_bytes(value: Any, card: int | None) -
 
 
 keys = st.one_of(
-    st.sampled_from(("strategy", "window", "strict", "plan", "trials", "mode", "max_autotune")),
+    st.sampled_from(
+        ("strategy", "window", "strict", "plan", "trials", "nvtx", "mode", "max_autotune")
+    ),
     scalars,
 )
 

@@ -114,6 +114,12 @@ def test_the_fingerprint_knows_names_and_shapes_not_values():
     assert take_inventory(one.half(), minimum_bytes=1).fingerprint not in prints
 
 
+def test_the_fingerprint_does_not_know_what_a_tier_leaves_whole():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(64, 64), nn.Linear(16, 16))
+    prints = {take_inventory(model, minimum_bytes=n).fingerprint for n in (1, 600, 10**6)}
+    assert len(prints) == 1
+
+
 def test_models_that_cannot_be_offloaded_say_why():
     with pytest.raises(ModelError, match=r"nn\.Module"):
         check_model({"weight": 1})

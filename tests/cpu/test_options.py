@@ -76,6 +76,19 @@ def test_trials_are_on_unless_switched_off(monkeypatch):
         options.parse(None, {"trials": 1})
 
 
+def test_ranges_are_off_unless_switched_on(monkeypatch):
+    assert options.parse(None, None).backend.nvtx is None and not options.nvtx_by_default()
+    monkeypatch.setenv("DAK_NVTX", "1")
+    assert options.parse(None, None).backend.nvtx is True and options.nvtx_by_default()
+    assert options.parse(None, {"nvtx": False}).backend.nvtx is False
+    monkeypatch.setenv("DAK_NVTX", "some")
+    with pytest.raises(OptionError, match="DAK_NVTX"):
+        options.nvtx_by_default()
+    monkeypatch.delenv("DAK_NVTX")
+    with pytest.raises(OptionError, match="True or False"):
+        options.parse(None, {"nvtx": 1})
+
+
 def test_a_window_is_a_number_of_bytes(monkeypatch):
     assert options.parse(None, None).backend.window is None
     assert options.parse(None, {"window": 4096}).backend.window == 4096
@@ -90,7 +103,7 @@ def test_a_window_is_a_number_of_bytes(monkeypatch):
 
 @given(st.dictionaries(st.text(max_size=12), st.integers(), min_size=1, max_size=3))
 def test_no_unknown_key_passes_silently(given_options):
-    known = {"strategy", "window", "strict", "plan", "trials", "mode"}
+    known = {"strategy", "window", "strict", "plan", "trials", "nvtx", "mode"}
     import torch._inductor.config as inductor_config
 
     keys = {key.replace("-", "_") for key in given_options}

@@ -16,7 +16,12 @@ from dak_inductor import errors
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
 def blocks(language: str) -> list[str]:
@@ -97,11 +102,33 @@ def test_python_blocks_parse() -> None:
         ast.parse(block)
 
 
+def anchors(page: Path) -> set[str]:
+    """Those that a page's headings get where it is shown."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    heads = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", head).strip().lower().replace(" ", "-") for head in heads}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-        if not target.startswith(("http:", "https:")):
-            assert (page.parent / target).exists(), target
+    text = page.read_text()
+    for target, place in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
+        if target.startswith(("http:", "https:")):
+            continue
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        assert not place or place in anchors(linked), f"{target}#{place}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_blocks_are_those_of_the_repository(page: Path) -> None:
+    """Scripts that are called are there, and so are the modules of `python -m`."""
+    for block in re.findall(r"```(?:bash|sh|console)\n(.*?)```", page.read_text(), re.DOTALL):
+        for script in re.findall(r"(?<![\w/.-])((?:tests|benchmarks)/[\w./-]+\.(?:py|sh))", block):
+            assert (ROOT / script).is_file(), script
+        for module in re.findall(r"python3? -m (dak_inductor[\w.]*)", block):
+            path = ROOT / module.replace(".", "/")
+            assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -209,3 +210,35 @@ def test_charts_are_written_as_files_of_their_own(tmp_path: Path) -> None:
     record.with_name("taken").write_text("")
     refused = runner.invoke(app, [*arguments[:-1], str(tmp_path / "taken")])
     assert refused.exit_code == ERROR_EXIT_CODE and "no folder" in refused.output
+
+
+def test_charts_are_written_as_png_where_matplotlib_is(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib, the extra `figures`")
+    folder = tmp_path / "figures"
+    arguments = ["report", str(RESULTS / "decode_step.json"), "--out", str(tmp_path / "r.html")]
+    made = runner.invoke(app, [*arguments, "--figures", str(folder), "--png"])
+    assert made.exit_code == 0, made.output
+    for name in ("decode_step-bandwidth", "decode_step-over"):
+        image = (folder / f"{name}.png").read_bytes()
+        assert image.startswith(b"\x89PNG") and 10_000 < len(image) < 120_000
+        assert (folder / f"{name}.svg").is_file()
+
+
+def test_png_without_matplotlib_or_a_folder_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    arguments = ["report", str(RESULTS / "decode_step.json"), "--out", str(tmp_path / "r.html")]
+    missing = runner.invoke(app, [*arguments, "--figures", str(tmp_path), "--png"])
+    assert missing.exit_code == ERROR_EXIT_CODE and "dak-inductor[figures]" in missing.stderr
+    nowhere = runner.invoke(app, [*arguments, "--png"])
+    assert nowhere.exit_code == ERROR_EXIT_CODE and "--figures FOLDER" in nowhere.stderr
+
+
+def test_what_is_the_same_in_all_rows_is_named_once(tmp_path: Path) -> None:
+    rows = [{"what": f"w{i}", "method": "replays", "status": "ok", "x": i / 3} for i in range(3)]
+    page = report(write(tmp_path, "b.json", {"benchmark": "b", "cells": rows}))
+    assert "the same in all: method: replays" in page and page.count("replays") == 1
+    assert page.count('<td class="ok">ok</td>') == 3
+    alone = report(write(tmp_path, "c.json", {"benchmark": "c", "cells": rows[:1]}))
+    assert "the same in all" not in alone and ">replays<" in alone

@@ -158,7 +158,7 @@ def test_an_operator_is_counted_by_its_kernel_or_by_the_table_never_by_both(hopp
     kernel = RecordCounters(local_bytes=1000, remote_bytes=500, calls=3, peak_window=250_000)
     monkeypatch.setattr(device_counters, "read", lambda: [(buffers[0], kernel)])
     for _ in range(3):
-        binding.note_call(())
+        binding.note_call({})
     read = dak.stats()
     by_tensor = {count.tensor: count for count in read.reads}
     assert len(read.reads) == len(by_tensor) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import typer.main
 
 from dak_inductor.cli import app
+from dak_inductor.options import BackendOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
@@ -61,3 +63,10 @@ def test_code_of_the_tutorial_runs_as_written(
         exec("\n".join(blocks("python")), {})
     assert (tmp_path / "mine" / "config.json").is_file()
     assert "self_attn.q_proj" in (tmp_path / "explain.html").read_text()
+    assert "traceEvents" in (tmp_path / "measured.json").read_text()
+
+
+def test_every_option_of_the_backend_has_a_row() -> None:
+    section = (ROOT / "docs" / "options.md").read_text().split("## The backend")[1]
+    rows = re.findall(r"^\| `(\w+)` \|", section.split("\n### ")[0], re.M)
+    assert set(rows) == {field.name for field in fields(BackendOptions)} | {"mode"}
