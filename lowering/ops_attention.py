@@ -42,7 +42,7 @@ SCHEMA = (
     "Tensor? mask, float scale, bool causal, int window, float softcap) -> Tensor"
 )
 KERNELS = (
-    "dak_inductor.lowering.attention.dispatch",
+    "dak_inductor.lowering.attention.trials",
     "dak_inductor.lowering.triton_attention.launch",
 )
 """Modules whose `run` serves calls on CUDA, in this order; one that is missing serves none."""

@@ -22,8 +22,20 @@ HEAD_BYTES = 11 * 1024
 MAXIMUM_SLOTS = 16
 MAXIMUM_BATCH = 512
 SHARED_BYTES = 227 * 1024
-BOX_TOKENS = (8, 16, 32, 64)
+BOX_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 MOST_CHUNKS = 4
+MOST_AT_ONCE = 48
+"""Results of a unit that one warpgroup adds up, 16 at a time; more of them in groups first. One
+sequence of 131072 tokens with 1% remote leaves 246 to each of 4 units: 16 rounds, in groups two."""
+NO_SWEEP = 1 << 30
+SWEEP_BYTES = 8 << 20
+"""Of keys, and of values, that a sweep of remote tokens goes over, unless it is one tile's."""
+FASTEST_SWEPT = 100e9
+"""Bytes per second of a link that is swept. A faster one brings a tile in less than the few us in
+which its reader takes up the unit's sums; and of a peer's memory T / L is 1.01 unit by unit."""
+FINEST_ROWS = 1
+"""Tokens that copies are multiples of at their end, where the head size allows; 8 are an atom."""
+_PAGE_BYTES = 2 << 20
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 MAXIMUM_QUERIES = 16
@@ -95,9 +107,39 @@ class AttentionConfiguration:
         return 2 * self.units(problem) + workers * (1 + self.most_chunks(problem))
 
     def slot_floats(self, problem: AttentionProblem) -> int:
-        """fp32 elements of an unfinished result."""
+        """fp32 elements of an unfinished result: sums, and weights of its own and of its group."""
         rows = min(self.rows, problem.rows)
-        return rows * self.head_dim + math.ceil(2 * rows / 4) * 4
+        return rows * self.head_dim + 2 * math.ceil(2 * rows / 4) * 4
+
+    def counters(self, problem: AttentionProblem, workers: int) -> int:
+        """Words that are zero between launches: claims, and arrivals at units and at groups."""
+        places = self.units(problem)
+        if self.partial_slots(problem, workers) > MOST_AT_ONCE:
+            places += self.partial_slots(problem, workers)
+        return 1 + places * self.warpgroups
+
+    @property
+    def finest_rows(self) -> int:
+        """Copies end at multiples of so many tokens: boxes go to multiples of 128 bytes."""
+        return max(FINEST_ROWS, 2 if self.head_dim % 64 == 16 else 1)
+
+    def sweep_tokens(self, problem: AttentionProblem, *caches: tuple[int, int, int]) -> int:
+        """Tokens of a sweep of the remote line (kernels/attention/walk.cuh), or NO_SWEEP.
+
+        `caches`: of keys and of values, bytes from one head, sequence and token to the next.
+
+        Sweeps are for caches that lie token by token, where a tile of one unit is in two pages or
+        more. Unit by unit each of 24 readers would be in others, with a few rows from each, and
+        pages looked up again and again. On the H200, all remote, T / L was 1.0 to 1.02 below that;
+        1.06 with 64 KiB from token to token, 2.1 with 256 KiB, 2.6 with 1 MiB.
+        """
+        tokens = NO_SWEEP
+        for head, sequence, token in caches:
+            units = (problem.kv_heads - 1) * head + (problem.batch - 1) * sequence + self.row_bytes
+            if units > token or self.tile * token < 2 * _PAGE_BYTES:
+                return NO_SWEEP
+            tokens = min(tokens, self.tile * max(1, SWEEP_BYTES // (self.tile * token)))
+        return tokens
 
     def kernel(self, *, bounded_waits: bool = False) -> KernelInstance:
         """The instance to compile."""

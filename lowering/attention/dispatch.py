@@ -61,7 +61,7 @@ def run(
         or _refusal_of_tiers(buffers)
     )
     if reason is None:
-        problem = _problem(query, key)
+        problem = problem_of(query, key)
         reason = refusal(problem)
     if reason is not None:
         _log_once(reason)
@@ -86,7 +86,7 @@ def run(
     return out.transpose(1, 2)
 
 
-def _problem(query: Tensor, key: Tensor) -> AttentionProblem:
+def problem_of(query: Tensor, key: Tensor) -> AttentionProblem:
     batch, kv_heads, tokens, head_dim = key.shape
     ratio = query.shape[1] // kv_heads
     return AttentionProblem(batch, kv_heads, ratio, query.shape[2], tokens, head_dim, query.dtype)

@@ -14,13 +14,19 @@ from dak_inductor.cuda_runtime.kernel import load
 from dak_inductor.cuda_runtime.launch_words import words_for
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.cuda_runtime.window import Window, window_of
-from dak_inductor.lowering.attention.configuration import THREADS, AttentionConfiguration
+from dak_inductor.lowering.attention.configuration import (
+    FASTEST_SWEPT,
+    MOST_AT_ONCE,
+    NO_SWEEP,
+    THREADS,
+    AttentionConfiguration,
+)
 from dak_inductor.lowering.attention.problem import AttentionMasking, AttentionProblem
 from dak_inductor.lowering.attention.tensor_maps import byte_strides, cache_maps
 from dak_inductor.lowering.linear.launch import profile_of
 
 _CACHE = struct.Struct("<5Q2I")
-_REST = struct.Struct("<7Q3Q8I2f2I2f2I")
+_REST = struct.Struct("<7Q3Q8I2f2I2f2I4I")
 _LOG2_E = math.log2(math.e)
 _PIECE_SECONDS = 8e-6
 """In which a worker has a piece of a few remote tokens: 6 us on the H200, most of them latency."""
@@ -68,12 +74,13 @@ def launch(
     index = query.device.index
     kernel = load(configuration.kernel(bounded_waits=bounded_waits), index)
     ctas = _sm_count(index)
-    slots = configuration.partial_slots(problem, ctas * configuration.teams)
+    workers = ctas * configuration.teams
+    slots = configuration.partial_slots(problem, workers)
     partials = torch.empty(
         slots * configuration.slot_floats(problem), dtype=torch.float32, device=query.device
     )
     stream = torch.cuda.current_stream(index).cuda_stream
-    counters = words_for(index, 1 + configuration.units(problem) * configuration.warpgroups, stream)
+    counters = words_for(index, configuration.counters(problem, workers), stream)
     tiers = [cache.buffer.tier for cache in caches if cache.buffer is not None]
     window = window_of(query.device, tiers[0]) if tiers else None
     scale, cap = _score_factors(masking)
@@ -105,6 +112,10 @@ def launch(
             configuration.least_chunk(problem),
             *_remote_costs(index, window, configuration),
             *divisor(configuration.row_blocks(problem)),
+            _sweep_tokens(problem, configuration, caches, window),
+            MOST_AT_ONCE,
+            configuration.finest_rows,
+            0,
         )
     )
     kernel.launch(
@@ -139,6 +150,17 @@ def _remote_costs(
     bandwidth = profile_of(device_index).hbm_bandwidth
     tile_seconds = 2 * configuration.slot_bytes / bandwidth
     return bandwidth / window.link.direct_bandwidth, _PIECE_SECONDS / tile_seconds
+
+
+def _sweep_tokens(
+    problem: AttentionProblem,
+    configuration: AttentionConfiguration,
+    caches: tuple[CachedTensor, CachedTensor],
+    window: Window | None,
+) -> int:
+    if window is None or window.link.direct_bandwidth > FASTEST_SWEPT:
+        return NO_SWEEP
+    return configuration.sweep_tokens(problem, *(byte_strides(each.tensor) for each in caches))
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -25,8 +25,8 @@ ALIGNMENT = 16
 def cache_maps(cache: Tensor) -> bytes:
     """All maps of keys or values [B, H, S, D]: panels of 64 columns, then the narrower one behind.
 
-    Each in boxes of 8, 16, 32 and 64 tokens. They hold address and sizes only: pages may move under
-    them. `refusal` must have found none.
+    Each in boxes of 1, 2, 4 and so on to 64 tokens. They hold address and sizes only: pages may
+    move under them. `refusal` must have found none.
     """
     batch, heads, tokens, head_dim = cache.shape
     strides = byte_strides(cache)

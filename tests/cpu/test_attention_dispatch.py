@@ -14,7 +14,9 @@ from dak_inductor.lowering.attention import dispatch, launch, staged, tensor_map
 from dak_inductor.lowering.attention.configuration import (
     HEAD_DIMS,
     MAXIMUM_BATCH,
+    MOST_AT_ONCE,
     MOST_CHUNKS,
+    NO_SWEEP,
     AttentionConfiguration,
     choose,
     refusal,
@@ -167,9 +169,11 @@ def test_maps_and_arguments_see_the_strides_of_a_cache() -> None:
     ):
         assert tensor_maps.refusal(cache) is not None
     packed = launch.CachedTensor(key, Buffer(key.data_ptr() - 512)).packed()  # type: ignore[arg-type]
-    assert launch._CACHE.unpack(packed) == (4096, 512, 512, 256, 1024, *launch.divisor(64))
-    assert launch._CACHE.unpack(launch.CachedTensor(key, None).packed())[:2] == (0, 0)
-    assert 2 * launch._CACHE.size + launch._REST.size == 240
+    assert launch._CACHE.unpack(packed) == (
+        4096, 512, 512, 256, 1024, *launch.divisor(64)
+    )  # fmt: skip
+    assert launch._CACHE.unpack(launch.CachedTensor(key, None).packed())[0] == 0
+    assert 2 * launch._CACHE.size + launch._REST.size == 256
 
 
 @pytest.mark.parametrize(("size", "bytes_at_once"), [(64, 2), (80, 0), (96, 1), (128, 3), (192, 2)])
@@ -187,6 +191,23 @@ def test_scores_are_scaled_for_powers_of_two() -> None:
     assert 2**capped == pytest.approx(math.exp(30 * math.tanh(score * 0.25 / 30)))
 
 
+def test_sweeps_are_for_far_tokens() -> None:
+    problem = replace(PROBLEM, batch=64, kv_heads=8, tokens=100)
+    found = choose(problem)
+    row = problem.row_bytes
+    far = (row, 8 * row, 64 * 8 * row)
+    assert found.sweep_tokens(problem, far, far) == found.tile
+    near = (row, 8 * row, 32 * 8 * row)
+    assert found.sweep_tokens(replace(problem, batch=32), near, near) == 2 * found.tile
+    nearer = (row, 8 * row, 16 * 8 * row)
+    assert found.sweep_tokens(replace(problem, batch=16), nearer, nearer) == NO_SWEEP
+    # some sequences of a cache, with the tokens as far apart
+    assert found.sweep_tokens(replace(problem, batch=3), far, far) == found.tile
+    plain = (100 * row, 8 * 100 * row, row)
+    assert found.sweep_tokens(problem, plain, plain) == NO_SWEEP
+    assert found.sweep_tokens(problem, far, plain) == NO_SWEEP
+
+
 def test_configurations_hold_their_queries() -> None:
     for head_dim in HEAD_DIMS:
         for ratio, queries in ((1, 1), (4, 16), (8, 16), (71, 16)):
@@ -201,6 +222,14 @@ def test_configurations_hold_their_queries() -> None:
             read = found.least_chunk(problem) * 2 * found.slot_bytes
             assert 2 * min(found.rows, problem.rows) * head_dim <= read
             rows = min(found.rows, problem.rows)
-            assert found.slot_floats(problem) >= rows * (head_dim + 2)
+            assert found.slot_floats(problem) >= rows * (head_dim + 4)
+            # boxes of r rows begin at multiples of 2 r, and in each panel of 128 bytes
+            assert 2 * found.finest_rows * 2 * (head_dim % 64 or 64) % 128 == 0
+            for workers in (8, 264):
+                slots = found.partial_slots(problem, workers)
+                words = found.counters(problem, workers)
+                units = found.units(problem)
+                assert words >= 1 + units * found.warpgroups
+                assert slots <= MOST_AT_ONCE or words >= 1 + (units + slots) * found.warpgroups
     assert choose(replace(PROBLEM, dtype=torch.float16)) == AttentionConfiguration(128, 64, 2, True)
     assert refusal(replace(PROBLEM, queries=17)) and refusal(replace(PROBLEM, tokens=0))

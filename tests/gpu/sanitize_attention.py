@@ -51,6 +51,9 @@ def calls(arguments: argparse.Namespace) -> Iterator[str]:
                 AttentionSpec(2, 2, 7, 3, TOKENS, head_dim, layout="plain", softcap=20.0),
                 ("all remote", "all local"),
             ),
+            # in sweeps; and with results added up in groups
+            (AttentionSpec(64, 8, 2, 1, 140, head_dim), ("in a token", "tokens")),
+            (AttentionSpec(1, 1, 4, 1, 100 * TOKENS, head_dim), ("in a token", "all local")),
         ):
             splits = (split_bytes(names[0], spec), split_bytes(names[1], spec))
             case = make_case(replace(spec, splits=splits), tier, device)

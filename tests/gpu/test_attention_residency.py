@@ -22,7 +22,9 @@ from dak_inductor.cuda_runtime.device_records import RecordCounters
 from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
 from dak_inductor.cuda_runtime.window import Window
-from dak_inductor.lowering.attention.configuration import HEAD_DIMS, tile_of
+from dak_inductor.lowering.attention import dispatch
+from dak_inductor.lowering.attention.configuration import HEAD_DIMS, NO_SWEEP, choose, tile_of
+from dak_inductor.lowering.attention.tensor_maps import byte_strides
 
 SPEC = AttentionSpec(4, 8, 4, 1, 6000)  # 49 MB of keys, as much of values
 LARGEST_SLOT = 16 << 10
@@ -140,6 +142,69 @@ def test_two_graphs_replay_at_once_on_two_streams(tier: Tier, device: torch.devi
         assert isinstance(step.output, torch.Tensor)
         verdict = reference.judge(step.output)
         assert verdict.passed, verdict
+
+
+FAR = AttentionSpec(32, 8, 4, 1, 700)  # 64 KiB from token to token
+
+
+def test_sweeps_over_far_tokens(host_tier: Tier, device: torch.device) -> None:
+    """All units of a reader in turn for some tokens, taken up again for the next: right, the same
+    bits each time, and each byte read once."""
+    lengths = tuple(range(7, 7 + 32 * 22, 22))
+    for spec, names in (
+        (FAR, ("all remote", "all remote")),
+        (FAR, ("tokens", "in a token")),
+        (FAR, ("last bytes", "first bytes")),
+        (replace(FAR, batch=128, tokens=300), ("tokens", "tokens")),  # 256 KiB
+        (replace(FAR, kv_heads=32, ratio=1), ("in a token", "page")),
+        (replace(FAR, lengths=lengths, starts=tuple(x // 3 for x in lengths)), ("tokens",)),
+        (replace(FAR, lengths=(700,) + (90,) * 31, window=64), ("all remote",)),
+        (replace(FAR, ratio=8, queries=16), ("tokens", "in a token")),  # teams of two warpgroups
+        (replace(FAR, batch=64, head_dim=80, tokens=333), ("in a token", "tokens")),
+        (replace(FAR, head_dim=256, softcap=20.0, tokens=333), ("in a token", "tokens")),
+    ):
+        case = make_case(at(spec, *names), host_tier, device)
+        problem = dispatch.problem_of(case.tiered.query, case.tiered.key)
+        strides = [byte_strides(each) for each in (case.tiered.key, case.tiered.value)]
+        assert choose(problem).sweep_tokens(problem, *strides) < NO_SWEEP, spec
+        verdict = case.check()
+        assert verdict.passed, f"{spec}, {names}: {verdict}"
+        first = case.run()
+        assert all(torch.equal(first, case.run()) for _ in range(5)), (spec, names)
+        assert_counted(case, (spec, names))
+
+
+def test_copies_end_with_the_tokens(host_tier: Tier, device: torch.device) -> None:
+    """Remote tokens of each number up to a tile's: boxes of 1, 2 and 4 rows lie inside an atom of
+    the swizzle."""
+    for head_dim in HEAD_DIMS:
+        remote = tuple(range(66))
+        spec = AttentionSpec(66, 2, 4, 1, 200, head_dim, lengths=tuple(100 + x for x in remote))
+        case = make_case(replace(spec, splits=(100 * spec.token_bytes,) * 2), host_tier, device)
+        verdict = case.check()
+        assert verdict.passed, f"{spec}: {verdict}"
+        assert_counted(case, spec)
+
+
+def test_results_of_many_workers_are_added_up_in_groups(
+    host_tier: Tier, device: torch.device
+) -> None:
+    for spec in (
+        AttentionSpec(1, 1, 7, 1, 60_000),
+        AttentionSpec(1, 2, 4, 4, 70_000),
+        AttentionSpec(1, 1, 8, 16, 40_000),
+        AttentionSpec(1, 1, 4, 1, 30_000, 80),
+    ):
+        for name in ("all local", "in a token", "all remote", "last bytes"):
+            case = make_case(at(spec, name), host_tier, device)
+            verdict = case.check()
+            assert verdict.passed, f"{spec}, {name}: {verdict}"
+            step, first = capture(case.run), case.run()
+            for _ in range(5):
+                poison(step.output)
+                again = step()
+                assert isinstance(again, torch.Tensor)
+                assert torch.equal(first, again), f"{spec}, {name}"
 
 
 def test_one_split_gives_the_same_bits(tier: Tier, device: torch.device) -> None:

@@ -26,8 +26,8 @@ struct Arguments {
   const void* query;    // [batch, heads * ratio, queries, head_dim]
   void* out;            // [batch, queries, heads * ratio, head_dim], contiguous
   float* partials;      // unfinished results
-  u32* counters;        // zero between launches; claims, then for each unit and warpgroup the
-                        // pieces that arrived
+  u32* counters;        // zero between launches; claims, then for each unit and warpgroup, and for
+                        // each slot of results and warpgroup, what arrived
   u64 query_batch;      // elements from one to the next, multiples of 8
   u64 query_head;
   u64 query_row;
@@ -46,7 +46,11 @@ struct Arguments {
   float remote_tile;    // local tiles that are read while the link brings a remote one,
   float remote_piece;   // and while a worker has a piece of a remote unit
   schedule::Divisor blocks;  // row_blocks
+  u32 sweep_tokens;     // of a sweep of the remote line (attention/walk.cuh); 2^30: unit by unit
+  u32 most_at_once;     // results of a unit that are added up at once, and not first in groups
+  u32 finest_rows;      // copies end at multiples of so many tokens, a power of 2
+  u32 unused;
 };
-static_assert(sizeof(Cache) == 48 && sizeof(Arguments) == 240);
+static_assert(sizeof(Cache) == 48 && sizeof(Arguments) == 256);
 
 }  // namespace dak::attention

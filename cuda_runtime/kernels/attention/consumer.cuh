@@ -73,20 +73,18 @@ class Consumer {
     synchronize();
 
     float sums[L::head_dim / 2];
-#pragma unroll
-    for (u32 r = 0; r < L::head_dim / 2; ++r) sums[r] = 0.0f;
     Softmax<tile_tokens> softmax;
-    softmax.clear();
+    results_.begin(task, rows, sums, softmax);
     int first = task.first;
 #pragma unroll 1
     for (u32 left = task.tiles; left > 0; --left, first += tile_tokens) {
       add_tile(span, first, visible, sums, softmax);
     }
-    softmax.finish(arguments_.scale);
-    if (task.slots.total() == 1) {
+    softmax.finish(task.complete ? arguments_.scale : 1.0f);
+    if (task.complete && task.slots.total() == 1) {
       results_.write(rows, sums, softmax);
     } else {
-      results_.publish(rows, sums, softmax, task.slot, task.unit, task.slots);
+      results_.put(task, rows, sums, softmax);
     }
   }
 

@@ -8,9 +8,7 @@
 
 namespace dak::attention {
 
-// At least, where the window lets them. A power of 2: runs of whole units keep in step, and so read
-// the same pages. On the H200 (16 x 4096 tokens, 32 heads, all remote) T / L was 1.01 with 16 readers
-// and 1.03 with 8, but 1.25 with 12 and 1.9 with 6.
+// At least, where the window lets them.
 constexpr u32 readers = 16;
 constexpr u32 most_of_reader = 64 * 1024;  // bytes in flight
 // Of a local run: SMs start up to 17 us apart, and a few stream HBM a quarter slower than others while
@@ -27,16 +25,22 @@ constexpr float claimed_beside_remote = 0.25f;
 __device__ __forceinline__ u32 count_readers(const Arguments& arguments, const Count& count,
                                              u32 workers, u32 window, u32 tile, u32 row_bytes,
                                              u32 slots) {
-  const u32 rounded = (count.longest_remote + rows_at_least - 1) / rows_at_least * rows_at_least;
+  const u32 finest = arguments.finest_rows;
+  const u32 rounded = (count.longest_remote + finest - 1) & ~(finest - 1);
   const u32 largest = min(tile, rounded) * row_bytes;  // of a slot
   const u32 fit = max(1u, window / largest);
-  const u32 each = max(1u, min(fit / readers, min(slots, most_of_reader / largest)));
+  const u32 most = max(1u, min(slots, most_of_reader / largest));
+  const u32 each = max(1u, min(fit / readers, most));
   const float tiles = static_cast<float>(count.remote_tokens) * (1.0f / tile);
   const float rest = max(static_cast<float>(count.tiles[0]), tiles * arguments.remote_tile);
   const float pieces =
       __fdividef(static_cast<float>(count.remote_units) * arguments.remote_piece, rest);
   const u32 for_pieces = static_cast<u32>(min(pieces, static_cast<float>(workers))) + 1;
   u32 found = min(fit, max(fit / each, for_pieces));
+  // Slots are whole: one more for each of a few readers less, or else as many readers as have them.
+  // 18 readers that could have 32 slots would have one each, and the window would be half empty.
+  const u32 more = fit / found + 1;
+  found = more <= most && fit / more * 8 >= found * 7 ? fit / more : fit / (fit / found);
   if (count.tiles[0] > 0) found = min(found, max(1u, workers / 2));
   return min(min(found, workers), count.tiles[1]);
 }

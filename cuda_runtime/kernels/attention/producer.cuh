@@ -15,9 +15,9 @@
 
 namespace dak::attention {
 
-constexpr u32 boxes = 4;
+constexpr u32 boxes = 7;
 
-// Keys or values, in boxes of 8, 16, 32 and 64 tokens of one head, as wide as a panel.
+// Keys or values, in boxes of 1, 2, 4 and so on to 64 tokens of one head, as wide as a panel.
 struct BoxMaps {
   ptx::TensorMap boxes[attention::boxes];
 };
@@ -55,7 +55,7 @@ class Producer {
                                                  const TensorMaps& maps, Head& head, u32 team,
                                                  u32 worker) {
     const TeamUnits units(arguments, head.division, head.sequences);
-    Walk<L::tile, L::row_bytes> walk(units, Rest{});
+    Walk<L::tile, L::row_bytes> walk(units, Rest{}, arguments.sweep_tokens);
     walk.enter_first(head.division, worker, arguments.batch);
     const Piece piece = walk.next();
     head.rests[team] = walk.rest();
@@ -75,7 +75,7 @@ class Producer {
   // All pieces of the worker; after `prepare`.
   __device__ __forceinline__ void run() {
     const TeamUnits units(arguments_, head_.division, head_.sequences);
-    Walk<L::tile, L::row_bytes> walk(units, head_.rests[team_]);
+    Walk<L::tile, L::row_bytes> walk(units, head_.rests[team_], arguments_.sweep_tokens);
     Piece piece = head_.first[team_];
     pipeline::RingPosition task;
     for (;;) {
@@ -107,7 +107,7 @@ class Producer {
 #pragma unroll 1
       for (u32 side = 0; side < 2; ++side) {
         const u32 local = side == 0 ? local_tokens[0] : local_tokens[1];
-        fill(side, piece, first, end > static_cast<int>(local));
+        fill(side, piece, first, units.rows(piece.span, first), end > static_cast<int>(local));
       }
     }
   }
@@ -130,7 +130,7 @@ class Producer {
     const int head = static_cast<int>(arguments.blocks.quotient(piece.head));
     const int sequence = static_cast<int>(piece.sequence);
 #pragma unroll 1
-    for (u32 row = 0; row < L::tile; row += rows_at_least << box) {
+    for (u32 row = 0; row < L::tile; row += 1u << box) {
       const int token = first + static_cast<int>(row);
 #pragma unroll 1
       for (u32 panel = 0; panel < L::wide_panels + (L::tail > 0); ++panel) {
@@ -155,8 +155,8 @@ class Producer {
   }
 
   // Loads the next slot, with the tile whose first token is `first`.
-  __device__ __forceinline__ void fill(u32 side, const Piece& piece, int first, bool remote) {
-    const Rows rows = TeamUnits::rows(piece.span, first);
+  __device__ __forceinline__ void fill(u32 side, const Piece& piece, int first, const Rows& rows,
+                                       bool remote) {
     const u32 bytes = (rows.end - rows.begin) * L::row_bytes;
     const u32 slot = position_.stage;
     ptx::mbarrier_t* full = &head_.full[team_][slot];
@@ -172,7 +172,7 @@ class Producer {
     u32 row = rows.begin;
     u32 box = boxes - 1;
     while (row < rows.end) {
-      const u32 box_rows = rows_at_least << box;
+      const u32 box_rows = 1u << box;
       if (row + box_rows > rows.end) {
         --box;
         continue;

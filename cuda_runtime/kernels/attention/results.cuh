@@ -2,7 +2,8 @@
 //
 // A worker puts what it has of a unit into a slot and counts itself in. The last to arrive sets the
 // counter back and adds the slots up in their order, its own among them: who comes last has no part
-// in the result, and nobody waits.
+// in the result, and nobody waits. Many slots are added up in groups first, each into its first slot
+// by the last to arrive at the group: one warpgroup asks for 16 at a time, and waits for each round.
 #pragma once
 
 #include "attention/arguments.cuh"
@@ -10,6 +11,7 @@
 #include "attention/queries.cuh"
 #include "attention/slots.cuh"
 #include "attention/softmax.cuh"
+#include "attention/task.cuh"
 #include "ptx/convert.cuh"
 #include "ptx/exponent.cuh"
 #include "ptx/memory_order.cuh"
@@ -24,7 +26,7 @@ class Results {
   using L = Layout<configuration>;
   static constexpr u32 registers = L::head_dim / 2;
   static constexpr u32 vectors = L::head_dim / 4;
-  // Slots that are asked for before the first is used: one sequence on all SMs leaves 36 to a unit.
+  // Slots that are asked for before the first is used.
   static constexpr u32 at_once = 16;
 
  public:
@@ -56,25 +58,47 @@ class Results {
     }
   }
 
-  // A part of it, which becomes slot `slot`.
-  __device__ __forceinline__ void publish(const QueryRows& rows, const float (&sums)[registers],
-                                          const Softmax<L::tile>& softmax, u32 slot, u32 unit,
-                                          const Slots& slots) const {
+  // What a task starts from: nothing, or what this warpgroup put into its slot.
+  __device__ __forceinline__ void begin(const Task& task, const QueryRows& rows,
+                                        float (&sums)[registers],
+                                        Softmax<L::tile>& softmax) const {
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i) {
+      const u32 row = own_row() + 8 * i;
+      const bool there = task.resumes && row < rows.count;
+      float2 weight = make_float2(minus_infinity, 0.0f);
+      if (there) weight = __ldcg(weight_at(task.slot, row));
+      softmax.peak[i] = weight.x;
+      softmax.sum[i] = thread_ % 4 == 0 ? weight.y : 0.0f;
+      const float* place = sums_at(task.slot, row) + thread_ % 4 * 2;
+#pragma unroll
+      for (u32 r = 2 * i; r < registers; r += 4) {
+        float2 pair = make_float2(0.0f, 0.0f);
+        if (there) pair = __ldcg(reinterpret_cast<const float2*>(place + r / 4 * 8));
+        sums[r] = pair.x;
+        sums[r + 1] = pair.y;
+      }
+    }
+  }
+
+  // A part of it, which becomes the task's slot.
+  __device__ __forceinline__ void put(const Task& task, const QueryRows& rows,
+                                      const float (&sums)[registers],
+                                      const Softmax<L::tile>& softmax) const {
     if (rows.count == 0) return;
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {
       const u32 row = own_row() + 8 * i;
       if (row >= rows.count) continue;
-      float* place = sums_at(slot, row) + thread_ % 4 * 2;
+      float* place = sums_at(task.slot, row) + thread_ % 4 * 2;
 #pragma unroll
       for (u32 r = 2 * i; r < registers; r += 4) {
         __stcg(reinterpret_cast<float2*>(place + r / 4 * 8), make_float2(sums[r], sums[r + 1]));
       }
-      if (thread_ % 4 == 0) {
-        __stcg(weight_at(slot, row), make_float2(softmax.peak[i], softmax.sum[i]));
-      }
+      // by all four threads of a row: each reads what it wrote itself, if it takes the sums up again
+      __stcg(weight_at(task.slot, row), make_float2(softmax.peak[i], softmax.sum[i]));
     }
-    if (arrives_last(unit, slots.total())) combine(rows, slots);
+    if (task.complete) add_up(task, rows);
   }
 
   // Writes 0 for a sequence of which nothing is read.
@@ -97,18 +121,23 @@ class Results {
     return sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
   }
 
+  // fp32 elements.
+  __device__ __forceinline__ u32 weights_size() const { return (2 * slot_rows_ + 3) / 4 * 4; }
+
   __device__ __forceinline__ float* slot_at(u32 slot) const {
-    const u32 weights = (2 * slot_rows_ + 3) / 4 * 4;
-    return arguments_.partials + static_cast<u64>(slot) * (slot_rows_ * L::head_dim + weights);
+    return arguments_.partials +
+           static_cast<u64>(slot) * (slot_rows_ * L::head_dim + 2 * weights_size());
   }
 
   __device__ __forceinline__ float* sums_at(u32 slot, u32 row) const {
     return slot_at(slot) + (part_ * warpgroup_rows + row) * L::head_dim;
   }
 
-  // The largest score of a row, in powers of 2, and its sum of powers.
-  __device__ __forceinline__ float2* weight_at(u32 slot, u32 row) const {
-    float* weights = slot_at(slot) + slot_rows_ * L::head_dim;
+  // The largest score of a row, in powers of 2, and its sum of powers: of a slot, or of the group
+  // that is added up there. Others may still read the slot's own.
+  __device__ __forceinline__ float2* weight_at(u32 slot, u32 row, bool group = false) const {
+    float* weights =
+        slot_at(slot) + slot_rows_ * L::head_dim + (group ? weights_size() : 0);
     return reinterpret_cast<float2*>(weights) + part_ * warpgroup_rows + row;
   }
 
@@ -116,11 +145,15 @@ class Results {
     ptx::named_barrier(1 + warpgroup_, warpgroup_threads);
   }
 
-  __device__ __forceinline__ bool arrives_last(u32 unit, u32 pieces) const {
+  // Of a unit, or of a slot behind those of all units.
+  __device__ __forceinline__ u32* counter_of(u32 place) const {
+    return arguments_.counters + 1 + place * L::warpgroups + part_;
+  }
+
+  __device__ __forceinline__ bool arrives_last(u32* counter, u32 pieces) const {
     synchronize();
     if (thread_ == 0) {
       // for the whole warpgroup: barriers hand on what is known on either side of them
-      u32* counter = arguments_.counters + 1 + unit * L::warpgroups + part_;
       const bool last = ptx::add_acquire_release_gpu(counter, 1) + 1 == pieces;
       if (last) *counter = 0;
       head_.last[warpgroup_] = last;
@@ -129,8 +162,29 @@ class Results {
     return head_.last[warpgroup_] != 0;
   }
 
-  __device__ __forceinline__ void combine(const QueryRows& rows, const Slots& slots) const {
-    const u32 count = slots.total();
+  // Counts a slot in, and adds up what it completes: its group, then all groups of the unit.
+  __device__ __forceinline__ void add_up(const Task& task, const QueryRows& rows) const {
+    const u32 shift = task.slots.group_shift(arguments_.most_at_once);
+    Members members = task.slots.group(task.slot, shift);
+    u32 place = task.unit;
+    if (!members.all) {
+      const u32 units = arguments_.batch * arguments_.heads * arguments_.row_blocks;
+      place = units + task.slots.at(members.first);
+    }
+#pragma unroll 1
+    for (;;) {
+      if (!arrives_last(counter_of(place), members.count)) return;
+      combine(rows, task.slots, members, shift > 0 && members.all);
+      if (members.all) return;
+      members = task.slots.groups(shift);
+      place = task.unit;
+    }
+  }
+
+  // `groups`: the members have been added up in groups.
+  __device__ __forceinline__ void combine(const QueryRows& rows, const Slots& slots,
+                                          const Members& members, bool groups) const {
+    const u32 count = members.count;
     for (u32 item = thread_; item < rows.count * vectors; item += warpgroup_threads) {
       const u32 row = item / vectors;
       const u32 vector = item % vectors;
@@ -146,8 +200,8 @@ class Results {
           weights[i] = make_float2(minus_infinity, 0.0f);
           parts[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
           if (first + i < count) {
-            const u32 slot = slots.at(first + i);
-            weights[i] = __ldcg(weight_at(slot, row));
+            const u32 slot = slots.at(members.first + (first + i) * members.step);
+            weights[i] = __ldcg(weight_at(slot, row, groups));
             parts[i] = __ldcg(reinterpret_cast<const float4*>(sums_at(slot, row)) + vector);
           }
         }
@@ -170,6 +224,12 @@ class Results {
           total.z += parts[i].z * now;
           total.w += parts[i].w * now;
         }
+      }
+      if (!members.all) {
+        const u32 slot = slots.at(members.first);
+        __stcg(reinterpret_cast<float4*>(sums_at(slot, row)) + vector, total);
+        if (vector == 0) __stcg(weight_at(slot, row, true), make_float2(peak, sum));
+        continue;
       }
       const float inverse = inverse_of(sum);
       uint2 packed;

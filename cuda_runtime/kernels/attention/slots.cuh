@@ -7,6 +7,14 @@
 
 namespace dak::attention {
 
+// Slots of a unit that are added up: `count` of them from an index on, in steps.
+struct Members {
+  u32 first;
+  u32 step;
+  u32 count;
+  bool all;  // that the unit has
+};
+
 // Slots of a unit: `count[line]` from `first[line]` on.
 //
 // Pieces of a line lie on a staircase: from one to the next either the unit or the part is the
@@ -19,6 +27,28 @@ struct Slots {
 
   __device__ __forceinline__ u32 at(u32 index) const {
     return index < count[0] ? first[0] + index : first[1] + index - count[0];
+  }
+
+  // The index that `at` gives a slot for.
+  __device__ __forceinline__ u32 index(u32 slot) const {
+    return slot - first[0] < count[0] ? slot - first[0] : count[0] + slot - first[1];
+  }
+
+  // Slots are added up in groups of 2 to this power: about as many as there are groups. 0: at once.
+  __device__ __forceinline__ u32 group_shift(u32 most_at_once) const {
+    return total() <= most_at_once ? 0 : (33 - __clz(total() - 1)) / 2;
+  }
+
+  // The group of a slot,
+  __device__ __forceinline__ Members group(u32 slot, u32 shift) const {
+    if (shift == 0) return {0, 1, total(), true};
+    const u32 begin = index(slot) >> shift << shift;
+    return {begin, 1, min(total() - begin, 1u << shift), false};
+  }
+
+  // and the first slots of all groups.
+  __device__ __forceinline__ Members groups(u32 shift) const {
+    return {0, 1u << shift, ((total() - 1) >> shift) + 1, true};
   }
 
   // `unit` of `units`, which begins at `place` and has `tiles` on each line.

@@ -27,11 +27,6 @@ struct Softmax {
   float peak[2];  // largest score, unscaled
   float sum[2];   // this thread's part of the sum of powers
 
-  __device__ __forceinline__ void clear() {
-    peak[0] = peak[1] = minus_infinity;
-    sum[0] = sum[1] = 0.0f;
-  }
-
   // cap * tanh(scale * score / cap) in units of the cap.
   static __device__ __forceinline__ void cap(float (&scores)[registers], float factor) {
 #pragma unroll
@@ -87,7 +82,7 @@ struct Softmax {
     }
   }
 
-  // The sum of powers of each row, and its largest score in powers of 2.
+  // The sum of powers of each row, and its largest score times `scale`: in powers of 2.
   __device__ __forceinline__ void finish(float scale) {
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {

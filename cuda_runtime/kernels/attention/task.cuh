@@ -17,6 +17,8 @@ struct Task {
   u32 unit;
   u32 slot;    // for the result, where it is not the unit's only one
   Slots slots;  // of the unit
+  bool resumes;   // goes on with what the slot has,
+  bool complete;  // and leaves it finished
 
   template <u32 tile, u32 row_bytes>
   static __device__ __forceinline__ Task of_piece(const Units<tile, row_bytes>& units,
@@ -38,7 +40,9 @@ struct Task {
             piece.last - piece.first,
             unit,
             Slots::line_begin(division, piece.line, count) + unit + piece.part,
-            Slots::of_unit(division, place, tiles, unit, count)};
+            Slots::of_unit(division, place, tiles, unit, count),
+            piece.resumes,
+            piece.complete};
   }
 };
 

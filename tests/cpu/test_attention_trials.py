@@ -1,0 +1,115 @@
+"""When the stock operator serves a decode attention: what is measured, remembered and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from dak_inductor.lowering.attention import trials
+from dak_inductor.lowering.attention.problem import AttentionProblem
+from dak_inductor.lowering.attention.trials import Choices, Kind
+from dak_inductor.lowering.linear.trials import TRIALS
+
+KIND = Kind(AttentionProblem(2, 2, 4, 1, 100, 64, torch.bfloat16), (2, 0, 1), "cpu", 0)
+OPTIONS: dict[str, Any] = {
+    "lengths": None, "starts": None, "mask": None, "scale": 0.125, "causal": True, "window": 0,
+    "softcap": 0.0,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def switched_on() -> Iterator[None]:
+    before = TRIALS.enabled
+    TRIALS.switch(True)
+    yield
+    TRIALS.switch(before)
+
+
+def measured(
+    seconds: tuple[float, float] | None, calls: list[int]
+) -> Callable[[], tuple[float, float] | None]:
+    def measure() -> tuple[float, float] | None:
+        calls.append(1)
+        return seconds
+
+    return measure
+
+
+@pytest.mark.parametrize(
+    ("seconds", "stock"),
+    [((1.0, 0.9), True), ((1.0, 0.98), False), ((1.0, 1.2), False), (None, False)],
+)
+def test_a_kind_is_measured_once(seconds: tuple[float, float] | None, stock: bool) -> None:
+    choices, calls = Choices(capturing=lambda: False), list[int]()
+    assert choices.prefers_stock(KIND, measured(seconds, calls)) is stock
+    assert choices.prefers_stock(KIND, measured((1.0, 2.0), calls)) is stock
+    assert len(calls) == 1
+
+
+def test_nothing_is_measured_in_a_capture_or_while_trials_are_off() -> None:
+    capturing, calls = [True], list[int]()
+    choices = Choices(capturing=lambda: capturing[0])
+    faster = measured((1.0, 0.5), calls)
+    assert not choices.prefers_stock(KIND, faster) and not calls
+    capturing[0] = False
+    assert choices.prefers_stock(KIND, faster) and len(calls) == 1
+    capturing[0] = True
+    assert choices.prefers_stock(KIND, faster), "what was measured before holds in a capture"
+    TRIALS.switch(False)
+    assert not choices.prefers_stock(KIND, faster) and len(calls) == 1
+
+
+def test_want_of_memory_leaves_the_kernel() -> None:
+    choices = Choices(capturing=lambda: False)
+
+    def measure() -> tuple[float, float]:
+        raise torch.OutOfMemoryError
+
+    assert not choices.prefers_stock(KIND, measure)
+    assert not choices.prefers_stock(KIND, measured((1.0, 0.5), []))
+
+
+def test_a_call_within_a_trial_gets_the_kernel() -> None:
+    choices = Choices(capturing=lambda: False)
+    inner: list[bool] = []
+
+    def measure() -> tuple[float, float]:
+        inner.append(choices.prefers_stock(KIND, measured((1.0, 0.5), [])))
+        return (1.0, 0.5)
+
+    assert choices.prefers_stock(KIND, measure) and inner == [False]
+
+
+def test_only_whole_views_without_masks_have_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    query = torch.randn(2, 8, 1, 64)
+    key, value = torch.randn(2, 2, 100, 64), torch.randn(2, 2, 100, 64)
+    kernel = torch.zeros(2, 8, 1, 64)
+    counted: list[str] = []
+    monkeypatch.setattr(trials.dispatch, "run", lambda *_, **__: kernel)
+    monkeypatch.setattr(trials, "kind_of", lambda *_: KIND)
+    monkeypatch.setattr(trials.reads, "count_dense", lambda kind, *_: counted.append(kind))
+    choices = Choices(capturing=lambda: False)
+    choices.prefers_stock(KIND, measured((1.0, 0.5), []))
+    monkeypatch.setattr(trials, "CHOICES", choices)
+    found = trials.run(query, key, value, **OPTIONS)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, scale=0.125, enable_gqa=True
+    )
+    assert found is not None and torch.allclose(found, expected, atol=1e-5)
+    assert counted == ["attention"]
+    bound = torch.full((2,), 50, dtype=torch.int32)
+    for other in (
+        {"lengths": bound}, {"starts": bound}, {"mask": torch.ones(100, dtype=torch.bool)},
+        {"window": 60}, {"softcap": 30.0},
+    ):  # fmt: skip
+        assert trials.run(query, key, value, **{**OPTIONS, **other}) is kernel, other
+    assert trials.run(query, key, value, **{**OPTIONS, "window": 100}) is not kernel
+    assert counted == ["attention"] * 2
+
+
+def test_operands_elsewhere_are_of_no_kind() -> None:
+    query, cache = torch.randn(2, 8, 1, 64), torch.randn(2, 2, 100, 64)
+    assert trials.kind_of(query, cache, cache) is None
