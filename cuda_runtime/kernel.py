@@ -6,6 +6,7 @@ import functools
 import threading
 from collections.abc import Sequence
 
+from dak_inductor.cuda_runtime.current_stream import current_stream
 from dak_inductor.cuda_runtime.nvrtc import Cubin, KernelInstance, compiler, extension
 from dak_inductor.errors import UnsupportedDriverError
 
@@ -47,9 +48,9 @@ class LoadedKernel:
         self.function.launch(
             grid=grid,
             block=block,
-            arguments=list(arguments),
+            arguments=arguments,
             shared_bytes=shared_bytes,
-            stream=_current_stream(self.device_index) if stream is None else stream,
+            stream=current_stream(self.device_index) if stream is None else stream,
             cluster=cluster,
             overlap=overlap,
         )
@@ -104,9 +105,3 @@ def architecture(device_index: int) -> str:
             f"{device_index} ({torch.cuda.get_device_name(device_index)}) has {major}.{minor}"
         )
     return f"sm_{major}{minor}a"
-
-
-def _current_stream(device_index: int) -> int:
-    import torch
-
-    return torch.cuda.current_stream(device_index).cuda_stream

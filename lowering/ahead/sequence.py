@@ -75,29 +75,13 @@ class CallSequence:
         return None if any(None in each for each in found) else found
 
 
-def key_of(product: Product) -> Hashable:
-    """What says that two calls of one graph are the same call."""
-    weight = product.weights[0]
-    return (
-        tuple(each.data_ptr() for each in product.weights),
-        weight.shape,
-        weight.stride(),
-        product.x.shape,
-        product.x.dtype,
-        product.activation,
-        product.layout,
-        tuple(bias is None for bias in product.biases),
-        product.residual is None,
-    )
-
-
 def call_of(product: Product, written: Collection[TieredBuffer] = ()) -> StepCall:
     """The facts of a call in a graph that writes to these buffers."""
     unfit = product.ring_refusal()
     if unfit is not None:
-        return StepCall(key_of(product), None, (), unfit)
+        return StepCall(product.key, None, (), unfit)
     stored = tuple(map(_stored, product.weights, product.buffers))
-    return StepCall(key_of(product), product.facts(), stored, _refusal(product, written))
+    return StepCall(product.key, product.facts(), stored, _refusal(product, written))
 
 
 def _stored(weight: Tensor, buffer: TieredBuffer | None) -> StoredWeight:

@@ -12,6 +12,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from dak_inductor.cuda_runtime.current_stream import current_stream
 from dak_inductor.cuda_runtime.nvrtc import extension
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.lowering.ahead.player import Player
@@ -20,7 +21,6 @@ from dak_inductor.lowering.ahead.sequence import (
     Splits,
     StepCall,
     call_of,
-    key_of,
 )
 from dak_inductor.lowering.ahead.step_plan import StepPlan
 from dak_inductor.lowering.linear.product import Product
@@ -30,7 +30,7 @@ def place_of(device: torch.device) -> tuple[int, int]:
     """The current stream of `device` and the capture that is open on it, 0 for none."""
     if device.type != "cuda":
         return 0, 0
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = current_stream(device.index)
     return stream, extension().capture_id(stream)
 
 
@@ -113,7 +113,7 @@ class PlayedStep:
         if self._next == len(self._sequence.calls):
             return "it has more products than it had"
         call = self._sequence.calls[self._next]
-        if key_of(product) != call.key:
+        if product.key != call.key:
             return f"product {self._next} is another than it was"
         # The launch lock is held, but by this thread: a graph that is called inside of this one
         # may plan again and move pages while copies are under way.

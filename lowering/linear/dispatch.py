@@ -15,6 +15,7 @@ from dak_inductor.lowering.linear.configuration import MAXIMUM_TOKENS
 from dak_inductor.lowering.linear.open_step import current
 from dak_inductor.lowering.linear.problem import DTYPES, LinearProblem
 from dak_inductor.lowering.linear.product import Product
+from dak_inductor.lowering.linear.routes import ROUTES, Route
 from dak_inductor.lowering.linear.trials import TRIALS
 from dak_inductor.lowering.linear.ways import Way, WayName, ways_of
 from dak_inductor.lowering.marks import MARKS
@@ -55,11 +56,22 @@ def run(
     served = None if step is None else step.serve(product)
     if served is not None:
         return served
+    route = ROUTES.find(product, TRIALS.state)
+    if route is not None:
+        return _by(route, product)
     if x.dim() and x.numel() > MAXIMUM_TOKENS * x.shape[-1]:
         return None if _is_refused(product.ring_refusal()) else product.staged()
     if _is_refused(_refusal(product)):
         return None
     return _fastest(product, stock, measures=step is None or step.measures)
+
+
+def _by(route: Route, product: Product) -> Tensor | None:
+    if route.way == "stock":
+        return None
+    if route.launch is not None:
+        return product.direct(route.problem, route.launch)
+    return None if _is_refused(product.ring_refusal()) else product.staged()
 
 
 def _fastest(
@@ -87,7 +99,16 @@ def _fastest(
             return stopwatch.seconds_of([runs[way.name] for way in ways], product.x.device)
 
     way = TRIALS.choose(facts, ways, measure) if measures else TRIALS.current(facts, ways)
-    return None if way.name == "stock" else runs[way.name]()
+    if not TRIALS.is_settled(facts, ways):
+        return None if way.name == "stock" else runs[way.name]()
+    launch = None
+    if way.configuration is not None:
+        launch = product.launch(facts.problem, way.configuration)
+    if launch is None or product.may_launch_again:
+        ROUTES.keep(product, way.name, facts.problem, launch, TRIALS.state)
+    if way.name == "stock":
+        return None
+    return product.staged() if launch is None else product.direct(facts.problem, launch)
 
 
 def way_of(product: Product) -> WayName:
@@ -103,7 +124,7 @@ def way_of(product: Product) -> WayName:
 def _compute(product: Product, problem: LinearProblem, way: Way) -> Tensor:
     if way.configuration is None:
         return product.staged()
-    return product.direct(problem, way.configuration)
+    return product.direct(problem, product.launch(problem, way.configuration))
 
 
 def _is_refused(reason: str | None) -> bool:

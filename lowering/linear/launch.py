@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dak_inductor import hardware
+from dak_inductor.cuda_runtime.current_stream import current_stream
 from dak_inductor.cuda_runtime.kernel import LoadedKernel, load
 from dak_inductor.cuda_runtime.launch_words import words_for
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
@@ -54,60 +55,48 @@ class Operand:
         )
 
 
-def launch(
-    problem: LinearProblem,
-    configuration: LinearConfiguration,
-    *,
-    x: Tensor,
-    operands: tuple[Operand, ...],
-    residual: Tensor | None,
-    activation: Activation,
-    out: Tensor,
-    bounded_waits: bool = False,
-) -> None:
-    """Queue y = f(x W^T) on torch's current stream.
+class LinearLaunch:
+    """Launches of one product with the same weights: all that does not change is packed once.
 
     Args:
-        x: [M, K], rows contiguous.
-        residual, out: [M, N], rows contiguous.
+        operands: one, or gate and up; their tensors and buffers must outlive the launches.
         bounded_waits: end with an error that names the barrier where one never completes.
 
     Raises CompilationError, DriverError.
     """
-    index = x.device.index
-    kernel = load(configuration.kernel(bounded_waits=bounded_waits), index)
-    workers = worker_count(configuration, index)
-    buffer = operands[0].buffer
-    window = window_of(x.device, buffer.tier)
-    profile = profile_of(index)
-    most_remote = most_remote_workers(
-        configuration, profile, window.link, window=window.nbytes, workers=workers
-    )
-    step = step_seconds(configuration, profile)
-    tail = tail_rule(problem, configuration, profile, workers)
-    slots = 2 * most_remote + workers  # a remote run may leave one and keep one
-    slots += configuration.tiles(problem) if problem.in_out else 0
-    slots += tail.slots(configuration.tiles(problem))
-    partials = torch.empty(slots * configuration.partial_bytes, dtype=torch.uint8, device=x.device)
-    stream = torch.cuda.current_stream(index).cuda_stream
-    flags = slots * configuration.cluster * CONSUMER_WARPGROUPS
-    words = words_for(index, _CLAIM_WORDS + flags, stream)
-    second = operands[-1]
-    cta_tokens = math.ceil(problem.m / configuration.cluster)
-    arguments = (
-        operands[0].packed()
-        + second.packed()
-        + _REST.pack(
-            window.address,
-            out.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
-            out.stride(0),
-            0 if residual is None else residual.stride(0),
-            partials.data_ptr(),
-            words + 4 * _CLAIM_WORDS,
-            words,
+
+    def __init__(
+        self,
+        problem: LinearProblem,
+        configuration: LinearConfiguration,
+        operands: tuple[Operand, ...],
+        activation: Activation,
+        device: torch.device,
+        *,
+        bounded_waits: bool = False,
+    ) -> None:
+        self._device, self._index = device, device.index
+        self._kernel = load(configuration.kernel(bounded_waits=bounded_waits), self._index)
+        workers = worker_count(configuration, self._index)
+        self._window = window = window_of(device, operands[0].buffer.tier)
+        self._window_bytes = window.nbytes
+        profile = profile_of(self._index)
+        most_remote = most_remote_workers(
+            configuration, profile, window.link, window=window.nbytes, workers=workers
+        )
+        step = step_seconds(configuration, profile)
+        tail = tail_rule(problem, configuration, profile, workers)
+        slots = 2 * most_remote + workers  # a remote run may leave one and keep one
+        slots += configuration.tiles(problem) if problem.in_out else 0
+        slots += tail.slots(configuration.tiles(problem))
+        self._partial_bytes = slots * configuration.partial_bytes
+        self._words = _CLAIM_WORDS + slots * configuration.cluster * CONSUMER_WARPGROUPS
+        second = operands[-1]
+        self._weights = operands[0].packed() + second.packed()
+        self._cta_tokens = math.ceil(problem.m / configuration.cluster)
+        self._constants = (
             problem.m,
-            cta_tokens,
+            self._cta_tokens,
             problem.n,
             problem.k,
             int(activation),
@@ -122,21 +111,51 @@ def launch(
             tail.least,
             tail.spared,
         )
-    )
-    kernel.launch(
-        grid=(workers * configuration.cluster, 1, 1),
-        block=(THREADS, 1, 1),
-        arguments=[
+        self._maps = (
             *(_weight_map(operand.tensor, configuration) for operand in (operands[0], second)),
             *(_row_maps(operand.tensor) for operand in (operands[0], second)),
-            _map(x, cta_tokens),
-            arguments,
-        ],
-        shared_bytes=configuration.shared_bytes,
-        cluster=(configuration.cluster, 1, 1),
-        stream=stream,
-        overlap=True,
-    )
+        )
+        self._grid = (workers * configuration.cluster, 1, 1)
+        self._cluster = (configuration.cluster, 1, 1)
+        self._shared_bytes = configuration.shared_bytes
+
+    @property
+    def holds(self) -> bool:
+        """False once the link's window is another than it was: workers are counted by it."""
+        return self._window.nbytes == self._window_bytes
+
+    def __call__(self, x: Tensor, residual: Tensor | None, out: Tensor) -> None:
+        """Queue y = f(x W^T) on torch's current stream.
+
+        Args:
+            x: [M, K], rows contiguous.
+            residual, out: [M, N], rows contiguous.
+
+        Raises DriverError.
+        """
+        partials = torch.empty(self._partial_bytes, dtype=torch.uint8, device=self._device)
+        stream = current_stream(self._index)
+        words = words_for(self._index, self._words, stream)
+        arguments = self._weights + _REST.pack(
+            self._window.address,
+            out.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            out.stride(0),
+            0 if residual is None else residual.stride(0),
+            partials.data_ptr(),
+            words + 4 * _CLAIM_WORDS,
+            words,
+            *self._constants,
+        )
+        self._kernel.launch(
+            grid=self._grid,
+            block=(THREADS, 1, 1),
+            arguments=(*self._maps, _map(x, self._cta_tokens), arguments),
+            shared_bytes=self._shared_bytes,
+            cluster=self._cluster,
+            stream=stream,
+            overlap=True,
+        )
 
 
 @lru_cache(maxsize=1024)

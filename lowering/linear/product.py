@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from dak_inductor.lowering import reads
 from dak_inductor.lowering.linear import ring, tensor_maps
 from dak_inductor.lowering.linear.call_facts import CallFacts
 from dak_inductor.lowering.linear.configuration import LinearConfiguration
-from dak_inductor.lowering.linear.launch import Operand, launch
+from dak_inductor.lowering.linear.launch import LinearLaunch, Operand
 from dak_inductor.lowering.linear.problem import Activation, LinearProblem
 from dak_inductor.lowering.marks import MARKS
 
@@ -33,6 +34,7 @@ class Product:
     buffers: of each weight the buffer that holds it; None: it is all local.
     biases: [N] or None for each weight.
     residual: [..., N] or None.
+    key: what tells two calls apart that may run in different ways, or at different costs.
     """
 
     x: Tensor
@@ -42,6 +44,25 @@ class Product:
     residual: Tensor | None
     activation: str
     layout: str
+    key: Hashable = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        weight, residual = self.weights[0], self.residual
+        key = (
+            tuple([each.data_ptr() for each in self.weights]),
+            weight.shape,
+            weight.stride(),
+            self.x.shape,
+            self.x.dtype,
+            self.x.device,
+            self.activation,
+            self.layout,
+            tuple(
+                [None if bias is None else (bias.data_ptr(), bias.dtype) for bias in self.biases]
+            ),
+            None if residual is None else (residual.dtype, residual.device),
+        )
+        object.__setattr__(self, "key", key)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -71,28 +92,30 @@ class Product:
             self.residual is not None,
         )
 
-    def direct(self, problem: LinearProblem, configuration: LinearConfiguration) -> Tensor:
-        """By the kernel. All weights are in buffers."""
-        rows = self.x.reshape(-1, problem.k)
-        if tensor_maps.refusal(rows) is not None:
-            rows = rows.contiguous()
+    def launch(self, problem: LinearProblem, configuration: LinearConfiguration) -> LinearLaunch:
+        """The kernel, ready for calls with this one's key. All weights are in buffers."""
         operands = tuple(
             Operand(weight, None if bias is None else _vectors(bias), buffer)
             for weight, bias, buffer in zip(self.weights, self.biases, self.buffers, strict=True)
             if buffer is not None
         )
+        activation = _ACTIVATIONS[self.activation]
+        return LinearLaunch(problem, configuration, operands, activation, self.x.device)
+
+    @property
+    def may_launch_again(self) -> bool:
+        """Whether a `launch` of this call reads no copies that are made for it."""
+        return all(bias is None or _vectors(bias) is bias for bias in self.biases)
+
+    def direct(self, problem: LinearProblem, launch: LinearLaunch) -> Tensor:
+        """By the kernel."""
+        rows = self.x.reshape(-1, problem.k)
+        if tensor_maps.refusal(rows) is not None:
+            rows = rows.contiguous()
         out = torch.empty((problem.m, problem.n), dtype=problem.dtype, device=self.x.device)
         added = None if self.residual is None else _vectors(self.residual.reshape(-1, problem.n))
         with MARKS.of_buffers("direct", self.buffers):
-            launch(
-                problem,
-                configuration,
-                x=rows,
-                operands=operands,
-                residual=added,
-                activation=_ACTIVATIONS[self.activation],
-                out=out,
-            )
+            launch(rows, added, out)
         return out.view(*self.x.shape[:-1], problem.n)
 
     def staged(self) -> Tensor:

@@ -6,6 +6,7 @@ kernels, so where they leave a doubt the ways are timed on the call's own operan
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -43,8 +44,14 @@ class Trial:
         return f"{self.call}: {self.times}; {self.chosen} is taken"
 
 
+_STATES = itertools.count()
+
+
 class Trials:
-    """The choices so far. Thread-safe; one that is made stays."""
+    """The choices so far. Thread-safe; one that is made stays.
+
+    `state` is another number, also than of other trials, once calls may get other ways than before.
+    """
 
     def __init__(self, *, capturing: Callable[[int], bool] | None = None) -> None:
         self._capturing = capturing or _is_capturing
@@ -53,6 +60,7 @@ class Trials:
         self._running: set[CallFacts] = set()
         self._results: list[Trial] = []
         self._enabled: bool | None = None
+        self.state = next(_STATES)
 
     @property
     def enabled(self) -> bool:
@@ -63,7 +71,16 @@ class Trials:
 
     def switch(self, on: bool) -> None:
         """Off, estimates alone choose, also where something was measured before."""
+        if on != self._enabled:
+            self.state = next(_STATES)
         self._enabled = on
+
+    def is_settled(self, call: CallFacts, ways: Sequence[Way]) -> bool:
+        """Whether later calls like this one get the same way, as long as `state` is the same."""
+        if len(ways) == 1 or not self.enabled:
+            return True
+        with self._lock:
+            return kind_of(call) in self._chosen
 
     def results(self) -> tuple[Trial, ...]:
         """What was measured, in order."""

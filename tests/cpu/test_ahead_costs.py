@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dak_inductor import hardware
-from dak_inductor.lowering.ahead.sequence import CallSequence, call_of, key_of
+from dak_inductor.lowering.ahead.sequence import CallSequence, call_of
 from dak_inductor.lowering.ahead.step_costs import step_ops, tier_of
 from dak_inductor.lowering.ahead.step_op import RowSpan
 
@@ -85,8 +85,8 @@ def test_reasons_of_what_cannot_be_staged() -> None:
 
 def test_calls_are_the_same_only_with_equal_weights_tokens_and_epilogue() -> None:
     first, second = (weight_of(96, 64, 0.5)[1] for _ in range(2))
-    key = key_of(Layer((first,)).product(inputs(2)))
-    assert key == key_of(Layer((first,)).product(inputs(2)))
+    key = Layer((first,)).product(inputs(2)).key
+    assert key == Layer((first,)).product(inputs(2)).key
     for other in (
         Layer((second,)).product(inputs(2)),
         Layer((first,)).product(inputs(3)),
@@ -97,7 +97,7 @@ def test_calls_are_the_same_only_with_equal_weights_tokens_and_epilogue() -> Non
         Layer((first,)).product(inputs(2).float()),
         replace(Layer((first,)).product(inputs(2)), biases=(torch.zeros(96),)),
     ):
-        assert key_of(other) != key
+        assert other.key != key
 
 
 def test_a_sequence_keeps_no_weight_alive() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from dak_inductor import hardware, session, trial_report
 from dak_inductor.backend import compile_graph
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
 from dak_inductor.lowering import counters, device_counters, ops, ops_linear
-from dak_inductor.lowering.linear import dispatch, product, stopwatch, trials, ways
+from dak_inductor.lowering.linear import dispatch, product, routes, stopwatch, trials, ways
 from dak_inductor.lowering.linear.call_facts import CallFacts, kind_of, remote_step, token_step
 from dak_inductor.lowering.linear.configuration import MAXIMUM_TOKENS
 from dak_inductor.lowering.linear.problem import LinearProblem
@@ -309,7 +310,8 @@ def tried(h200: None, monkeypatch: pytest.MonkeyPatch):
             run()
         return [times[name] for name in ran[before:]]
 
-    def direct(self, problem, configuration) -> torch.Tensor:
+    def direct(self, problem, launch) -> torch.Tensor:
+        assert launch is prepared
         ran.append("direct")
         return F.linear(self.x, self.weights[0]) + 1
 
@@ -329,6 +331,8 @@ def tried(h200: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(trials, "SURE", 0.0)  # of so small a weight the ring's estimate is far
     monkeypatch.setattr(stopwatch, "seconds_of", seconds_of)
     monkeypatch.setattr(product.Product, "direct", direct)
+    prepared = SimpleNamespace(holds=True)
+    monkeypatch.setattr(product.Product, "launch", lambda *_: prepared)
     monkeypatch.setattr(product.Product, "staged", staged)
     buffer = SimulatedTier().allocate(512 * 512 * 2, split=512 * 512)
     buffer.tier = "cpu"
@@ -336,7 +340,10 @@ def tried(h200: None, monkeypatch: pytest.MonkeyPatch):
     operator = next(each for each in ops.OPERATORS if each.name == "linear")
     run = ops._on_device(operator, operator.stock)
     counters.reset()
-    yield SimpleNamespace(ran=ran, times=times, weight=weight, run=run, buffer=buffer)
+    yield SimpleNamespace(
+        ran=ran, times=times, weight=weight, run=run, buffer=buffer, chooser=chooser,
+        prepared=prepared,
+    )  # fmt: skip
     counters.reset()
 
 
@@ -365,6 +372,69 @@ def test_without_a_stock_operator_it_is_not_tried(tried: SimpleNamespace) -> Non
     del tried.ran[:]
     assert dispatch.run(x[:1], (tried.weight,), **options) is not None
     assert tried.ran == ["direct"]
+
+
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by one at each call that is looked at in whole."""
+    looked: list[str] = []
+    monkeypatch.setattr(dispatch, "_refusal", lambda _: looked.append(""))
+    return looked
+
+
+def test_a_call_like_an_earlier_one_is_served_alike_without_asking(
+    tried: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = asked(monkeypatch)
+    tried.times.update(direct=1.0, ring=2.0, stock=2.0)
+    x = torch.randn(200, 512, dtype=BF16)
+    for number in range(3):
+        tried.run(x + number, tried.weight, None)
+    assert len(looked) == 1 and tried.ran[3:] == ["direct"] * 3
+    tried.run(x, tried.weight, torch.zeros(512, dtype=BF16))
+    assert len(looked) == 2, "another call: it has a bias"
+    tried.buffer.split -= 4096
+    tried.run(x, tried.weight, None)
+    assert len(looked) == 3, "other bytes are remote"
+    tried.prepared.holds = False
+    tried.run(x, tried.weight, None)
+    assert len(looked) == 4, "the window is another"
+    tried.prepared.holds = True
+    tried.chooser.switch(False)
+    tried.run(x, tried.weight, None)
+    assert len(looked) == 5, "trials are switched off"
+
+
+def test_a_choice_that_is_not_made_yet_is_asked_for_again(
+    tried: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = asked(monkeypatch)
+    monkeypatch.setattr(tried.chooser, "_capturing", lambda _: True)
+    x = torch.randn(200, 512, dtype=BF16)
+    for _ in range(2):
+        tried.run(x, tried.weight, None)
+    assert len(looked) == 2 and len(tried.ran) == 2, "no trial inside a capture, nothing kept"
+
+
+def test_routes_are_bounded_and_keep_no_memory_alive(
+    tried: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routes, "MOST_ROUTES", 2)
+    kept = routes.Routes()
+    calls = [
+        product.Product(
+            torch.zeros(m, 512, dtype=BF16), (tried.weight,), (tried.buffer,), (None,), None,
+            "none", "out_in",
+        )
+        for m in (1, 2, 3)
+    ]  # fmt: skip
+    for call in calls:
+        kept.keep(call, "stock", call.facts().problem, None, 0)
+    assert kept.find(calls[0], 0) is None
+    assert kept.find(calls[2], 0) is not None
+    assert kept.find(calls[2], 1) is None, "trials have another state"
+    assert kept.find(calls[2], 0) is None, "and it is forgotten"
+    found = kept.find(calls[1], 0)
+    assert found is not None and isinstance(found.buffers[0], weakref.ref)
 
 
 def test_what_the_ring_refuses_is_stock_without_a_trial(tried: SimpleNamespace) -> None:

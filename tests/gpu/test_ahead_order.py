@@ -127,7 +127,7 @@ def test_memory_stays_within_the_budget(device: torch.device) -> None:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     nbytes = sum(parameter.nbytes for parameter in model.parameters())
-    budget = total - free + (512 << 20) + nbytes // 4
+    budget = total - free + (768 << 20) + nbytes // 4  # what is kept for activations, and libraries
     dak.offload(model, gpu_memory=budget)
     model.compile(backend="dak", options={"strategy": "staged"})
     for tokens in (1, 1, 1, 1, 512, 512, 512):
