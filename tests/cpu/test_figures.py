@@ -127,6 +127,8 @@ def test_attention_figures_are_those_of_the_record() -> None:
     words = " ".join(README.split())
     assert f"{low} to {high} of the bound for 8 sequences of 32,768 tokens" in words
     assert f"10% and 100% remote, {at[0.01]} at 1%" in words
+    large = {(c["shape"], c["fraction"]): c["T/L"] for c in record("attention_large.json")["cells"]}
+    assert f"take {large['128x8192x8x4x128', 0.5]:.2f} of it" in words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
