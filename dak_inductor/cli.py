@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from dak_inductor.errors import DakError, OptionError
+from dak_inductor.whole_files import write_whole
 
 ERROR_EXIT_CODE = 2
 
@@ -268,6 +269,6 @@ def _console() -> Console:
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     except OSError as error:
         raise OptionError(f"{path} cannot be written: {error.strerror or error}") from error

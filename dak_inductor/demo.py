@@ -21,6 +21,7 @@ from dak_inductor.output_check import (
     generate,
     reference_logits,
 )
+from dak_inductor.whole_files import write_whole
 
 # Llama-3-8B, and a model of the same make that two CPU cores compile and run in seconds.
 _LARGE: dict[str, Any] = {
@@ -117,7 +118,7 @@ def run(
     if json_out is not None:
         record = _record(comparison, free, resident_seconds, passed)
         record |= {"layers": layers, "ratio": ratio, "remote": remote, "torch": torch.__version__}
-        Path(json_out).write_text(json.dumps(record, indent=2) + "\n")
+        write_whole(Path(json_out), json.dumps(record, indent=2) + "\n")
     return 0 if passed else 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,8 +84,6 @@ def kv_cache(
                 module, record, geometry, plans,
                 ratio=offload_ratio, remote=remote, host_memory=host_memory, expected=expected,
             )  # fmt: skip
-        if record is not None:
-            record.cache_count += 1
         cache = layers.TieredCache(storage)
     refused = use_attention_function(module) if attention else None
     print(_line(module, storage, refused))
@@ -202,8 +201,13 @@ def _positive(name: str, value: object) -> int:
 
 
 def _label(record: OffloadedModel | None) -> str:
-    number = 0 if record is None else record.cache_count
-    return f"kv_cache{number}" if number else "kv_cache"
+    """A name that no cache of the model has. Those of caches that are gone are used again: a
+    server makes one for each request, and reads are counted by name."""
+    taken = (
+        set() if record is None else {tensor.name.partition(".")[0] for tensor in record.tensors()}
+    )
+    names = (f"kv_cache{number}" if number else "kv_cache" for number in itertools.count())
+    return next(name for name in names if name not in taken)
 
 
 def _line(module: nn.Module, storage: CacheStorage, refused: str | None) -> str:

@@ -115,7 +115,6 @@ class OffloadedModel:
     default_uses: tuple[OpUse, ...] = ()  # what a decode step is taken to read before it is seen
     refusals: tuple[Refusal, ...] = ()
     caches: weakref.WeakSet[PlannedCache] = field(default_factory=weakref.WeakSet)
-    cache_count: int = 0  # made so far, for their names
     export_hook: RemovableHandle | None = None  # refuses torch.export while the model is offloaded
     _expected: list[tuple[Mapping[str, torch.Tensor | None], str, int, str]] = field(
         default_factory=list

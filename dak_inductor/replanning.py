@@ -102,8 +102,9 @@ def replan(
     """Plan again and move, if the budget asks for it or the predicted gain pays for the moves.
 
     Called at a step boundary; `measured` says that a step has run, whose peak of memory then takes
-    the place of the estimate. Returns what was moved, or None.
+    the place of the estimate. Returns what was moved, or None. The caller holds the launch lock.
     """
+    caches = list(model.caches)  # none goes, in another thread, between the plan and its moves
     if measured:
         for change in model.budget.measure():
             log.info("%s", change)
@@ -123,6 +124,7 @@ def replan(
                       moved / 1e9, cost * 1e3, gain * 1e3)  # fmt: skip
             return None
     report = placement.apply(plan, model)
+    del caches
     log.info(
         "%s: moved %.3f GB to the remote tier and %.3f GB back in %.1f ms",
         model.label, report.bytes_to_remote / 1e9, report.bytes_to_local / 1e9, report.seconds *

@@ -31,6 +31,7 @@ from dak_inductor.lowering.marks import MARKS
 from dak_inductor.offloaded import OffloadedModel, changes, offloaded_models
 from dak_inductor.op_table import OpTable
 from dak_inductor.options import BackendOptions
+from dak_inductor.out_of_memory import advice
 from dak_inductor.resident_copies import resident_copies
 from dak_inductor.written_inputs import buffers_of
 
@@ -56,12 +57,14 @@ class Session:
     def add(self, binding: Binding) -> None:
         """Remember a binding for planning."""
         with self._lock:
+            self._forget_dead()
             self._bindings.append(binding)
 
     def bindings(self) -> list[Binding]:
         """All bindings whose weights are still offloaded."""
         offloaded = {key for model in offloaded_models() for key in model.buffer_ids()}
         with self._lock:
+            self._forget_dead()
             self._bindings = [
                 binding
                 for binding in self._bindings
@@ -69,6 +72,14 @@ class Session:
                 or any(id(buffer) in offloaded for buffer in binding.live_buffers().values())
             ]
             return list(self._bindings)
+
+    def _forget_dead(self) -> None:
+        """Of memory that went, such as a request's cache, calls are no guide to a plan any more."""
+        dead = [binding for binding in self._bindings if not binding.alive]
+        for binding in dead:
+            binding.flush()
+        if dead:
+            self._bindings = [binding for binding in self._bindings if binding.alive]
 
     def flush(self) -> None:
         """Bring the counters up to date."""
@@ -146,7 +157,7 @@ class CompiledGraph:
                 ):
                     result = self.run(*arguments)
             except torch.OutOfMemoryError as error:
-                raise DeviceMemoryError(_out_of_memory(binding, error)) from error
+                raise DeviceMemoryError(advice(_models_of(binding), error)) from error
             self.steps.after(written)
         binding.note_call(values)
         if binding.ahead is not None and binding.ahead.ring_grew():
@@ -193,6 +204,8 @@ class CompiledGraph:
                 TRIALS.switch(self.settings.trials)
             if self.settings.nvtx is not None:
                 MARKS.switch(self.settings.nvtx)
+            # A server makes a cache for each request: what was bound to those that went goes too.
+            self._bindings = {k: bound for k, bound in self._bindings.items() if bound.alive}
             self._bindings[key] = binding
             self._session.add(binding)
         return binding
@@ -253,37 +266,20 @@ class CompiledGraph:
         if not self._session.automatic_moves:
             return
         binding.grew = False
-        for model in _models_of(binding):
-            self._session.flush()
-            replanning.replan(
-                model,
-                self._session.bindings(),
-                user_plan=self.settings.plan,
-                measured=measured,
-            )
+        with placement.LAUNCH_LOCK:  # no cache comes between a plan and its moves
+            for model in _models_of(binding):
+                self._session.flush()
+                replanning.replan(
+                    model,
+                    self._session.bindings(),
+                    user_plan=self.settings.plan,
+                    measured=measured,
+                )
 
 
 def _models_of(binding: Binding) -> list[OffloadedModel]:
     bound = {id(buffer) for buffer in binding.live_buffers().values()}
     return [model for model in offloaded_models() if bound & model.buffer_ids()]
-
-
-def _out_of_memory(binding: Binding, error: torch.OutOfMemoryError) -> str:
-    """What to do about it: tiered pages are not the caching allocator's to take back."""
-    reason = str(error).splitlines()[0]
-    models = _models_of(binding)
-    if not models:
-        return (
-            f"{reason} Nothing of this model is offloaded: call dak.offload(model, gpu_memory=...)."
-        )
-    budget = models[0].budget
-    held = sum((model.physical_bytes().local for model in models), 0)
-    return (
-        f"{reason} Offloaded weights hold {held / 1e9:.2f} GB of the device under gpu_memory="
-        f"{budget.limit / 1e9:.2f} GB, of which {budget.reserve / 1e9:.2f} GB were kept for "
-        "activations. Lower gpu_memory by the size of the allocation that failed, or use smaller "
-        "batches."
-    )
 
 
 def _has_memory(value: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 namespace dak {
 namespace {
@@ -21,6 +22,7 @@ struct State {
   std::mutex mutex;
   std::atomic<const Driver*> open{nullptr};
   std::map<int, cu::Context> contexts;
+  std::vector<const Driver*> closed;
 };
 State& state() {
   static State* instance = new State;
@@ -104,7 +106,7 @@ void close_driver() {
   if (!opened) return;
   for (auto& [device, context] : state().contexts) opened->cuDevicePrimaryCtxRelease.status(device);
   state().contexts.clear();
-  // The table itself is left: a thread may still be reading it.
+  state().closed.push_back(opened);  // not deleted: a thread may still be reading it
 }
 
 std::string describe(cu::Result status) {
@@ -143,10 +145,13 @@ cu::Context primary_context(int device) {
 }
 
 DeviceScope::DeviceScope(int device) {
+  driver().cuCtxPopCurrent.need();
+  driver().cuThreadExchangeStreamCaptureMode.need();
   driver().cuCtxPushCurrent(primary_context(device));
   driver().cuThreadExchangeStreamCaptureMode.status(&previous_mode_);
 }
 
+// NOLINTNEXTLINE(bugprone-exception-escape): the constructor has seen that these calls are there
 DeviceScope::~DeviceScope() {
   if (in_forked_child()) return;
   cu::Context popped = nullptr;

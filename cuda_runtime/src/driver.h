@@ -27,8 +27,12 @@ struct DriverFunction {
   cu::Result (*pointer)(Parameters...) = nullptr;
 
   bool available() const { return pointer != nullptr; }
-  cu::Result status(Parameters... arguments) const {
+  // For what destructors call: they have no way to say that it is missing.
+  void need() const {
     if (!pointer) throw_missing_function(name);
+  }
+  cu::Result status(Parameters... arguments) const {
+    need();
     return pointer(arguments...);
   }
   void operator()(Parameters... arguments) const {

@@ -25,9 +25,17 @@ void need_peer(int device, int peer) {
                                      " (no NVLink or PCIe peer access); use remote=\"cpu\"");
 }
 
+void need_what_gives_back(const Driver& cuda) {
+  cuda.cuMemUnmap.need();
+  cuda.cuMemRelease.need();
+  cuda.cuMemAddressFree.need();
+  cuda.cuEventDestroy.need();
+}
+
 }  // namespace
 
 Tier::Tier(int device, int peer, cu::LocationType host_access) : device_(device), peer_(peer) {
+  need_what_gives_back(driver());
   if (!device_attribute(cu::DEVICE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, device))
     throw Error(ErrorKind::UnsupportedDriver,
                 "cuda:" + std::to_string(device) + " has no virtual memory management");

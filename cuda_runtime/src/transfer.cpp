@@ -58,7 +58,7 @@ std::size_t round_up(std::size_t bytes) { return (bytes + GRAIN_BYTES - 1) / GRA
 // Events that say when each block may be filled again; of the current context.
 class Events {
  public:
-  Events() {
+  Events() : Events(nullptr) {  // complete before the first call, so that a failure destroys what is there
     for (cu::Event& event : events_) driver().cuEventCreate(&event, cu::EVENT_DISABLE_TIMING);
   }
   ~Events() {
@@ -68,6 +68,7 @@ class Events {
   cu::Event operator[](std::size_t i) const { return events_[i]; }
 
  private:
+  explicit Events(std::nullptr_t) {}
   std::array<cu::Event, BLOCKS> events_{};
 };
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dak_inductor import hardware, placement
+from dak_inductor.cuda_runtime.simulated import SimulatedBuffer, SimulatedTier
 from dak_inductor.errors import MoveError, PlanError
 from dak_inductor.offload import offload
 from dak_inductor.offloaded import record_of
@@ -135,3 +136,34 @@ def test_moves_wait_for_whoever_launches(model):
 def test_the_same_plan_again_moves_nothing(model):
     record = offloaded(model, offload_ratio=0.5)
     assert placement.apply(record.plan, record).tensors == 0
+
+
+def test_what_others_hold_is_no_room_for_promotions():
+    tier = SimulatedTier(page_bytes=4096)
+    first, second = (tier.allocate(3 * 4096, split=0) for _ in range(2))
+    moves = {first: 3 * 4096, second: 3 * 4096}
+    report = placement._move_all(moves, room=4 * 4096, held=3 * 4096)
+    assert (first.split, second.split) == (4096, 0)
+    assert (report.bytes_to_local, report.skipped_bytes) == (4096, 5 * 4096)
+
+
+def test_moves_that_fail_give_up_what_was_prepared_for_them(model, monkeypatch):
+    record = offloaded(model, offload_ratio=0.25)
+    given_up = []
+    monkeypatch.setattr(SimulatedBuffer, "cancel_move", lambda self: given_up.append(self))
+    record.tier.inject_failure("page", after=1)
+    everything = dict.fromkeys(record.weights, LAYER)
+    leaving = [w.buffer for n, w in record.weights.items() if remotes(record)[n] < LAYER]
+    with pytest.raises(MoveError):
+        placement.apply(plan_for(record, everything), record)
+    assert len(leaving) >= 2 and {*map(id, leaving)} <= {*map(id, given_up)}
+
+
+def test_nothing_moves_while_a_graph_is_captured(model, monkeypatch):
+    record = offloaded(model, offload_ratio=0.5)
+    plan, before = plan_for(record, dict.fromkeys(record.weights, LAYER)), remotes(record)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(record, "device", torch.device("cuda", 0))
+    with pytest.raises(MoveError, match="captured"):
+        placement.apply(plan, record)
+    assert remotes(record) == before

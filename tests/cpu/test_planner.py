@@ -19,12 +19,15 @@ from dak_inductor.benchmarks.bench_planner import (
     page_steps,
     random_problem,
 )
+from dak_inductor.cost_curve import Piece
 from dak_inductor.cost_model import op_time
 from dak_inductor.errors import BudgetError, PlanError, ProfileError
+from dak_inductor.greedy import Fill, round_splits
 from dak_inductor.hardware import HardwareProfile, load
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
 from dak_inductor.planner import make_plan
 from dak_inductor.refusal import Refusal
+from dak_inductor.split_grid import SplitGrid
 
 H200 = load("h200")
 MIB = 1 << 20
@@ -378,3 +381,12 @@ def test_plans_go_to_json_and_back(seed: int) -> None:
     problem, profile = problem_of(seed)
     plan = make_plan(problem, profile)
     assert Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize(("remote", "wanted"), [(190, 200), (110, 100)])
+def test_a_split_goes_to_the_neighbour_that_costs_less(remote, wanted):
+    """Between two slopes equally far from the price of a byte: to the nearer place on the grid."""
+    pieces = [Piece(-3.0, 0.0, remote, 0), Piece(-1.0, remote, 1000.0, 0)]
+    filled = Fill([float(remote)], -2.0, pieces, 0)
+    grid = SplitGrid(1000, 100, 100, 0, 1000)
+    assert round_splits(filled, [pieces], [grid], [0], asked=0) == [wanted]

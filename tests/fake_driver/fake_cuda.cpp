@@ -60,6 +60,7 @@ struct State {
   std::map<int, std::size_t> capacity;
   cu::AllocationHandle next_handle = 1000;
   std::uintptr_t next_object = 16;
+  std::set<cu::Event> events;
   bool capturing = false;
   long forbidden = 0;  // calls that would have broken a capture of another thread
   thread_local static int context;
@@ -193,6 +194,7 @@ std::size_t dak_fake_used(int device) { return state().used[device]; }
 std::size_t dak_fake_allocations() { return state().allocations.size(); }
 std::size_t dak_fake_reservations() { return state().reservations.size(); }
 std::size_t dak_fake_mappings() { return state().mappings.size(); }
+std::size_t dak_fake_events() { return state().events.size(); }
 std::size_t dak_fake_open_to_cpu() {
   std::size_t count = 0;
   for (auto& [address, mapping] : state().mappings) count += mapping.open_to_cpu;
@@ -486,9 +488,13 @@ Result cuStreamIsCapturing(cu::Stream, cu::CaptureStatus* status) {
 Result cuEventCreate(cu::Event* event, unsigned int) {
   ENTER(cuEventCreate);
   *event = reinterpret_cast<cu::Event>(s.next_object++);
+  s.events.insert(*event);
   return cu::SUCCESS;
 }
-Result cuEventDestroy(cu::Event) { return cu::SUCCESS; }
+Result cuEventDestroy(cu::Event event) {
+  std::lock_guard lock(state().mutex);
+  return state().events.erase(event) ? cu::SUCCESS : cu::ERROR_INVALID_VALUE;
+}
 Result cuEventRecord(cu::Event, cu::Stream) {
   ENTER(cuEventRecord);
   return cu::SUCCESS;

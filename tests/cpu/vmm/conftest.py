@@ -16,6 +16,7 @@ import torch
 SOURCE = Path(__file__).parents[2] / "fake_driver" / "fake_cuda.cpp"
 HOST = -1
 OUT_OF_MEMORY = 2
+LEFTOVERS = ("allocations", "reservations", "mappings", "events")
 
 
 class FakeDriver:
@@ -24,7 +25,7 @@ class FakeDriver:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._library = ctypes.CDLL(str(path))
-        for name in ("used", "allocations", "reservations", "mappings", "open_to_cpu"):
+        for name in ("used", "open_to_cpu", *LEFTOVERS):
             getattr(self._library, f"dak_fake_{name}").restype = ctypes.c_size_t
         self._library.dak_fake_calls.restype = ctypes.c_long
         self._library.dak_fake_forbidden.restype = ctypes.c_long
@@ -66,8 +67,7 @@ class FakeDriver:
         return int(self._library.dak_fake_open_to_cpu())
 
     def leftovers(self) -> dict[str, int]:
-        names = ("allocations", "reservations", "mappings")
-        return {name: int(getattr(self._library, f"dak_fake_{name}")()) for name in names}
+        return {name: int(getattr(self._library, f"dak_fake_{name}")()) for name in LEFTOVERS}
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +120,7 @@ def fake(_fake_driver: FakeDriver) -> Iterator[FakeDriver]:
         tier.reserve(0)
     assert vmm.drain()
     assert vmm.live_handles() == 0
-    assert _fake_driver.leftovers() == {"allocations": 0, "reservations": 0, "mappings": 0}
+    assert _fake_driver.leftovers() == dict.fromkeys(LEFTOVERS, 0)
 
 
 def random_bytes(nbytes: int, seed: int = 0) -> torch.Tensor:
