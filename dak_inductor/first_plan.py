@@ -19,6 +19,7 @@ from dak_inductor.default_plan import uses_of
 from dak_inductor.errors import BudgetError, ModelError, PlanError
 from dak_inductor.inventory import Entry, Inventory
 from dak_inductor.offload_request import OffloadRequest
+from dak_inductor.options import copies_ahead_by_default
 from dak_inductor.patterns import placed_entries
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
 from dak_inductor.planner import make_plan
@@ -63,7 +64,7 @@ def make_first_plan(
         remote=request.remote,
         refusals=tuple(inventory.refusals),
         model=inventory.fingerprint,
-        ahead=budget.device.type in AHEAD_DEVICES,
+        ahead=budget.device.type in AHEAD_DEVICES and copies_ahead_by_default(),
     )
     if request.plan is not None:
         sizes = {spec.name: spec.nbytes for spec in specs.values()}

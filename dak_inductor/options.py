@@ -107,6 +107,12 @@ def _from_environment() -> dict[str, Any]:
     return found
 
 
+def copies_ahead_by_default() -> bool:
+    """Whether remote rows may be copied ahead where no graph was compiled with the option
+    `strategy`: models are placed for it when they are offloaded, before any graph."""
+    return environment("strategy") != "direct"
+
+
 def trials_by_default() -> bool:
     """Whether products are timed where no graph was compiled with the option `trials`.
 

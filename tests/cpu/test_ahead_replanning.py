@@ -95,6 +95,16 @@ def test_fused_products_keep_the_placement_made_for_copies_ahead() -> None:
     assert kinds == {"linear_epilogue"}  # with the residual: the graph was planned, not the guess
 
 
+def test_the_environment_says_for_which_strategy_a_model_is_placed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DAK_STRATEGY", "direct")
+    _, record = offloaded()
+    assert record.plan is not None
+    assert not any(op.strategy == "staged" for op in record.plan.ops)
+    assert any(name.endswith("gate.weight") for name, nbytes in remote(record).items() if nbytes)
+
+
 @torch.no_grad()
 def test_direct_reads_have_a_placement_of_their_own() -> None:
     model, record = offloaded()
