@@ -47,11 +47,9 @@ class Product:
     key: Hashable = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        weight, residual = self.weights[0], self.residual
+        residual = self.residual
         key = (
-            tuple([each.data_ptr() for each in self.weights]),
-            weight.shape,
-            weight.stride(),
+            tuple([(each.data_ptr(), each.shape, each.stride()) for each in self.weights]),
             self.x.shape,
             self.x.dtype,
             self.x.device,
