@@ -25,7 +25,6 @@ their own. Measured on the H200 in a decode step of Llama-3-8B's layers."""
 MARGIN = 0.03
 """What copies ahead must save, as a share of the step."""
 
-_PRODUCTS = ("linear", "linear_epilogue", "gated_linear")
 _ENDS_SECONDS = 10e-6  # of a step with copies: they start and are joined
 _LEAST_COPY = 2 * 2**20  # bytes; smaller pieces use the link worse
 _FEW = 4  # tensors: so few do not lie all over a model
@@ -40,39 +39,27 @@ class StagedStep(NamedTuple):
     copied: float  # bytes
 
 
-def is_carrier(line: Line, problem: PlanProblem) -> bool:
-    """Whether the remote rows of this use can be copied ahead: a product that reads all of it."""
-    use = line.use
-    if line.tensor < 0 or use.kind not in _PRODUCTS:
-        return False
-    spec = problem.tensors[line.tensor]
-    return spec.row_block > 0 and use.touched_bytes == spec.nbytes and not use.untouched_share
-
-
-def staged_seconds(line: Line) -> float:
-    """Of one product with remote rows copied ahead, as long as it never waits for them."""
-    return line.cost.time(0.0) + line.floor + PRODUCT_SECONDS
-
-
 def staged_steps(
     lines: Sequence[Line],
     shares: Sequence[float],
-    problem: PlanProblem,
+    direct: Sequence[float],
     profile: HardwareProfile,
     link: LinkProfile,
 ) -> dict[str, StagedStep]:
-    """By graph that has carriers with remote bytes."""
+    """By graph that has products with remote rows that can be copied ahead.
+
+    direct: what each use takes that reads its `shares` in place.
+    """
     copied: dict[str, float] = {}
     products: dict[str, float] = {}
     read: dict[str, float] = {}
-    for line in lines:
+    for line, seconds in zip(lines, direct, strict=True):
         use, share = line.use, shares[line.tensor]
-        graph = use.graph
-        if share > 0 and is_carrier(line, problem):
+        graph, took = use.graph, seconds
+        if line.copied and share > 0:
             copied[graph] = copied.get(graph, 0.0) + share * use.touched_bytes
-            took = staged_seconds(line)
-        else:
-            took = line.cost.time(share) + line.floor
+            took = line.alone + PRODUCT_SECONDS
+        elif share > 0:
             far = line.cost.touched(share) * use.touched_bytes
             read[graph] = read.get(graph, 0.0) + far
         products[graph] = products.get(graph, 0.0) + took
@@ -148,7 +135,7 @@ def _groups(
     reads: dict[tuple[str, str], int] = {}
     for line in lines:
         if line.tensor >= 0:
-            able[line.tensor] = able.get(line.tensor, True) and is_carrier(line, problem)
+            able[line.tensor] = able.get(line.tensor, True) and line.copied
             calls[line.tensor] = calls.get(line.tensor, 0.0) + line.use.calls
             product = (line.use.graph, line.use.op)
             reads[product] = reads.get(product, 0) + 1

@@ -11,11 +11,16 @@ from dak_inductor.hardware import HardwareProfile, LinkProfile
 from dak_inductor.plan import OpUse, PlanProblem
 from dak_inductor.split_grid import SplitGrid
 
+_PRODUCTS = ("linear", "linear_epilogue", "gated_linear")
 _Kinks = tuple[tuple[float, float], ...]  # (share, jump of the slope)
 
 
 class Line(NamedTuple):
-    """One use with its cost. `start` and `kinks` are the slope of one call over the share."""
+    """One use with its cost. `start` and `kinks` are the slope of one call over the share.
+
+    copied: the link may copy its remote rows ahead: a product that reads all of its weight. It then
+    takes `alone`, as if nothing were remote, and what copies cost.
+    """
 
     use: OpUse
     cost: OpCost
@@ -23,6 +28,8 @@ class Line(NamedTuple):
     kinks: _Kinks
     tensor: int  # -1: reads none of ours
     floor: float
+    copied: bool = False
+    alone: float = 0.0
 
 
 class Piece(NamedTuple):
@@ -64,7 +71,17 @@ def cost_lines(problem: PlanProblem, profile: HardwareProfile, link: LinkProfile
         floor = 0.0 if name in seen else profile.operator_floor
         seen.add(name)
         cost, start, kinks = known
-        lines.append(Line(use, cost, start, kinks, index[use.tensor], floor))
+        tensor = index[use.tensor]
+        copied = (
+            problem.ahead
+            and tensor >= 0
+            and use.kind in _PRODUCTS
+            and problem.tensors[tensor].row_block > 0
+            and use.touched_bytes == problem.tensors[tensor].nbytes
+            and not untouched
+        )
+        alone = cost.time(0.0) + floor if copied else 0.0
+        lines.append(Line(use, cost, start, kinks, tensor, floor, copied, alone))
     return lines
 
 
@@ -74,7 +91,7 @@ def cost_pieces(
     """By tensor, the cost's pieces from the fewest to the most remote bytes it may have."""
     start = [0.0] * len(grids)
     kinks: list[list[tuple[float, float]]] = [[] for _ in grids]
-    for use, _, slope, shares, tensor, _ in lines:
+    for use, _, slope, shares, tensor, *_ in lines:
         if tensor >= 0:
             start[tensor] += use.calls * slope
             kinks[tensor] += [(share, use.calls * jump) for share, jump in shares]
@@ -101,5 +118,5 @@ def objective(lines: list[Line], remote: list[float] | list[int], grids: list[Sp
     shares = [r / g.nbytes if g.nbytes else 0.0 for r, g in zip(remote, grids, strict=True)]
     shares.append(0.0)  # index -1
     return math.fsum(
-        use.calls * (cost.time(shares[tensor]) + floor) for use, cost, _, _, tensor, floor in lines
+        line.use.calls * (line.cost.time(shares[line.tensor]) + line.floor) for line in lines
     )

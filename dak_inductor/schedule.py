@@ -6,13 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 
-from dak_inductor.ahead_placement import (
-    MARGIN,
-    StagedStep,
-    is_carrier,
-    staged_seconds,
-    staged_steps,
-)
+from dak_inductor.ahead_placement import MARGIN, PRODUCT_SECONDS, StagedStep, staged_steps
 from dak_inductor.cost_curve import Line
 from dak_inductor.cost_model import step_bound
 from dak_inductor.hardware import HardwareProfile
@@ -48,7 +42,7 @@ class Schedule:
         for line, seconds in zip(self._lines, self._direct, strict=True):
             direct[line.use.graph] = direct.get(line.use.graph, 0.0) + seconds
         link = self._profile.link(self._problem.remote)
-        steps = staged_steps(self._lines, self._shares, self._problem, self._profile, link)
+        steps = staged_steps(self._lines, self._shares, self._direct, self._profile, link)
         return {
             graph: step
             for graph, step in steps.items()
@@ -66,7 +60,8 @@ class Schedule:
             if self._is_staged(line):
                 step = self.staged[line.use.graph]
                 copied = self._shares[line.tensor] * line.use.touched_bytes
-                times[number] = staged_seconds(line) + step.besides * copied / step.copied
+                own = step.besides * copied / step.copied
+                times[number] = line.alone + PRODUCT_SECONDS + own
         return times
 
     @cached_property
@@ -121,8 +116,4 @@ class Schedule:
         )
 
     def _is_staged(self, line: Line) -> bool:
-        return (
-            line.use.graph in self.staged
-            and self._shares[line.tensor] > 0
-            and is_carrier(line, self._problem)
-        )
+        return line.copied and line.use.graph in self.staged and self._shares[line.tensor] > 0
