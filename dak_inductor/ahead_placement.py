@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dak_inductor.cost_curve import Line, Piece
+from dak_inductor.cost_model import copy_slowdown
 from dak_inductor.hardware import HardwareProfile, LinkProfile
 from dak_inductor.plan import PlanProblem
 from dak_inductor.split_grid import SplitGrid
@@ -63,13 +64,12 @@ def staged_steps(
             far = line.cost.touched(share) * use.touched_bytes
             read[graph] = read.get(graph, 0.0) + far
         products[graph] = products.get(graph, 0.0) + took
-    lost = min(link.copy_interference * link.copy_bandwidth / profile.hbm_bandwidth, 0.5)
+    slower = copy_slowdown(profile, link) - 1
     steps = {}
     for graph, nbytes in copied.items():
         copies = nbytes / link.copy_bandwidth
-        # HBM is slower while copies run
         alone = products[graph]
-        slowed = alone + lost / (1 - lost) * min(alone, copies)
+        slowed = alone + slower * min(alone, copies)
         busy = copies + read.get(graph, 0.0) / link.direct_bandwidth
         seconds = max(slowed, busy) + _ENDS_SECONDS
         steps[graph] = StagedStep(seconds, seconds - alone, nbytes)

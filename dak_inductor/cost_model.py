@@ -116,6 +116,12 @@ def balance_share(profile: HardwareProfile, link: LinkProfile) -> float:
     return link.direct_bandwidth / (link.direct_bandwidth + profile.hbm_bandwidth)
 
 
+def copy_slowdown(profile: HardwareProfile, link: LinkProfile) -> float:
+    """How much longer work takes that reads HBM while the copy engine brings bytes in."""
+    lost = min(link.copy_interference * link.copy_bandwidth / profile.hbm_bandwidth, 0.5)
+    return 1 / (1 - lost)
+
+
 def step_bound(
     ops: Iterable[OpPlan], compute: Mapping[str, float], profile: HardwareProfile, link: LinkProfile
 ) -> dict[str, float]:

@@ -61,9 +61,8 @@ def verdicts(rows: Sequence[Row], fractions: Sequence[float], *, on_gpu: bool) -
 def _ratio(name: str, ours: Row, others: Mapping[str, float], bar: float, on_gpu: bool) -> Verdict:
     """Ours over the fastest of the others, which the note names."""
     time = _time(ours)
-    fastest = min(others, key=lambda other: others[other])
-    ratio = time / others[fastest]
     told = sorted(others, key=lambda other: others[other])[:3]
+    ratio = time / others[told[0]]
     note = "; ".join(f"{other}: {time / others[other]:.3f}x" for other in told)
     passed = ratio <= bar if on_gpu else None
     return Verdict(name, ratio, bar, "x", passed, note if on_gpu else "no GPU")

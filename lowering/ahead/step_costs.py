@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import torch
 
+from dak_inductor.cost_model import copy_slowdown
 from dak_inductor.hardware import HardwareProfile, LinkProfile
 from dak_inductor.lowering.ahead.sequence import StepCall
 from dak_inductor.lowering.ahead.step_op import LinkRates, RowSpan, StepOp
@@ -30,8 +31,9 @@ _PART_FEATURES = 1024  # of a part, for the time of one row of it
 
 def link_rates(profile: HardwareProfile, link: LinkProfile) -> LinkRates:
     """Of copies over `link`."""
-    lost = min(link.copy_interference * link.copy_bandwidth / profile.hbm_bandwidth, 0.5)
-    return LinkRates(link.copy_bandwidth, piece_overhead(profile, link), 1 / (1 - lost))
+    return LinkRates(
+        link.copy_bandwidth, piece_overhead(profile, link), copy_slowdown(profile, link)
+    )
 
 
 def tier_of(calls: Sequence[StepCall]) -> str:

@@ -88,11 +88,6 @@ class Routes:
             if len(self._found) > MOST_ROUTES:
                 self._found.popitem(last=False)
 
-    def clear(self) -> None:
-        """Forget all."""
-        with self._lock:
-            self._found.clear()
-
 
 ROUTES = Routes()
 """Those of this process."""
