@@ -19,6 +19,7 @@ from dak_inductor.lowering import counters
 from dak_inductor.lowering.ahead.memory import StepMemory
 from dak_inductor.offloaded import changes, offloaded_models
 from dak_inductor.op_table import Op, OpTable
+from dak_inductor.options import WindowOption
 from dak_inductor.plan import OpUse
 from dak_inductor.sizes import Evaluator
 
@@ -33,8 +34,8 @@ class Binding:
     the symbols' values of the last call, `largest` the largest of each so far, and `grew` says that
     one of them, or the ring of copies ahead, grew since the last plan. `seen_changes` is the state
     of the registry of models for which the binding is known to hold. `window` is the backend's
-    option, in bytes. `ahead` is what is known of the order of the products, once a call has run on
-    a GPU. `title` names the graph and the models that its weights are of.
+    option. `ahead` is what is known of the order of the products, once a call has run on a GPU.
+    `title` names the graph and the models that its weights are of.
     """
 
     graph: str
@@ -44,7 +45,7 @@ class Binding:
     values: Mapping[str, int]
     counts_itself: bool
     seen_changes: int
-    window: int | None = None
+    window: WindowOption | None = None
     device: torch.device | None = None
     title: str = ""
     ahead: StepMemory | None = None
@@ -140,7 +141,7 @@ class Binding:
 
 
 def bind(
-    graph: str, table: OpTable, arguments: Sequence[object], *, window: int | None = None
+    graph: str, table: OpTable, arguments: Sequence[object], *, window: WindowOption | None = None
 ) -> Binding:
     """Look up which operands of a call are tiered."""
     seen_changes = changes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console, Group
@@ -13,7 +13,7 @@ from dak_inductor import ahead_report, hardware, plan_report, template_report, t
 from dak_inductor.ahead_report import StepStrategy
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
 from dak_inductor.errors import ModelError
-from dak_inductor.link_window import LinkWindow, window_in_force
+from dak_inductor.link_window import LinkWindow, window_changes, window_in_force
 from dak_inductor.lowering.linear.trials import Trial
 from dak_inductor.measured_ops import measured_seconds
 from dak_inductor.memory_curve import MemoryPoint, memory_curve
@@ -23,11 +23,9 @@ from dak_inductor.plan import Plan
 from dak_inductor.plan_report import OpSeconds, bytes_text
 from dak_inductor.planner import make_plan
 from dak_inductor.replanning import problem_of
+from dak_inductor.report.window_history import WindowUpdate, updates_of
 from dak_inductor.session import SESSION
 from dak_inductor.template_report import OpTemplate, templates_of
-
-if TYPE_CHECKING:
-    from dak_inductor.report.window_history import WindowUpdate
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +35,7 @@ class Explanation:
 
     The plan's times are those of direct reads; a step whose products are copied ahead has its own
     prediction in `strategies`. `measured` are times of products of which a trial was made.
+    `window_history` is what kernels made of a window that is automatic.
 
     `str()` gives the report; rich renders it as tables.
     """
@@ -142,6 +141,7 @@ def explain(model: torch.nn.Module) -> Explanation:
         curve=_curve(record),
         strategies=ahead_report.strategies_of(bindings),
         measured=measured_seconds(plan, trials, shapes),
+        window_history=updates_of(window_changes(record.device, record.remote)),
     )
 
 

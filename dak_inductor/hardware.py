@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 WITHOUT_GPU = "h200"
+GUESSED = "generic"
 _SMALLEST, _LARGEST = 1e-18, 1e24  # of any number: sums and quotients of such are finite
 
 
@@ -75,6 +76,11 @@ class HardwareProfile:
     links: Mapping[str, LinkProfile]
     provenance: str
     version: int = VERSION
+
+    @property
+    def is_guess(self) -> bool:
+        """Whether nobody measured a machine like this one."""
+        return self.name == GUESSED
 
     def __post_init__(self) -> None:
         if self.version != VERSION or isinstance(self.version, bool):
@@ -283,7 +289,7 @@ def generic(gpu: str, *, sm_count: int, memory_bytes: int) -> HardwareProfile:
     cpu = LinkProfile("cpu", 22e9, 25e9, 22e9, 2.3e-6, 100_000, 300_000, 5.1, guess)
     peer = LinkProfile("peer", 22e9, 25e9, 22e9, 2.3e-6, 100_000, 300_000, 5.1, guess)
     return HardwareProfile(
-        name="generic",
+        name=GUESSED,
         gpu=gpu,
         sm_count=sm_count,
         memory_bytes=memory_bytes,

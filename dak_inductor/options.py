@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 from dak_inductor.errors import OptionError
 
 Strategy = Literal["auto", "direct", "staged"]
+WindowOption = int | Literal["auto"]
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off", ""}
@@ -29,7 +30,8 @@ class BackendOptions:
     strategy: how remote rows of products reach the SMs: read in place ("direct"), copied ahead of
               the product wherever that can be ("staged"), or what is predicted to be faster
               ("auto").
-    window:   bytes in flight per link; None leaves a link's window as it is.
+    window:   bytes in flight per link, or "auto": kernels adapt them to the delays that they see;
+              None leaves a link's window as it is.
     strict:   raise instead of warn where nothing is offloaded or a weight became resident.
     plan:     a plan, or the path of a plan file, that is applied instead of the planner's own.
     trials:   whether products are timed to choose their way; None leaves it as it is, at first on.
@@ -37,7 +39,7 @@ class BackendOptions:
     """
 
     strategy: Strategy = "auto"
-    window: int | None = None
+    window: WindowOption | None = None
     strict: bool = False
     plan: Any = None
     trials: bool | None = None
@@ -95,9 +97,9 @@ def _from_environment() -> dict[str, Any]:
         if (value := environment(name)) is not None:
             found[name] = value
     if (value := environment("window")) is not None:
-        if not re.fullmatch("[0-9]{1,10}", value):
-            raise OptionError(f"DAK_WINDOW={value!r} is not a number of bytes")
-        found["window"] = int(value)
+        if value != "auto" and not re.fullmatch("[0-9]{1,10}", value):
+            raise OptionError(f"DAK_WINDOW={value!r} is neither a number of bytes nor auto")
+        found["window"] = value if value == "auto" else int(value)
     if (value := environment("strict")) is not None:
         found["strict"] = _switch("DAK_STRICT", value)
     if (value := environment("trials")) is not None:
@@ -152,8 +154,10 @@ def _check(options: BackendOptions) -> BackendOptions:
 
 
 def _check_window(window: object) -> None:
+    if window == "auto" and isinstance(window, str):
+        return
     if isinstance(window, bool) or not isinstance(window, int):
-        raise OptionError(f"window={window!r}: use a whole number of bytes")
+        raise OptionError(f"window={window!r}: use a whole number of bytes, or 'auto'")
     if window == 0:
         raise OptionError(
             "window=0 would let no remote byte be read; leave it out for the link's own window"

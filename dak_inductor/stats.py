@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.window_history import WindowHistory
+from dak_inductor.link_window import histories
 from dak_inductor.lowering import counters, device_counters
 from dak_inductor.lowering.counters import ReadCount
 from dak_inductor.session import SESSION
@@ -25,9 +27,13 @@ class Stats:
     - All others cannot count. Their figures are the bytes of the compiled graphs' operators times
       the calls of these graphs, by the placement at each call. Work outside compiled graphs, and
       replays of graphs that the caller captured, are not seen there.
+
+    `windows` has the window of each link that was read through, and its last changes where kernels
+    change it. These are never reset.
     """
 
     reads: tuple[ReadCount, ...]
+    windows: tuple[WindowHistory, ...] = ()
 
     @property
     def total(self) -> TierBytes:
@@ -43,6 +49,7 @@ class Stats:
         total = self.total
         lines = [f"read {total.local / 1e9:.3f} GB local, {total.remote / 1e9:.3f} GB remote"]
         lines += [_line(read) for read in self.reads]
+        lines += [f"  {window}" for window in self.windows if window.automatic]
         return "\n".join(lines)
 
 
@@ -62,7 +69,7 @@ def stats(*, reset: bool = False) -> Stats:
     Waits for the work in flight on the devices that hold tiered weights.
     """
     SESSION.flush()
-    result = Stats((*counters.snapshot(), *_counted_on_devices()))
+    result = Stats((*counters.snapshot(), *_counted_on_devices()), histories())
     if reset:
         counters.reset()
         device_counters.reset()

@@ -36,7 +36,11 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
-    """What a benchmark leaves behind: flat `cells`, and the `ceilings` measured in this run."""
+    """What a benchmark leaves behind: flat `cells`, and the `ceilings` measured in this run.
+
+    `window_history` has what kernels made of a link's window, as dak_inductor/report draws it; a
+    record of none is without the entry.
+    """
 
     benchmark: str
     environment: Mapping[str, object]
@@ -49,12 +53,15 @@ class Record:
     cells: tuple[Mapping[str, object], ...]
     verdicts: tuple[Verdict, ...]
     notes: tuple[str, ...] = ()
+    window_history: tuple[Mapping[str, object], ...] = ()
     schema: int = SCHEMA
 
     def to_json(self) -> str:
         """A line for each cell, so that a long grid stays readable and a diff short."""
         fields = plain(self)
         assert isinstance(fields, dict)
+        if not self.window_history:
+            del fields["window_history"]
         cells = [json.dumps(cell, allow_nan=False) for cell in fields["cells"]]
         fields["cells"] = []
         text = json.dumps(fields, indent=1, allow_nan=False) + "\n"
@@ -86,6 +93,7 @@ def make_record(
     verdicts: Iterable[Verdict] = (),
     ceilings: Mapping[str, object] | None = None,
     notes: Iterable[str] = (),
+    window_history: Iterable[Mapping[str, object]] = (),
     commit: str | None = None,
 ) -> Record:
     """A record of this machine and these sources. `commit` where the checkout has no git."""
@@ -102,6 +110,7 @@ def make_record(
         cells=tuple(dict(cell) for cell in cells),
         verdicts=tuple(verdicts),
         notes=tuple(notes),
+        window_history=tuple(dict(update) for update in window_history),
     )
 
 

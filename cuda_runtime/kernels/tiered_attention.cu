@@ -21,6 +21,7 @@
 #include "ptx/tensor_copy.cuh"
 #include "ptx/warpgroup.cuh"
 #include "types.cuh"
+#include "window/reading.cuh"
 
 namespace dak {
 
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(attention::threads, 1)
   if (threadIdx.x == 96) {
     ptx::prefetch_tensor_map(&maps.caches[0].wide.boxes[attention::boxes - 1]);
     ptx::prefetch_tensor_map(&maps.caches[1].wide.boxes[attention::boxes - 1]);
-    ptx::launch_dependents();
+    if (arguments.launch == nullptr) ptx::launch_dependents();
   }
   const attention::Bounds<configuration> bounds(arguments, head);
   bounds.read();
@@ -101,6 +102,10 @@ __global__ void __launch_bounds__(attention::threads, 1)
           arguments, maps, head, slots + producer * configuration.slots * L::slot_bytes, producer,
           producer * gridDim.x + blockIdx.x, workers)
           .run();
+    } else if (arguments.launch != nullptr && threadIdx.x % 128 == 96) {
+      const u32 controlled = head.window.controlled;
+      if (controlled > 0) window::end_reading(arguments.link, arguments.launch, gridDim.x);
+      ptx::launch_dependents();
     }
     __syncwarp();
   } else {

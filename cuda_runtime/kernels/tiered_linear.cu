@@ -19,6 +19,7 @@
 #include "ptx/tensor_copy.cuh"
 #include "ptx/warpgroup.cuh"
 #include "types.cuh"
+#include "window/reading.cuh"
 
 namespace dak {
 
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(linear::threads, configuration.ctas_per_sm)
   if (threadIdx.x == 64) {
     ptx::prefetch_tensor_map(&first_weight);
     ptx::prefetch_tensor_map(&tokens);
-    ptx::launch_dependents();
+    if (arguments.launch == nullptr) ptx::launch_dependents();
   }
   linear::synchronize<configuration>();
   const auto assignment =
@@ -80,6 +81,9 @@ __global__ void __launch_bounds__(linear::threads, configuration.ctas_per_sm)
           {&first_weight, &second_weight}, {&first_few_rows, &second_few_rows}, &tokens};
       linear::Producer<configuration> producer(arguments, maps, head, stages, rank, ctas);
       producer.run(assignment);
+    } else if (arguments.launch != nullptr && threadIdx.x % 128 == 32) {
+      if (head.controlled > 0) window::end_reading(arguments.link, arguments.launch, gridDim.x);
+      ptx::launch_dependents();
     }
     __syncwarp();
   } else {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dak_inductor.cuda_runtime.kernel import load
-from dak_inductor.cuda_runtime.launch_words import words_for
+from dak_inductor.cuda_runtime.launch_words import launch_window, words_for
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.cuda_runtime.window import Window, window_of
 from dak_inductor.lowering.attention.configuration import (
@@ -26,7 +26,7 @@ from dak_inductor.lowering.attention.tensor_maps import byte_strides, cache_maps
 from dak_inductor.lowering.linear.launch import profile_of
 
 _CACHE = struct.Struct("<5Q2I")
-_REST = struct.Struct("<7Q3Q8I2f2I2f2I4I")
+_REST = struct.Struct("<8Q3Q8I2f2I2f2I4I")
 _LOG2_E = math.log2(math.e)
 _PIECE_SECONDS = 8e-6
 """In which a worker has a piece of a few remote tokens: 6 us on the H200, most of them latency."""
@@ -91,6 +91,7 @@ def launch(
             _address(lengths),
             _address(starts),
             window.address if window else 0,
+            launch_window(counters, window.number) if window and window.automatic else 0,
             query.data_ptr(),
             out.data_ptr(),
             partials.data_ptr(),

@@ -13,7 +13,7 @@ from torch import Tensor
 from dak_inductor import hardware
 from dak_inductor.cuda_runtime.current_stream import current_stream
 from dak_inductor.cuda_runtime.kernel import LoadedKernel, load
-from dak_inductor.cuda_runtime.launch_words import words_for
+from dak_inductor.cuda_runtime.launch_words import launch_window, words_for
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.cuda_runtime.window import window_of
 from dak_inductor.lowering.linear.configuration import (
@@ -34,7 +34,7 @@ from dak_inductor.lowering.linear.tail import tail_rule
 from dak_inductor.lowering.linear.tensor_maps import matrix_map
 
 _WEIGHT = struct.Struct("<4Q")
-_REST = struct.Struct("<3Q2Q3Q7I3fI4I4x")
+_REST = struct.Struct("<4Q2Q3Q7I3fI4I4x")
 _CLAIM_WORDS = 32  # the word that all CTAs add to has a line of L2 to itself
 
 
@@ -79,10 +79,12 @@ class LinearLaunch:
         self._kernel = load(configuration.kernel(bounded_waits=bounded_waits), self._index)
         workers = worker_count(configuration, self._index)
         self._window = window = window_of(device, operands[0].buffer.tier)
-        self._window_bytes = window.nbytes
+        self._most_in_flight = window.most
+        # two CTAs to an SM let the next launch start before they could agree on a window
+        self._agrees = not configuration.paired
         profile = profile_of(self._index)
         most_remote = most_remote_workers(
-            configuration, profile, window.link, window=window.nbytes, workers=workers
+            configuration, profile, window.link, window=window.most, workers=workers
         )
         step = step_seconds(configuration, profile)
         tail = tail_rule(problem, configuration, profile, workers)
@@ -121,8 +123,11 @@ class LinearLaunch:
 
     @property
     def holds(self) -> bool:
-        """False once the link's window is another than it was: workers are counted by it."""
-        return self._window.nbytes == self._window_bytes
+        """False once the link's window may be another than it was: workers are counted by it.
+
+        That kernels change it within its limits makes no difference.
+        """
+        return self._window.most == self._most_in_flight
 
     def __call__(self, x: Tensor, residual: Tensor | None, out: Tensor) -> None:
         """Queue y = f(x W^T) on torch's current stream.
@@ -136,8 +141,11 @@ class LinearLaunch:
         partials = torch.empty(self._partial_bytes, dtype=torch.uint8, device=self._device)
         stream = current_stream(self._index)
         words = words_for(self._index, self._words, stream)
+        window = self._window
+        agreed = launch_window(words, window.number) if window.automatic and self._agrees else 0
         arguments = self._weights + _REST.pack(
-            self._window.address,
+            window.address,
+            agreed,
             out.data_ptr(),
             0 if residual is None else residual.data_ptr(),
             out.stride(0),

@@ -138,7 +138,12 @@ keys = st.one_of(
 )
 
 
+def _is_window(value: object) -> bool:
+    return value in (None, "auto") or (isinstance(value, int) and 0 < value < 2**31)
+
+
 @given(st.dictionaries(keys, values, max_size=3))
+@example({"window": "auto"})
 @example({1: 2})
 @example({"mode": []})
 @example({"window": 10**5000})
@@ -148,7 +153,7 @@ def test_options_are_refused_by_name_or_known(given_options: dict[Any, Any]) -> 
         parsed = options.parse(None, given_options)
     except DakError:
         return
-    assert parsed.backend.window is None or 0 < parsed.backend.window < 2**31
+    assert _is_window(parsed.backend.window)
 
 
 @given(
@@ -166,7 +171,7 @@ def test_variables_are_refused_by_name_or_known(name: str, value: str) -> None:
             parsed = options.parse(None, None)
         except DakError:
             return
-    assert parsed.backend.window is None or 0 < parsed.backend.window < 2**31
+    assert _is_window(parsed.backend.window)
 
 
 @given(

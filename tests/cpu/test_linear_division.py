@@ -25,11 +25,14 @@ SOURCE = """
 #include <vector>
 #define __device__
 #define __forceinline__ inline
+#define __fdividef(a, b) ((a) / (b))
 #define __cvta_generic_to_shared(pointer) 0
 using std::max;
 using std::min;
 using std::sqrt;
 template <class T> T __ldcg(const T* address) { return *address; }
+template <class T> void __stcg(T* address, T value) { *address = value; }
+static void __threadfence() {}
 static unsigned atomicInc(unsigned* word, unsigned last) {
   const unsigned before = *word;
   *word = before >= last ? 0 : before + 1;
@@ -73,7 +76,11 @@ u32 divide_work(const Sizes& sizes, Found* found, u32 most, Totals& totals) {
     arguments.weights[i].row_bytes =
         element_bytes * (configuration.in_out ? sizes.features : sizes.depth);
   }
-  arguments.window = &sizes.window;
+  window::Record link{};
+  window::LaunchWindow launch{};
+  link.window = sizes.window;
+  arguments.link = &link;
+  arguments.launch = &launch;
   arguments.features = sizes.features;
   arguments.depth = sizes.depth;
   arguments.maximum_remote_workers = sizes.maximum_remote;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,12 @@ from torch import nn
 import dak_inductor as dak
 from dak_inductor import link_window
 from dak_inductor.backend import cache_key, compile_graph
+from dak_inductor.cuda_runtime.window_history import WindowChange, WindowHistory, update_entry
 from dak_inductor.errors import OptionError
 from dak_inductor.link_window import set_windows, window_in_force
 from dak_inductor.lowering import op_facts
 from dak_inductor.options import BackendOptions
+from dak_inductor.report.window_history import updates_of
 from dak_inductor.session import SESSION
 
 SHARED_BYTES = 132 * 233472
@@ -37,9 +40,12 @@ def windows(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[torch.device, str], A
 
     class Window:
         nbytes = 1 << 19
+        automatic = False
 
-        def set(self, nbytes: int) -> None:
-            self.nbytes = nbytes
+        def set(self, nbytes: int | str) -> None:
+            self.automatic = nbytes == "auto"
+            if isinstance(nbytes, int):
+                self.nbytes = nbytes
 
     def window_of(device: torch.device, tier: str) -> Any:
         return made.setdefault((device, tier), Window())
@@ -65,6 +71,48 @@ def test_each_link_that_the_buffers_are_read_through_is_set(windows: dict[Any, A
     shown = window_in_force(GPU, "cpu", [])
     assert shown is not None and shown.in_use and shown.nbytes == 1 << 20
     assert "effect" not in str(shown)
+
+
+def test_automatic_windows_say_so(windows: dict[Any, Any]) -> None:
+    set_windows("auto", [buffer(GPU, "cpu")])
+    shown = window_in_force(GPU, "cpu", [])
+    assert shown is not None and shown.automatic and "automatic" in str(shown)
+
+
+def test_a_link_slower_than_its_profile_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    change = WindowChange(3, 0.0, 200_000, 14e-6, 2.4e-6, 350_000, "law")
+    history = WindowHistory("cuda:0", "cpu", True, 200_000, 9, (change,))
+    window = SimpleNamespace(history=lambda: history, link=SimpleNamespace(direct_bandwidth=51.4e9))
+    monkeypatch.setattr(link_window, "windows", lambda: (window,))
+    monkeypatch.setattr(link_window, "_said", set())
+    with caplog.at_level("WARNING", logger=link_window.__name__):
+        assert link_window.histories() == link_window.histories() == (history,)
+    (line,) = caplog.records
+    assert "25.0 GB/s where 51.4" in line.getMessage() and "200000 bytes" in line.getMessage()
+    assert "automatic, 9 updates" in str(history)
+
+
+def test_what_kernels_made_of_a_window_is_in_the_explanation(
+    windows: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change = WindowChange(3, 1.5, 200_000, 14e-6, 2.4e-6, 350_000, "law")
+    unknown = WindowChange(4, 1.6, 250_000, float("nan"), float("nan"), 350_000, "law")
+    set_windows("auto", [buffer(GPU, "cpu")])
+    history = WindowHistory("cuda:0", "cpu", True, 200_000, 9, (change, unknown))
+    windows[GPU, "cpu"].history = lambda: history
+    (update,) = updates_of(link_window.window_changes(GPU, "cpu"))
+    assert (update.nanoseconds, update.window) == (1.5e9, 200_000)
+    assert update.delay_nanoseconds == pytest.approx(14_000)
+
+    model = dak.offload(nn.Linear(256, 256), offload_ratio=0.5, remote="simulated")
+    assert dak.explain(model).window_history == ()
+    entries = [update_entry(1.0 + i, 200_000 + i, 5e-6) for i in range(3)]
+    module = importlib.import_module(dak.explain.__module__)
+    monkeypatch.setattr(module, "window_changes", lambda device, tier: entries)
+    assert dak.explain(model).window_history == updates_of(entries)
+    assert "3 updates: from 200.0 kB" in dak.explain(model).to_html()
 
 
 def test_more_than_the_sms_take_in_is_refused_and_nothing_is_set(windows: dict[Any, Any]) -> None:

@@ -89,12 +89,15 @@ def test_ranges_are_off_unless_switched_on(monkeypatch):
         options.parse(None, {"nvtx": 1})
 
 
-def test_a_window_is_a_number_of_bytes(monkeypatch):
+def test_a_window_is_a_number_of_bytes_or_automatic(monkeypatch):
     assert options.parse(None, None).backend.window is None
     assert options.parse(None, {"window": 4096}).backend.window == 4096
     monkeypatch.setenv("DAK_WINDOW", "8192")
     assert options.parse(None, None).backend.window == 8192
     assert options.parse(None, {"window": 1}).backend.window == 1
+    assert options.parse(None, {"window": "auto"}).backend.window == "auto"
+    monkeypatch.setenv("DAK_WINDOW", "auto")
+    assert options.parse(None, None).backend.window == "auto"
     for value, message in (("0", "no remote byte"), ("1MB", "DAK_WINDOW"), ("-4", "DAK_WINDOW")):
         monkeypatch.setenv("DAK_WINDOW", value)
         with pytest.raises(OptionError, match=message):

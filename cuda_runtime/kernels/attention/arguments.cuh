@@ -4,6 +4,7 @@
 #include "schedule/divisor.cuh"
 #include "schedule/tier_record.cuh"
 #include "types.cuh"
+#include "window/record.cuh"
 
 namespace dak::attention {
 
@@ -22,7 +23,8 @@ struct Arguments {
   Cache caches[2];      // keys, values
   const int* lengths;   // valid tokens of each sequence, the queries' own included; null: all
   const int* starts;    // first valid token; null: 0
-  const u32* window;    // bytes that may be in flight from the remote tier
+  window::Record* link; // bytes that may be in flight from the remote tier; null: all is local
+  window::LaunchWindow* launch;  // null: the host fixes them
   const void* query;    // [batch, heads * ratio, queries, head_dim]
   void* out;            // [batch, queries, heads * ratio, head_dim], contiguous
   float* partials;      // unfinished results
@@ -51,6 +53,6 @@ struct Arguments {
   u32 finest_rows;      // copies end at multiples of so many tokens, a power of 2
   u32 unused;
 };
-static_assert(sizeof(Cache) == 48 && sizeof(Arguments) == 256);
+static_assert(sizeof(Cache) == 48 && sizeof(Arguments) == 264);
 
 }  // namespace dak::attention

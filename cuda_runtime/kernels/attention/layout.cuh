@@ -8,6 +8,7 @@
 #include "ptx/mbarrier.cuh"
 #include "tile/panel.cuh"
 #include "types.cuh"
+#include "window/reading.cuh"
 
 namespace dak {
 
@@ -42,7 +43,8 @@ struct Head {
   Piece first[consumer_warpgroups];  // and its first piece, found ahead of the kernels before
   u32 in_flight[consumer_warpgroups][maximum_slots];  // remote bytes asked for into a slot
   u32 last[consumer_warpgroups];  // whether a warpgroup was the last to arrive
-  u32 window;  // of the link
+  u32 issued[consumer_warpgroups][maximum_slots];     // window::Delays' marks of them
+  window::Reading window;  // of the link
   u32 remote_units;
   u32 remote_tokens;   // of all units,
   u32 longest_remote;  // and of the longest

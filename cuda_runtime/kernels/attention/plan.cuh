@@ -7,6 +7,7 @@
 #include "attention/units.cuh"
 #include "ptx/memory_order.cuh"
 #include "types.cuh"
+#include "window/reading.cuh"
 
 namespace dak::attention {
 
@@ -31,7 +32,8 @@ __device__ __forceinline__ void read_residency(const Arguments& arguments, u32 w
     const schedule::TierRecord* record = arguments.caches[which].record;
     head.division.splits[which] = record == nullptr ? all_local : __ldcg(&record->split);
   } else {
-    head.window = arguments.window == nullptr ? 0 : __ldcg(arguments.window);
+    head.window = arguments.link == nullptr ? window::Reading{0, 0}
+                                            : window::read(arguments.link, arguments.launch);
   }
 }
 
@@ -120,7 +122,7 @@ __device__ __forceinline__ void plan(const Arguments& arguments, u32 workers, He
     }
     if (lane == 0) {
       head.sequences[arguments.batch] = {0, 0, {total.tiles[0], total.tiles[1]}};
-      divide(head.division, arguments, total, workers, head.window, L::tile, L::row_bytes,
+      divide(head.division, arguments, total, workers, head.window.window, L::tile, L::row_bytes,
              configuration.slots);
     }
   }

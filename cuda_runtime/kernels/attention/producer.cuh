@@ -10,8 +10,10 @@
 #include "pipeline/wait.cuh"
 #include "ptx/memory_order.cuh"
 #include "ptx/tensor_copy_4d.cuh"
+#include "ptx/timer.cuh"
 #include "schedule/tapered_line.cuh"
 #include "types.cuh"
+#include "window/delays.cuh"
 
 namespace dak::attention {
 
@@ -106,8 +108,8 @@ class Producer {
       }
 #pragma unroll 1
       for (u32 side = 0; side < 2; ++side) {
-        const u32 local = side == 0 ? local_tokens[0] : local_tokens[1];
-        fill(side, piece, first, units.rows(piece.span, first), end > static_cast<int>(local));
+        const int local = static_cast<int>(side == 0 ? local_tokens[0] : local_tokens[1]);
+        fill(side, piece, first, units.rows(piece.span, first), end > local, first >= local);
       }
     }
   }
@@ -154,17 +156,20 @@ class Producer {
     return edge.tokens;
   }
 
-  // Loads the next slot, with the tile whose first token is `first`.
+  // Loads the next slot, with the tile whose first token is `first`. `whole`: nothing of it is local.
   __device__ __forceinline__ void fill(u32 side, const Piece& piece, int first, const Rows& rows,
-                                       bool remote) {
+                                       bool remote, bool whole) {
     const u32 bytes = (rows.end - rows.begin) * L::row_bytes;
     const u32 slot = position_.stage;
     ptx::mbarrier_t* full = &head_.full[team_][slot];
+    if (pending_ == configuration.slots) {  // what was in the slot before must have arrived
+      if (in_flight_ > 0) await_oldest();
+      retire();
+    }
     pipeline::wait<bounded>(&head_.empty[team_][slot], position_.parity ^ 1, "slot empty");
-    // what was in the slot before has arrived
-    if (pending_ == configuration.slots) retire();
     if (remote) keep_window(bytes);
     head_.in_flight[team_][slot] = remote ? bytes : 0;
+    head_.issued[team_][slot] = whole ? window::Delays::mark(ptx::cycles()) : window::untimed;
     ++pending_;
     ptx::mbarrier_arrive_expect_tx(full, bytes);
     u8* target = slots_ + slot * L::slot_bytes;
@@ -201,12 +206,22 @@ class Producer {
   // Returns when `bytes` more may be asked for.
   __device__ __forceinline__ void keep_window(u32 bytes) {
     while (in_flight_ > 0 && in_flight_ + bytes > head_.division.quota) {
-      pipeline::wait<bounded>(&head_.full[team_][oldest_.stage], oldest_.parity,
-                              "remote slot full");
+      await_oldest();
       retire();
     }
     in_flight_ += bytes;
     most_in_flight_ = max(most_in_flight_, in_flight_);
+  }
+
+  __device__ __forceinline__ void await_oldest() {
+    ptx::mbarrier_t* full = &head_.full[team_][oldest_.stage];
+    const u32 mark = head_.issued[team_][oldest_.stage];
+    if (ptx::mbarrier_test_wait_parity(full, oldest_.parity)) {
+      delays_.missed(mark);
+      return;
+    }
+    pipeline::wait<bounded>(full, oldest_.parity, "remote slot full");
+    delays_.arrived(mark, ptx::cycles());
   }
 
   // The oldest slot that was asked for is no longer in flight.
@@ -233,6 +248,10 @@ class Producer {
                   static_cast<u64>(most_in_flight_) * head_.division.remote_workers);
       }
     }
+    if (head_.window.controlled > 0) {
+      delays_.report(arguments_.link, head_.window.controlled,
+                     most_in_flight_ * head_.division.remote_workers, ptx::globaltimer());
+    }
   }
 
   const Arguments& arguments_;
@@ -250,6 +269,7 @@ class Producer {
   u32 most_in_flight_ = 0;
   u64 local_bytes_[2] = {0, 0};
   u64 remote_bytes_[2] = {0, 0};
+  window::Delays delays_;
 };
 
 }  // namespace dak::attention

@@ -4,6 +4,7 @@
 #include "schedule/tail.cuh"
 #include "schedule/tier_record.cuh"
 #include "types.cuh"
+#include "window/record.cuh"
 
 namespace dak::linear {
 
@@ -19,7 +20,8 @@ enum class Activation : u32 { none, silu, gelu, gelu_tanh };
 
 struct Arguments {
   Weight weights[2];  // gate and up; the first alone where the product is not gated
-  const u32* window;  // bytes that may be in flight from the remote tier
+  window::Record* link;  // bytes that may be in flight from the remote tier
+  window::LaunchWindow* launch;  // null: the host fixes them
   void* out;
   const void* residual;  // or null
   u64 out_stride;        // elements from one token to the next
@@ -40,6 +42,6 @@ struct Arguments {
   u32 late_steps;      // that the worker started last is behind
   schedule::TailRule tail;  // of the local line
 };
-static_assert(sizeof(Weight) == 32 && sizeof(Arguments) == 192);
+static_assert(sizeof(Weight) == 32 && sizeof(Arguments) == 200);
 
 }  // namespace dak::linear

@@ -50,6 +50,8 @@ struct Head {
   u32 last_quota;    // and of the last tile,
   int last_feature;  // which begins here
   u32 in_flight;     // remote bytes, at most, of all workers together
+  u32 controlled;    // window::Reading
+  u32 issued[maximum_stages];  // window::Delays' marks of remote steps
 };
 
 constexpr u32 head_bytes = 1024;
@@ -82,6 +84,10 @@ struct Layout {
   // as long to add up as a tail could win. lowering/linear/tail.py has the same rule.
   static constexpr bool has_tail = !configuration.cluster && !configuration.in_out &&
                                    configuration.blocks * configuration.tokens <= 128;
+
+  // Whose delays say something about the link. In a cluster a CTA waits for the copies of others; two
+  // CTAs to an SM are for weights that are all local.
+  static constexpr bool observes = !configuration.cluster && configuration.ctas_per_sm == 1;
 
   static_assert(configuration.stages >= 2 && configuration.stages <= maximum_stages);
   static_assert(configuration.blocks == 1 || configuration.blocks == 2);

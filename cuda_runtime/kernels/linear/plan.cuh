@@ -6,6 +6,7 @@
 #include "schedule/line.cuh"
 #include "schedule/tail.cuh"
 #include "types.cuh"
+#include "window/reading.cuh"
 
 namespace dak::linear {
 
@@ -16,7 +17,7 @@ __device__ __forceinline__ u32 divide_up(u32 value, u32 divisor) {
 // What is read from device memory, all at once: beside a launch that streams HBM a load takes 2 us.
 struct Residency {
   u64 splits[2];
-  u32 window;
+  window::Reading window;
 
   template <TieredLinearConfiguration configuration>
   static __device__ __forceinline__ Residency read(const Arguments& arguments) {
@@ -25,7 +26,7 @@ struct Residency {
     for (u32 i = 0; i < Layout<configuration>::weights; ++i) {
       found.splits[i] = __ldcg(&arguments.weights[i].record->split);
     }
-    found.window = __ldcg(arguments.window);
+    found.window = window::read(arguments.link, arguments.launch);
     return found;
   }
 };
@@ -173,6 +174,7 @@ __device__ __forceinline__ void plan(const Arguments& arguments, u32 workers, He
   schedule::Line remote{};
   const Residency residency = Residency::read<configuration>(arguments);
   lay_lines<configuration>(arguments, residency, head, local, remote);
+  head.controlled = residency.window.controlled;
   head.remote_workers = 0;
   head.quota = 0;
   head.in_flight = 0;
@@ -186,7 +188,7 @@ __device__ __forceinline__ void plan(const Arguments& arguments, u32 workers, He
   u32 others = workers;  // who are not remote workers
   if (remote.total() > 0) {
     const u32 length =
-        share_remote<configuration>(arguments, residency.window, workers, head, local, remote);
+        share_remote<configuration>(arguments, residency.window.window, workers, head, local, remote);
     if (workers <= head.remote_workers + head.spared) head.spared = 0;
     if (workers > head.remote_workers) {
       others = workers - head.remote_workers - head.spared;

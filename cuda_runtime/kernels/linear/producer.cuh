@@ -11,7 +11,9 @@
 #include "ptx/grid_dependency.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/tensor_copy.cuh"
+#include "ptx/timer.cuh"
 #include "types.cuh"
+#include "window/delays.cuh"
 
 namespace dak::linear {
 
@@ -79,6 +81,7 @@ class Producer {
       take_turn(next, i, i);
     }
     ptx::wait_for_predecessors();
+    timed_ = L::observes;  // the stages so far fill up when their tokens come
     for (u32 i = 0; i < ahead; ++i) load_tokens(tokens.next().depth, i);
 
     pipeline::RingPosition position{ahead % configuration.stages,
@@ -153,17 +156,27 @@ class Producer {
       }
     }
     if (next.step.remote) keep_window(next.step, i);
+    const u32 now = L::observes && next.step.remote ? ptx::cycles() : 0;
     load_weights(next, stage);
-    count(next);
+    const bool far = count(next);
+    if (L::observes && next.step.remote) {
+      head_.issued[stage] = timed_ && far ? window::Delays::mark(now) : window::untimed;
+    }
   }
 
   // Returns when fewer than `quota` stages are on their way. Remote steps are a worker's first.
-  __device__ __forceinline__ void keep_window(const Step& step, u32 i) const {
+  __device__ __forceinline__ void keep_window(const Step& step, u32 i) {
     const u32 quota = step.feature >= head_.last_feature ? head_.last_quota : head_.quota;
     if (i >= quota) {
       const u32 behind = i - quota;  // must have arrived
-      pipeline::wait<bounded>(&head_.full[behind % configuration.stages],
-                              behind / configuration.stages & 1, "remote stage full");
+      const u32 stage = behind % configuration.stages;
+      const u32 parity = behind / configuration.stages & 1;
+      if (L::observes && ptx::mbarrier_test_wait_parity(&head_.full[stage], parity)) {
+        delays_.missed(head_.issued[stage]);
+        return;
+      }
+      pipeline::wait<bounded>(&head_.full[stage], parity, "remote stage full");
+      if constexpr (L::observes) delays_.arrived(head_.issued[stage], ptx::cycles());
     }
   }
 
@@ -223,12 +236,14 @@ class Producer {
     }
   }
 
-  __device__ __forceinline__ void count(const Load& next) {
+  // Returns whether most of it is remote.
+  __device__ __forceinline__ bool count(const Load& next) {
     const u32 depth = next.step.depth;
     const u32 depth_end = min(depth + L::depth, arguments_.depth);
     const u32 feature = static_cast<u32>(next.step.feature + static_cast<int>(next.extent.begin));
     const u32 feature_end = static_cast<u32>(next.step.feature + static_cast<int>(next.extent.end));
     const u32 bytes = (depth_end - depth) * next.extent.rows() * element_bytes;
+    u32 all_far = 0;
 #pragma unroll
     for (u32 i = 0; i < L::weights; ++i) {
       u32 far = 0;
@@ -241,7 +256,9 @@ class Producer {
       }
       remote_bytes_[i] += far;
       local_bytes_[i] += bytes - far;
+      all_far += far;
     }
+    return 2 * all_far > L::weights * bytes;
   }
 
   // Adds what this CTA has asked for to the records of the buffers.
@@ -256,6 +273,9 @@ class Producer {
       if (local_bytes_[i] > 0) atomicAdd(&record->local_bytes, local_bytes_[i]);
       if (remote_bytes_[i] > 0) atomicAdd(&record->remote_bytes, remote_bytes_[i]);
     }
+    if (L::observes && head_.controlled > 0) {
+      delays_.report(arguments_.link, head_.controlled, head_.in_flight, ptx::globaltimer());
+    }
   }
 
   const Arguments& arguments_;
@@ -268,6 +288,8 @@ class Producer {
   u32 cluster_parities_ = 0;  // of cluster_empty, a bit for each stage
   u64 local_bytes_[2] = {0, 0};
   u64 remote_bytes_[2] = {0, 0};
+  bool timed_ = false;  // whether copies are issued that fill their stages alone
+  window::Delays delays_;
 };
 
 }  // namespace dak::linear

@@ -47,6 +47,21 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(mbarrier_t* barrier, u32
       : "memory");
 }
 
+// Whether the phase of that parity has completed; returns at once.
+__device__ __forceinline__ bool mbarrier_test_wait_parity(mbarrier_t* barrier, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // Whether the phase of that parity has completed; may suspend the thread for a while.
 __device__ __forceinline__ bool mbarrier_try_wait_parity(mbarrier_t* barrier, u32 parity) {
   u32 done;

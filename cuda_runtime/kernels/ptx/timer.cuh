@@ -1,4 +1,4 @@
-// The clock that all SMs share.
+// The clock that all SMs share, and an SM's own.
 #pragma once
 
 #include "types.cuh"
@@ -9,6 +9,13 @@ namespace dak::ptx {
 __device__ __forceinline__ u64 globaltimer() {
   u64 now;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
+  return now;
+}
+
+// Cycles of this SM, modulo 2^32: two seconds and more. Not comparable with those of another SM.
+__device__ __forceinline__ u32 cycles() {
+  u32 now;
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(now)::"memory");
   return now;
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from dak_inductor import hardware
 from dak_inductor.cuda_runtime import device_records, vmm, window
 from dak_inductor.cuda_runtime.device_records import (
     RECORD_BYTES,
@@ -22,12 +23,12 @@ from dak_inductor.cuda_runtime.registered import RegisteredTier
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.cuda_runtime.vmm import VmmTier
-from dak_inductor.errors import DeviceMemoryError, MoveError
+from dak_inductor.errors import DeviceMemoryError, MoveError, OptionError
 
 PAGE = 2 << 20
 DEVICE = torch.device("cuda", 0)
-WINDOW_BYTES = 4
-"""The word of a link's window; records and windows are accounted together."""
+WINDOW_BYTES = window.RECORD_BYTES
+"""The record of a link's window; both kinds are accounted together."""
 
 
 def words(address: int) -> tuple[int, ...]:
@@ -197,3 +198,40 @@ def test_a_place_dropped_with_its_records_frees_the_chunk(fake: Any) -> None:
     gc.collect()
     assert vmm.drain()
     assert "records" not in vmm.memory_in_use()
+
+
+def test_a_window_is_the_host_s_or_the_kernels(fake: Any) -> None:
+    found = window.window_of(DEVICE, "cpu")
+    found.set(128_000)
+    assert struct.unpack("<2I", ctypes.string_at(found.address, 8)) == (128_000, 0)
+    assert (found.nbytes, found.most, found.automatic) == (128_000, 128_000, False)
+    found.set("auto")
+    assert found.automatic and found.nbytes == 128_000
+    assert found.most == found.limits[1]
+    host = struct.unpack("<4I", ctypes.string_at(found.address, 16))
+    assert host == (128_000, 1, *found.limits)
+    ctypes.c_uint32.from_address(found.address + 128).value = 320_005  # as kernels do, with a tag
+    assert found.nbytes == 320_000
+    found.set("auto")
+    assert found.nbytes == 320_000, "what is automatic already goes on"
+    found.set_automatic(9_600_010, limits=(16_000, 9_999_999))
+    assert (found.nbytes, found.most) == (9_600_000, 9_999_999)
+    for start, limits in ((8, None), (400_000, (600_000, 200_000)), (400_000, (0, 200_000))):
+        with pytest.raises(OptionError, match="in order"):
+            found.set_automatic(start, limits=limits)
+    found.set(1)
+    assert (found.nbytes, found.automatic) == (1, False)
+
+
+def test_links_of_a_gpu_have_numbers(fake: Any) -> None:
+    first, second = window.window_of(DEVICE, "cpu"), window.window_of(DEVICE, "cuda:1")
+    assert (first.number, second.number) == (0, 1)
+    assert window.window_of(torch.device("cuda", 1), "cpu").number == 0
+    assert window.windows()[:2] == (first, second)
+
+
+def test_a_guessed_profile_sets_wide_limits() -> None:
+    guess = hardware.generic("some GPU", sm_count=100, memory_bytes=1 << 34)
+    floor, cap = window.default_limits(guess.link("cpu"), guessed=guess.is_guess)
+    measured = window.default_limits(guess.link("cpu"), guessed=False)
+    assert floor < measured[0] and measured[1] < cap
