@@ -27,7 +27,9 @@ MARGIN = 0.03
 """What copies ahead must save, as a share of the step."""
 
 _ENDS_SECONDS = 10e-6  # of a step with copies: they start and are joined
-_LEAST_COPY = 2 * 2**20  # bytes; smaller pieces use the link worse
+_LEAST_COPY = 16 * 2**20
+"""Bytes of a tensor that are copied ahead, where there are as many: each product with copies pays
+for them, and half of the ring bridges the way to the next."""
 _FEW = 4  # tensors: so few do not lie all over a model
 
 

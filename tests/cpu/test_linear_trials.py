@@ -180,6 +180,15 @@ def test_the_first_call_measures_and_the_choice_stays(
     assert later.calls == 1 and len(chooser.results()) == 2
 
 
+def test_the_stock_operator_must_gain_what_it_costs_in_a_step(chooser: Trials) -> None:
+    ways = (Way("direct", 9e-6), Way("stock"))
+    call = facts_of(n=1024, k=4096)
+    assert chooser.choose(call, ways, Clock(ways, direct=9.0, stock=6.5)).name == "direct"
+    larger = facts_of(n=4096, k=4096)
+    assert chooser.choose(larger, ways, Clock(ways, direct=15.0, stock=11.0)).name == "stock"
+    assert chooser.results()[0].seconds == (("direct", 9e-6), ("stock", 6.5e-6))  # as measured
+
+
 def test_a_way_that_a_later_call_lacks_gives_the_estimates_choice(chooser: Trials) -> None:
     call = facts_of(m=1024)
     assert chooser.choose(call, (RING, DIRECT), Clock((RING, DIRECT), ring=9, direct=1)) is DIRECT
