@@ -2,7 +2,8 @@
 
 Two parts. `steps`: one model with a KV cache decodes, and every 1,000 steps the splits of weights
 and cache are moved by hand or planned again. `minutes`: eight threads decode on two models, each
-with a new cache for every sequence, while another thread moves their splits.
+with a new cache for every sequence, while another thread moves their splits; what is held is
+counted when all of them are between two sequences.
 
     python benchmarks/soak.py --out DIR [--steps 100000] [--minutes 5] [--resume]
 
@@ -19,7 +20,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,21 +118,62 @@ def decode(model: SoakModel, arguments: argparse.Namespace, part: int) -> list[d
     return cells
 
 
+class Pauses:
+    """Moments at which all of a number of threads have let go of what they hold for a sequence."""
+
+    def __init__(self, threads: int) -> None:
+        self._wanted = threading.Event()
+        self._gate = threading.Barrier(threads + 1)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the others are waited for."""
+        return self._wanted.is_set()
+
+    def take_part(self) -> None:
+        """Of one of the threads, between sequences: wait through a pause that is wanted."""
+        if self.wanted:
+            self._gate.wait()  # all have come
+            self._gate.wait()  # and may go
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Of the thread that is none of them: nothing runs inside."""
+        self._wanted.set()
+        self._gate.wait()
+        try:
+            yield
+        finally:
+            self._wanted.clear()
+            self._gate.wait()
+
+    def end(self) -> None:
+        """No more pauses: whoever waits, or comes to wait, gets BrokenBarrierError."""
+        self._gate.abort()
+
+
 def serve(
     models: Sequence[SoakModel], seconds: float, every: float, part: int
 ) -> list[dict[str, object]]:
-    """Threads that decode one sequence after the other, each with a cache of its own."""
+    """Threads that decode one sequence after the other, each with a cache of its own, while another
+    moves the weights. What is held is counted between sequences: one that is under way then is cut
+    short, and its tokens so far are compared."""
     stop, lock = threading.Event(), threading.Lock()
     counts = {"steps": 0, "misses": 0, "sequences": 0, "moved_bytes": 0}
     errors: list[BaseException] = []
+    pauses = Pauses(THREADS + 1)
 
     def guarded(work: Callable[[], None]) -> None:
         try:
             while not stop.is_set():
                 work()
+                pauses.take_part()
+        except threading.BrokenBarrierError:
+            pass
         except BaseException as error:
             errors.append(error)
             stop.set()
+            pauses.end()
 
     @torch.no_grad()
     def one_sequence(number: int, counter: itertools.count[int]) -> None:
@@ -140,11 +182,9 @@ def serve(
         cache = model.cache(CACHE_RATIO)
         start, end = model.size.prompt, script.tokens.shape[1]
         taken = [model.step(cache, script.tokens[:, :start])]
-        while len(taken) < end - start and not stop.is_set():
+        while len(taken) < end - start and not (stop.is_set() or pauses.wanted):
             at = start + len(taken)
             taken.append(model.step(cache, script.tokens[:, at - 1 : at]))
-        if len(taken) < end - start:
-            return  # stopped on the way
         misses = script.misses(torch.stack(taken, dim=1))
         with lock:
             counts["steps"] += len(taken)
@@ -166,9 +206,12 @@ def serve(
     end = time.monotonic() + seconds
     for thread in threads:
         thread.start()
-    while time.monotonic() < end and not stop.wait(every):
-        cells.append({"part": part, "phase": "threads", **counts, **sample()})
+    with contextlib.suppress(threading.BrokenBarrierError):
+        while time.monotonic() < end and not stop.wait(every):
+            with pauses.paused():
+                cells.append({"part": part, "phase": "threads", **counts, **sample()})
     stop.set()
+    pauses.end()
     for thread in threads:
         thread.join()
     if errors:

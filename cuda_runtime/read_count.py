@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 
 from dak_inductor.cuda_runtime.kernel import load
 from dak_inductor.cuda_runtime.nvrtc import KernelInstance, instance
@@ -24,10 +25,15 @@ def queue_count(record: int, reads: Sequence[tuple[int, int]], *, device_index: 
     Queued on torch's current stream: each replay of a graph captured over it counts by the split of
     that moment. Raises CompilationError, DriverError.
     """
+    kernel = load(COUNT_READS, device_index)
     for first in range(0, len(reads), _READS):
-        part = reads[first : first + _READS]
-        padded = (*part, *[(0, 0)] * (_READS - len(part)))
-        arguments = _HEAD.pack(record, len(part), 1 if first == 0 else 0)
-        arguments += b"".join(_READ.pack(start, size) for start, size in padded)
-        kernel = load(COUNT_READS, device_index)
+        arguments = _packed(record, tuple(reads[first : first + _READS]), first == 0)
         kernel.launch(grid=(1, 1, 1), block=(32, 1, 1), arguments=[arguments])
+
+
+@lru_cache(maxsize=8192)
+def _packed(record: int, reads: tuple[tuple[int, int], ...], first: bool) -> bytes:
+    """Arguments of one launch: a model's products read the same bytes at each step."""
+    padded = (*reads, *[(0, 0)] * (_READS - len(reads)))
+    arguments = _HEAD.pack(record, len(reads), int(first))
+    return arguments + b"".join(_READ.pack(start, size) for start, size in padded)

@@ -13,8 +13,10 @@ from rich.text import Text
 from dak_inductor.binding import Binding
 from dak_inductor.lowering.ahead.memory import KnownStep, tokens_text
 from dak_inductor.lowering.ahead.sequence import StepCall
+from dak_inductor.lowering.ahead.step_plan import StepPlan
 from dak_inductor.plan_report import any_layer, bytes_text, seconds_text
 
+CAPTURED, EAGER = "in CUDA graphs", "outside of CUDA graphs"
 COLUMNS = ("weights", "remote bytes", "why", "count")
 
 
@@ -31,8 +33,13 @@ class OpStrategy:
 class StepStrategy:
     """One step: a graph at one set of token counts.
 
-    `seconds` are predicted of its products, `direct_seconds` with none staged. `off` says why the
-    step is left alone, "" where it is not; it has no products then.
+    Attributes:
+        seconds: predicted of its products, `direct_seconds` with none staged; in CUDA graphs where
+            `where` is "".
+        off: why the step is left alone, "" where it is not; it has no products then.
+        where: `CAPTURED` or `EAGER`; "" where the same products are staged in both.
+        eager_seconds: predicted outside of CUDA graphs.
+        waits_for_host: whether the host takes longer than the GPU there.
     """
 
     graph: str
@@ -42,6 +49,9 @@ class StepStrategy:
     seconds: float
     direct_seconds: float
     off: str = ""
+    where: str = ""
+    eager_seconds: float = 0.0
+    waits_for_host: bool = False
 
     @property
     def staged(self) -> int:
@@ -49,18 +59,24 @@ class StepStrategy:
         return sum(op.strategy == "staged" for op in self.ops)
 
     def __str__(self) -> str:
-        head = f"{self.graph}, {self.tokens}"
+        head = ", ".join(filter(None, (self.graph, self.tokens, self.where)))
         if self.off:
             return f"{head}: nothing is copied ahead: {self.off}"
-        return (
+        text = (
             f"{head}: {self.staged} of {len(self.ops)} products copied ahead through "
             f"{bytes_text(self.ring_bytes)}; predicted {seconds_text(self.seconds)}, all direct "
             f"{seconds_text(self.direct_seconds)}"
         )
+        if not self.waits_for_host:
+            return text
+        if self.where:
+            return f"{text}; the GPU waits for the host"
+        return f"{text}; {EAGER} {seconds_text(self.eager_seconds)}, which the host takes"
 
 
 def strategies_of(bindings: Iterable[Binding]) -> tuple[StepStrategy, ...]:
-    """Of all steps that were planned or given up, in the order in which they were first called."""
+    """Of all steps that were planned or given up, in the order in which they were first called: one
+    or, where other products are staged in CUDA graphs than outside of them, two for each."""
     found = []
     for binding in bindings:
         if binding.ahead is None:
@@ -69,21 +85,32 @@ def strategies_of(bindings: Iterable[Binding]) -> tuple[StepStrategy, ...]:
             id(buffer): binding.names[index] for index, buffer in binding.live_buffers().items()
         }
         for tokens, known in binding.ahead.steps():
-            found.append(_strategy(binding.graph, tokens_text(tokens), known, names))
+            found += _strategies(binding.graph, tokens_text(tokens), known, names)
     return tuple(found)
 
 
-def _strategy(graph: str, tokens: str, known: KnownStep, names: dict[int, str]) -> StepStrategy:
-    plan, sequence = known.plan, known.sequence
-    if plan is None or sequence is None:
-        return StepStrategy(graph, tokens, (), 0, 0.0, 0.0, known.off)
-    ops = tuple(
-        OpStrategy(_tensors(call, names), op.strategy, op.reason)
-        for call, op in zip(sequence.calls, plan.ops, strict=True)
-    )
-    return StepStrategy(
-        graph, tokens, ops, plan.ring_bytes, plan.seconds, plan.direct_seconds, known.off
-    )
+def _strategies(
+    graph: str, tokens: str, known: KnownStep, names: dict[int, str]
+) -> list[StepStrategy]:
+    plans, sequence = known.plans, known.sequence
+    if plans is None or sequence is None:
+        return [StepStrategy(graph, tokens, (), 0, 0.0, 0.0, known.off)]
+    tensors = [_tensors(call, names) for call in sequence.calls]
+
+    def strategy(plan: StepPlan, where: str) -> StepStrategy:
+        ops = tuple(
+            OpStrategy(each, op.strategy, op.reason)
+            for each, op in zip(tensors, plan.ops, strict=True)
+        )
+        return StepStrategy(
+            graph, tokens, ops, plan.ring_bytes, plan.seconds, plan.direct_seconds, known.off,
+            where, plans.eager.seconds, plans.eager.waits_for_host and where != CAPTURED,
+        )  # fmt: skip
+
+    chosen = [[op.strategy for op in plan.ops] for plan in (plans.captured, plans.eager)]
+    if chosen[0] == chosen[1]:
+        return [strategy(plans.captured, "")]
+    return [strategy(plans.captured, CAPTURED), strategy(plans.eager, EAGER)]
 
 
 def _tensors(call: StepCall, names: dict[int, str]) -> tuple[str, ...]:

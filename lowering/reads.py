@@ -95,18 +95,45 @@ def count_dense(kind: str, *operands: torch.Tensor) -> None:
     Called by the CPU implementations, and on CUDA where no kernel that counts took the call: the
     counts then go to the buffer's record on the device.
     """
+    for buffer, operand, spans in dense_spans(operands):
+        count_spans(kind, buffer, operand, spans)
+
+
+def dense_spans(
+    operands: Sequence[torch.Tensor],
+) -> list[tuple[TieredBuffer, torch.Tensor, tuple[tuple[int, int], ...]]]:
+    """By buffer that holds some of the operands: the first of them, and (start, size) in bytes of
+    each."""
     found: dict[int, tuple[TieredBuffer, list[torch.Tensor]]] = {}
     for operand in operands:
         buffer = address_table.lookup(operand.data_ptr())
         if buffer is not None:
             found.setdefault(id(buffer), (buffer, []))[1].append(operand)
-    for buffer, read in found.values():
-        if buffer.device_record:
-            spans = [(r.data_ptr() - buffer.address, extent(r)) for r in read]
-            count_on_device(buffer, read[0], spans)
-        else:
-            count = sum((dense_read(buffer, operand) for operand in read), TierBytes())
-            counters.record(kind, buffer.label, count)
+    return [
+        (
+            buffer,
+            held[0],
+            tuple([(each.data_ptr() - buffer.address, extent(each)) for each in held]),
+        )
+        for buffer, held in found.values()
+    ]
+
+
+def count_spans(
+    kind: str,
+    buffer: TieredBuffer,
+    operand: torch.Tensor,
+    spans: Sequence[tuple[int, int]],
+) -> None:
+    """Count one call that reads these (start, size) bytes of `buffer`.
+
+    `operand`: any view of it.
+    """
+    if buffer.device_record:
+        count_on_device(buffer, operand, spans)
+        return
+    held = (buffer.bytes_in(start, start + size) for start, size in spans)
+    counters.record(kind, buffer.label, sum(held, TierBytes()))
 
 
 def count_on_device(

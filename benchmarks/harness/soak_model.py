@@ -73,9 +73,12 @@ class Script:
     near_tie: Tensor
 
     def misses(self, taken: Tensor) -> int:
-        """Tokens [batch, new] taken along the script that differ where no rounding explains it."""
-        wanted = self.tokens[:, -taken.shape[1] :]
-        return int(((taken != wanted) & ~self.near_tie).sum())
+        """Of the first new tokens, taken [batch, count] along the script, those that differ where
+        no rounding explains it."""
+        count = taken.shape[1]
+        start = self.tokens.shape[1] - self.near_tie.shape[1]
+        wanted = self.tokens[:, start : start + count]
+        return int(((taken != wanted) & ~self.near_tie[:, :count]).sum())
 
 
 @torch.no_grad()

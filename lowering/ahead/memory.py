@@ -11,13 +11,14 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.errors import ProfileError
 from dak_inductor.lowering.ahead.player import Player
+from dak_inductor.lowering.ahead.prepared_plan import PreparedPlan
 from dak_inductor.lowering.ahead.sequence import CallSequence, Splits
 from dak_inductor.lowering.ahead.step import (
     LearningStep,
@@ -25,7 +26,7 @@ from dak_inductor.lowering.ahead.step import (
     place_of,
 )
 from dak_inductor.lowering.ahead.step_costs import link_rates, step_ops, tier_of
-from dak_inductor.lowering.ahead.step_plan import StepPlan, choose
+from dak_inductor.lowering.ahead.step_plan import StepPlans, choose
 from dak_inductor.lowering.linear.launch import profile_of
 from dak_inductor.lowering.linear.open_step import OutsideStep, current, enter
 from dak_inductor.lowering.linear.queues import queues_of
@@ -51,18 +52,34 @@ class Room:
 
 @dataclass(slots=True)
 class KnownStep:
-    """One step. `splits` are those that `plan` was made for; `off` says why nothing is staged any
-    more."""
+    """One step. `splits` are those that `plans` were made for; `prepared` is what playing them
+    takes, by whether in a capture; `off` says why nothing is staged any more."""
 
     sequence: CallSequence | None = None
     splits: Splits | None = None
-    plan: StepPlan | None = None
+    plans: StepPlans | None = None
+    prepared: dict[bool, PreparedPlan] = field(default_factory=dict)
     derailments: int = 0
     off: str = ""
 
     def forget(self) -> None:
         """Learn it anew."""
-        self.sequence = self.splits = self.plan = None
+        self.sequence = None
+        self.replace(None, None)
+
+    def replace(self, plans: StepPlans | None, splits: Splits | None) -> None:
+        """Other plans from here on."""
+        self.plans, self.splits = plans, splits
+        self.prepared.clear()
+
+    def playable(self, sequence: CallSequence, *, captured: bool) -> PreparedPlan | None:
+        """What the next call plays; None where it runs as without a step."""
+        if self.plans is None or not self.plans.of(captured=captured).staged:
+            return None
+        if captured not in self.prepared:
+            plan = self.plans.of(captured=captured)
+            self.prepared[captured] = PreparedPlan(plan, sequence.calls)
+        return self.prepared[captured]
 
 
 class StepMemory:
@@ -96,9 +113,9 @@ class StepMemory:
         return self.strategy == "direct" or (bool(known) and all(step.off for step in known))
 
     def steps(self) -> Iterator[tuple[Hashable, KnownStep]]:
-        """Those with a plan or a reason to have none, by token counts."""
+        """Those with plans or a reason to have none, by token counts."""
         for tokens, known in self._steps.items():
-            if known.plan is not None or known.off:
+            if known.plans is not None or known.off:
                 yield tokens, known
 
     @contextmanager
@@ -153,30 +170,32 @@ class StepMemory:
         if known.sequence is None or splits is None:
             known.forget()
             return None if capturing else LearningStep(device, written())
-        if known.plan is None or known.splits != splits:
+        if known.plans is None or known.splits != splits:
             try:
-                known.plan = self._plan(tokens, known.sequence, device.index, capturing)
+                plans = self._plan(tokens, known.sequence, device.index, capturing)
             except ProfileError as error:
                 self._switch_off(tokens, known, str(error))
                 return None
-            known.splits = splits
-        if known.plan is None or not known.plan.staged:
+            known.replace(plans, splits)
+        prepared = known.playable(known.sequence, captured=capturing)
+        if prepared is None:
             return None
         try:
-            player = Player(known.plan, known.sequence.calls, queues_of(device), device)
+            player = Player(prepared, queues_of(device), device)
         except torch.OutOfMemoryError:
             self._switch_off(tokens, known, "there was no memory for the ring")
             return None
         try:
-            return PlayedStep(known.sequence, splits, known.plan, player, device)
+            return PlayedStep(known.sequence, splits, prepared.plan, player, device)
         except BaseException:
             player.close()
             raise
 
     def _plan(
         self, tokens: Hashable, sequence: CallSequence, index: int, capturing: bool
-    ) -> StepPlan | None:
-        """None where it cannot be made now."""
+    ) -> StepPlans | None:
+        """None where they cannot be made now. Both are made at once: calls outside of a capture
+        come before it, and room is asked for there."""
         if not capturing:
             self._room = self._ask_room()
         if self._room is None:
@@ -186,20 +205,22 @@ class StepMemory:
         ops = step_ops(calls, tier, index)
         if ops is None:
             return None
-        plan = choose(
+        plans = choose(
             ops,
             link_rates(profile, profile.link(tier)),
             strategy=self.strategy,
             room=max(self._room.nbytes, self.ring_bytes),
             charged=self._room.charged,
         )
+        plan, eager = plans.captured, plans.eager
         log.info(
             "%s, %s: %d of %d products staged ahead through %.1f MB; predicted %.3f ms, all direct "
-            "%.3f ms",
+            "%.3f ms; outside of CUDA graphs %d staged, %.3f ms, all direct %.3f ms",
             self.name, tokens_text(tokens), plan.staged, len(ops), plan.ring_bytes / 1e6,
             plan.seconds * 1e3, plan.direct_seconds * 1e3,
+            eager.staged, eager.seconds * 1e3, eager.direct_seconds * 1e3,
         )  # fmt: skip
-        return plan
+        return plans
 
     def _end(self, tokens: Hashable, known: KnownStep, step: OwnStep, failed: bool) -> None:
         if step.elsewhere:
@@ -215,9 +236,9 @@ class StepMemory:
             log.info("%s, %s: not as learned: %s", self.name, tokens_text(tokens), step.derailed)
             if known.derailments >= MOST_DERAILMENTS:
                 self._switch_off(tokens, known, f"its products vary: {step.derailed}")
-        elif known.plan is not None and not step.captured:
-            self._grew |= known.plan.ring_bytes > self.ring_bytes
-            self.ring_bytes = max(self.ring_bytes, known.plan.ring_bytes)
+        elif not step.captured:
+            self._grew |= step.plan.ring_bytes > self.ring_bytes
+            self.ring_bytes = max(self.ring_bytes, step.plan.ring_bytes)
 
     def _switch_off(self, tokens: Hashable, known: KnownStep, reason: str) -> None:
         known.forget()

@@ -8,7 +8,6 @@ copy, what uses it next comes after the last read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,14 +15,13 @@ import torch
 from torch import Tensor
 
 from dak_inductor.lowering import reads
-from dak_inductor.lowering.ahead.ring_places import Place
-from dak_inductor.lowering.ahead.sequence import StepCall
-from dak_inductor.lowering.ahead.step_plan import OpStep, StepPlan
-from dak_inductor.lowering.ahead.timeline import LOCAL, Part
-from dak_inductor.lowering.linear import ring, ring_plan
+from dak_inductor.lowering.ahead.prepared_plan import Copy, CountedRead, PreparedPlan, Rows
+from dak_inductor.lowering.ahead.timeline import LOCAL
+from dak_inductor.lowering.linear import ring
 from dak_inductor.lowering.linear.copy_engine import copy_bytes
+from dak_inductor.lowering.linear.problem import ELEMENT_BYTES
 from dak_inductor.lowering.linear.product import Product
-from dak_inductor.lowering.linear.queues import Queues
+from dak_inductor.lowering.linear.queues import Queue, Queues
 from dak_inductor.lowering.marks import MARKS
 
 _FIRST = 2
@@ -33,16 +31,15 @@ _MORE = 4
 
 
 class Player:
-    """One played step. `calls` are those that the plan was made for.
+    """One played step.
 
     Raises torch.OutOfMemoryError where there is no memory for the ring.
     """
 
-    def __init__(
-        self, plan: StepPlan, calls: Sequence[StepCall], queues: Queues, device: torch.device
-    ) -> None:
-        self._plan, self._calls, self._queues, self._device = plan, calls, queues, device
+    def __init__(self, prepared: PreparedPlan, queues: Queues, device: torch.device) -> None:
+        self._prepared, self._queues, self._device = prepared, queues, device
         self._memory: Tensor | None = None
+        self._elements: Tensor | None = None  # the same, as elements of the last product's type
         self._copied: list[Any] = []
         self._read: list[Any] = []
         self._waited = -1  # the last part whose place the copies waited for
@@ -64,100 +61,129 @@ class Player:
     def close(self) -> None:
         """Give the ring back."""
         self.join()
-        self._memory = None
+        self._memory = self._elements = None
 
     def pass_by(self) -> None:
         """A product that reads the link itself is about to be queued."""
         self._fetch(_MORE)
 
-    @torch.no_grad()
-    def run(self, op: OpStep, product: Product) -> Tensor:
+    def run(self, number: int, product: Product) -> Tensor:
         """A staged product. Rounds where the stock composition does; each byte counts as read once.
 
         Raises DriverError where a copy cannot be queued.
         """
         with MARKS.of_buffers("staged", product.buffers):
-            return self._run(op, product)
+            if not torch.is_grad_enabled():
+                return self._run(number, product)
+            with torch.no_grad():
+                return self._run(number, product)
 
-    def _run(self, op: OpStep, product: Product) -> Tensor:
-        rows = ring.token_rows(product.x)
+    def _run(self, number: int, product: Product) -> Tensor:
+        x = ring.token_rows(product.x)
         n = product.weights[0].shape[0]
-        outputs = tuple(rows.new_empty((rows.shape[0], n)) for _ in product.weights)
-        products = ring.Products(rows, product.weights, product.biases, outputs, (), False)
-        main = self._queues.main
-        main.run(partial(reads.count_dense, "linear", *ring.counted(product.weights)))
-        for number in op.order:
-            if number == LOCAL:
-                main.run(partial(self._in_place, op, products))
+        outputs = tuple([x.new_empty((x.shape[0], n)) for _ in product.weights])
+        main, prepared = self._queues.main, self._prepared
+        main.run(partial(_count, prepared.counted(number, product), product))
+        for rows in prepared.orders[number]:
+            part = rows[0].part
+            if part == LOCAL:
+                main.run(partial(_in_place, rows, x, product, outputs))
                 self._fetch(_MORE)
-            else:
-                self._part(number, products)
+                continue
+            self._fetch(part + 1 - len(self._copied))
+            main.wait(self._copied[part])
+            main.run(partial(self._in_ring, rows[0], x, product, outputs))
+            awaited = part in prepared.awaited
+            self._read.append(_mark(main, prepared.read, part) if awaited else None)
         self._fetch(_MORE)
-        self._joined = len(self._read) == len(self._plan.parts)
+        self._joined = len(self._read) == len(prepared.copies)
         main.run(partial(ring.finish, outputs, product.activation, product.residual))
-        return outputs[0].view(*product.x.shape[:-1], n)
+        return outputs[0] if product.x.dim() == 2 else outputs[0].view(*product.x.shape[:-1], n)
 
     def _take(self) -> None:
-        self._memory = torch.empty(self._plan.ring_bytes, dtype=torch.uint8, device=self._device)
+        ring_bytes = self._prepared.plan.ring_bytes
+        self._memory = torch.empty(ring_bytes, dtype=torch.uint8, device=self._device)
+        self._elements = None
 
     def _fetch(self, more: int) -> None:
         """Queue up to so many of the next copies whose place is free behind what was queued."""
-        for _ in range(more):
-            number = len(self._copied)
-            if self._joined or number == len(self._plan.parts):
-                return
-            after = self._plan.at[number].after
+        if self._joined:
+            return
+        copies, prepared = self._queues.copies, self._prepared
+        number = len(self._copied)
+        for copy in prepared.copies[number : number + max(more, 0)]:
+            after = copy.after
             if after >= len(self._read):
                 return
             if after > self._waited:
                 self._waited = after
-                self._queues.copies.wait(self._read[after])
-            self._queues.copies.run(partial(self._copy, number))
-            self._copied.append(self._queues.copies.record())
+                copies.wait(self._read[after])
+            copies.launch(partial(self._copy, copy))
+            self._copied.append(_mark(copies, prepared.copied, number))
+            number += 1
 
-    def _copy(self, number: int) -> None:
-        part, place = self._plan.parts[number], self._plan.at[number]
-        if part.copied and self._memory is not None:
-            weight = self._calls[part.op].weights[part.weight]
-            begins = (part.remote - part.start) * part.row_bytes
-            buffer = None if weight.buffer is None else weight.buffer()
+    def _copy(self, copy: Copy, stream: int) -> None:
+        if copy.nbytes and self._memory is not None:
+            buffer = None if copy.buffer is None else copy.buffer()
             with MARKS.of_buffers("copy", (buffer,)):
-                copy_bytes(
-                    self._memory.data_ptr() + place.offset + begins,
-                    weight.address + part.remote * part.row_bytes,
-                    part.copied,
-                    self._device,
-                )
+                target = self._memory.data_ptr() + copy.target
+                copy_bytes(target, copy.source, copy.nbytes, self._device, stream)
 
-    def _in_place(self, op: OpStep, products: ring.Products) -> None:
-        """The rows of each weight ahead of its first part."""
-        first = {}
-        for number in reversed(op.order):
-            if number != LOCAL:
-                part = self._plan.parts[number]
-                first[part.weight] = part.start
-        for weight, matrix in enumerate(products.weights):
-            stop = first.get(weight, matrix.shape[0])
-            if stop:
-                products.compute(ring_plan.Part(weight, 0, stop, False), None)
+    def _in_ring(
+        self, rows: Rows, x: Tensor, product: Product, outputs: tuple[Tensor, ...]
+    ) -> None:
+        weight = product.weights[rows.weight]
+        if self._elements is None or self._elements.dtype != weight.dtype:
+            assert self._memory is not None
+            whole = self._memory.numel() // ELEMENT_BYTES * ELEMENT_BYTES
+            self._elements = self._memory[:whole].view(weight.dtype)
+        elements, k = self._elements, weight.shape[1]
+        if rows.few:
+            held = elements.as_strided((rows.few, k), (k, 1), rows.at)
+            _copy_by_kernel(held, weight[rows.start : rows.start + rows.few])
+        factor = elements.as_strided((k, rows.stop - rows.start), (1, k), rows.at)
+        _multiply(rows, x, factor, product, outputs)
 
-    def _part(self, number: int, products: ring.Products) -> None:
-        self._fetch(number + 1 - len(self._copied))
-        self._queues.main.wait(self._copied[number])
-        self._queues.main.run(
-            partial(self._multiply, self._plan.parts[number], self._plan.at[number], products)
-        )
-        self._read.append(self._queues.main.record())
 
-    def _multiply(self, part: Part, place: Place, products: ring.Products) -> None:
-        assert self._memory is not None
-        rows = part.stop - part.start
-        weight = products.weights[part.weight]
-        slot = self._memory[place.offset : place.offset + part.size].view(weight.dtype)
-        if part.remote > part.start:
-            held = slot.view(rows, weight.shape[1])[: part.remote - part.start]
-            _copy_by_kernel(held, weight[part.start : part.remote])
-        products.compute(ring_plan.Part(part.weight, part.start, part.stop, True), slot)
+def _mark(queue: Queue, marks: list[Any], part: int) -> Any:
+    """Behind all work so far; the one that an earlier play set for this part, set anew."""
+    mark = marks[part] = queue.record(marks[part])
+    return mark
+
+
+def _count(counted: tuple[CountedRead, ...], product: Product) -> None:
+    for each in counted:
+        buffer = each.buffer()
+        if buffer is not None:
+            reads.count_spans("linear", buffer, product.weights[each.weight], each.spans)
+
+
+def _in_place(
+    rows: tuple[Rows, ...], x: Tensor, product: Product, outputs: tuple[Tensor, ...]
+) -> None:
+    """The rows of each weight ahead of its first part."""
+    for each in rows:
+        weight = product.weights[each.weight]
+        shape, stride = (weight.shape[1], each.stop), (1, weight.stride(0))
+        factor = weight.as_strided(shape, stride, weight.storage_offset())
+        _multiply(each, x, factor, product, outputs)
+
+
+def _multiply(
+    rows: Rows, x: Tensor, factor: Tensor, product: Product, outputs: tuple[Tensor, ...]
+) -> None:
+    """Into columns of a matrix with contiguous rows, which cuBLAS writes directly.
+
+    Each view is one call of torch: as two, a slice and its transpose, it takes the host 3 us more.
+    """
+    out, bias = outputs[rows.weight], product.biases[rows.weight]
+    tokens, n = out.shape
+    if rows.stop - rows.start != n:
+        out = out.as_strided((tokens, rows.stop - rows.start), (n, 1), rows.start)
+    if bias is None:
+        torch.mm(x, factor, out=out)
+    else:
+        torch.addmm(bias[rows.start : rows.stop], x, factor, out=out)
 
 
 def _copy_by_kernel(target: Tensor, source: Tensor) -> None:

@@ -68,7 +68,8 @@ class LearningStep:
 class PlayedStep:
     """Serves calls by a plan, as long as they come in its order.
 
-    `derailed` says why one did not; that one and all after it run as without the step.
+    `derailed` says why one did not; that one and all after it run as without the step. A product
+    that can be staged can be as long as its key is the same: it holds all that `ring.refusal` asks.
     """
 
     measures = False
@@ -81,7 +82,7 @@ class PlayedStep:
         player: Player,
         device: torch.device,
     ) -> None:
-        self._sequence, self._splits, self._plan = sequence, splits, plan
+        self._sequence, self._splits, self.plan = sequence, splits, plan
         self._player, self._device, self._place = player, device, place_of(device)
         self._next = 0
         self.elsewhere = False
@@ -102,12 +103,12 @@ class PlayedStep:
         if reason:
             self.derail(reason)
             return None
-        op = self._plan.ops[self._next]
+        number = self._next
         self._next += 1
-        if op.strategy == "direct":
+        if self.plan.ops[number].strategy == "direct":
             self._player.pass_by()
             return None
-        return self._player.run(op, product)
+        return self._player.run(number, product)
 
     def _mismatch(self, product: Product) -> str:
         if self._next == len(self._sequence.calls):
@@ -119,8 +120,6 @@ class PlayedStep:
         # may plan again and move pages while copies are under way.
         if call.splits() != self._splits[self._next]:
             return "a split was moved meanwhile"
-        if self._plan.ops[self._next].strategy == "staged":
-            return product.ring_refusal() or ""
         return ""
 
     def derail(self, reason: str) -> None:

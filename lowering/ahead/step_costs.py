@@ -14,6 +14,7 @@ from dak_inductor.hardware import HardwareProfile, LinkProfile
 from dak_inductor.lowering.ahead.sequence import StepCall
 from dak_inductor.lowering.ahead.step_op import LinkRates, RowSpan, StepOp
 from dak_inductor.lowering.copy_cost import piece_overhead
+from dak_inductor.lowering.host_cost import DIRECT_SECONDS, STOCK_SECONDS, staged_seconds
 from dak_inductor.lowering.linear import ring_plan
 from dak_inductor.lowering.linear.call_facts import CallFacts
 from dak_inductor.lowering.linear.configuration import DECODE_TOKENS
@@ -48,7 +49,7 @@ def step_ops(calls: Sequence[StepCall], tier: str, device_index: int) -> tuple[S
     found = []
     for call in calls:
         if call.facts is None:
-            found.append(StepOp(0.0, 0.0, refusal=call.refusal))
+            found.append(StepOp(0.0, 0.0, refusal=call.refusal, host=STOCK_SECONDS))
             continue
         spans = tuple(weight.span() for weight in call.weights)
         present = tuple(span for span in spans if span is not None)
@@ -69,9 +70,9 @@ def _step_op(
     facts: CallFacts, spans: tuple[RowSpan, ...], refusal: str, device_index: int
 ) -> StepOp:
     profile = profile_of(device_index)
-    direct, link = _direct(facts, profile)
+    direct, link, host = _direct(facts, profile)
     if refusal:
-        return StepOp(direct, link, refusal=refusal)
+        return StepOp(direct, link, refusal=refusal, host=host)
     problem = facts.problem
     one = replace(problem, gated=False)
     local = sum(_product_seconds(one, span.start, profile) for span in spans if span.start)
@@ -81,11 +82,12 @@ def _step_op(
     passes = (facts.activation != "none") + problem.gated + facts.residual
     once = 3 * problem.m * problem.n * ELEMENT_BYTES / profile.hbm_bandwidth
     rest += passes * (profile.operator_floor + once)
-    return StepOp(direct, link, spans, local, _PRODUCT_SECONDS, row, rest)
+    return StepOp(direct, link, spans, local, _PRODUCT_SECONDS, row, rest, host=host)
 
 
-def _direct(facts: CallFacts, profile: HardwareProfile) -> tuple[float, float]:
-    """Seconds of the product as it is served alone, and how long it keeps the link busy."""
+def _direct(facts: CallFacts, profile: HardwareProfile) -> tuple[float, float, float]:
+    """Seconds of the product as it is served alone, and how long it keeps the link and, outside of
+    CUDA graphs, the host busy. Its own ring queues what copies ahead of it would."""
     problem, link = facts.problem, profile.link(facts.tier)
     remote = sum(facts.remote_bytes)
     if problem.m <= DECODE_TOKENS:
@@ -93,15 +95,17 @@ def _direct(facts: CallFacts, profile: HardwareProfile) -> tuple[float, float]:
         peak = rates.get(str(problem.dtype).removeprefix("torch."), min(rates.values()))
         local = (problem.weight_bytes - remote) / profile.hbm_bandwidth
         busy = remote / link.direct_bandwidth
-        return max(local, busy, problem.flops / peak) + profile.operator_floor, busy
+        seconds = max(local, busy, problem.flops / peak) + profile.operator_floor
+        return seconds, busy, DIRECT_SECONDS
     if not _has_ways(facts):
         seconds = ring_plan.estimate(problem, facts.remote_bytes, profile, link)
-        return seconds, remote / link.copy_bandwidth
+        return seconds, remote / link.copy_bandwidth, staged_seconds(1)
     ways = ways_of(problem, facts.remote_bytes, facts.tier, facts.device_index)
     way = TRIALS.current(facts, ways)
     rate = link.copy_bandwidth if way.name == "ring" else link.direct_bandwidth
+    host = {"ring": staged_seconds(1), "stock": STOCK_SECONDS}.get(way.name, DIRECT_SECONDS)
     known = way.seconds or ring_plan.estimate(problem, facts.remote_bytes, profile, link)
-    return known, remote / rate
+    return known, remote / rate, host
 
 
 def _has_ways(facts: CallFacts) -> bool:

@@ -38,6 +38,7 @@ class StepOp:
         part: of one product in the ring besides its rows.
         row: of one row of it.
         rest: what staging takes besides: activation, gate, residual, count.
+        host: what the host takes for it without copies ahead, outside of CUDA graphs.
     """
 
     direct: float
@@ -48,6 +49,7 @@ class StepOp:
     row: float = 0.0
     rest: float = 0.0
     refusal: str = ""
+    host: float = 0.0
 
     @property
     def remote_bytes(self) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dak_inductor.lowering.ahead.ring_places import Place, places, ring_bytes_for
 from dak_inductor.lowering.ahead.step_op import LinkRates, RowSpan, StepOp
 from dak_inductor.lowering.ahead.timeline import Part, simulate
+from dak_inductor.lowering.host_cost import staged_seconds
 from dak_inductor.options import Strategy
 
 RING_BYTES = 32 * 2**20
@@ -45,6 +47,7 @@ class StepPlan:
     Attributes:
         ring_bytes: 0 where nothing is staged.
         seconds: predicted of the products as planned; `direct_seconds` with none staged.
+        host_seconds: what of `seconds` the host is busy; 0 in a CUDA graph.
     """
 
     ops: tuple[OpStep, ...]
@@ -53,11 +56,29 @@ class StepPlan:
     ring_bytes: int
     seconds: float
     direct_seconds: float
+    host_seconds: float = 0.0
 
     @property
     def staged(self) -> int:
         """How many products are."""
         return sum(op.strategy == "staged" for op in self.ops)
+
+    @property
+    def waits_for_host(self) -> bool:
+        """Whether the GPU is predicted to end before the host has queued all."""
+        return 0.0 < self.seconds <= self.host_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlans:
+    """Of one step: `captured` for CUDA graphs, whose replays take what the GPU takes; `eager`
+    outside of them, where a step takes no less than the host does to queue it."""
+
+    captured: StepPlan
+    eager: StepPlan
+
+    def of(self, *, captured: bool) -> StepPlan:
+        return self.captured if captured else self.eager
 
 
 def choose(
@@ -67,7 +88,7 @@ def choose(
     strategy: Strategy,
     room: int,
     charged: bool = False,
-) -> StepPlan:
+) -> StepPlans:
     """For "staged" every product that can be, for "auto" what is predicted to be faster than direct
     reads by a margin.
 
@@ -75,35 +96,70 @@ def choose(
         room: bytes of device memory that the ring may have.
         charged: they are taken from weights, which are remote for it.
     """
-    direct = sum(op.direct for op in ops)
-    if strategy == "direct":
-        return _all_direct(ops, direct, "asked for")
     most = min(room, RING_BYTES)
-    if most < LEAST_RING_BYTES:
-        return _all_direct(ops, direct, "no room for a ring")
-
-    def price(plan: StepPlan) -> float:
-        return plan.ring_bytes / rates.copy if charged else 0.0
-
     found: list[StepPlan] = []
-    for chosen, reason in _candidates(ops, strategy):
-        for size in _ring_sizes(most, charged):
-            plan = _planned(ops, chosen, reason, rates, size, direct)
-            if plan is not None:
-                found.append(plan)
-    if not found:
-        return _all_direct(ops, direct, "little or nothing of it is remote")
-    best = min(found, key=lambda plan: plan.seconds + price(plan))
-    seconds = best.seconds + price(best)
-    if strategy == "auto" and seconds > (1 - _MARGIN) * direct:
-        why = f"staged {seconds * 1e3:.3f} ms, direct {direct * 1e3:.3f} ms"
-        return _all_direct(ops, direct, why)
-    return best
+    reason = "little or nothing of it is remote"
+    if strategy == "direct":
+        reason = "asked for"
+    elif most < LEAST_RING_BYTES:
+        reason = "no room for a ring"
+    else:
+        for chosen, why in _candidates(ops, strategy):
+            for size in _ring_sizes(most, charged):
+                plan = _planned(ops, chosen, why, rates, size)
+                if plan is not None:
+                    found.append(plan)
+    price = 1 / rates.copy if charged else 0.0
+    least = _MARGIN if strategy == "auto" else None
+    return StepPlans(
+        captured=_best(ops, found, reason, price, least),
+        eager=_best(ops, found, reason, price, least, host=True),
+    )
 
 
-def _all_direct(ops: Sequence[StepOp], seconds: float, reason: str) -> StepPlan:
+def _best(
+    ops: Sequence[StepOp],
+    found: Sequence[StepPlan],
+    reason: str,
+    price: float,
+    least: float | None,
+    *,
+    host: bool = False,
+) -> StepPlan:
+    """The fastest of `found`; all direct where there is none, for `reason`, or where it saves less
+    than a share of `least`.
+
+    Args:
+        price: seconds for each byte of the ring.
+        host: outside of CUDA graphs.
+    """
+    if found:
+        plans = [_with_host(plan, ops) for plan in found] if host else found
+        best = min(plans, key=lambda plan: plan.seconds + price * plan.ring_bytes)
+        seconds = best.seconds + price * best.ring_bytes
+        if least is None or seconds <= (1 - least) * best.direct_seconds:
+            return best
+        whose = " of the host" if best.waits_for_host else ""
+        reason = f"staged {seconds * 1e3:.3f} ms{whose}, direct {best.direct_seconds * 1e3:.3f} ms"
+    seconds = sum(op.direct for op in ops)
     steps = tuple(OpStep("direct", op.refusal or reason) for op in ops)
-    return StepPlan(steps, (), (), 0, seconds, seconds)
+    direct = StepPlan(steps, (), (), 0, seconds, seconds)
+    return _with_host(direct, ops) if host else direct
+
+
+def _with_host(plan: StepPlan, ops: Sequence[StepOp]) -> StepPlan:
+    """Outside of CUDA graphs: the GPU waits for the host, or the host for nothing."""
+    parts = Counter(part.op for part in plan.parts)
+    host = sum(
+        staged_seconds(parts[number]) if number in parts else op.host
+        for number, op in enumerate(ops)
+    )
+    return replace(
+        plan,
+        seconds=max(plan.seconds, host),
+        direct_seconds=max(plan.direct_seconds, sum(op.host for op in ops)),
+        host_seconds=host,
+    )
 
 
 def _ring_sizes(most: int, charged: bool) -> Iterator[int]:
@@ -140,7 +196,6 @@ def _planned(
     reason: str,
     rates: LinkRates,
     most: int,
-    direct: float,
 ) -> StepPlan | None:
     """None where no row of a product fits the ring."""
     largest = most // _IN_RING
@@ -167,6 +222,7 @@ def _planned(
         else OpStep("direct", op.refusal or reason)
         for number, op in enumerate(ops)
     )
+    direct = sum(op.direct for op in ops)
     return StepPlan(steps, tuple(parts), tuple(at), ring_bytes, timeline.seconds, direct)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dak_inductor.cuda_runtime.current_stream import current_stream
 from dak_inductor.cuda_runtime.nvrtc import extension
 from dak_inductor.errors import DriverError
 
@@ -76,12 +77,16 @@ def copy(target: Tensor, source: Tensor) -> None:
         )
 
 
-def copy_bytes(target: int, source: int, nbytes: int, device: torch.device) -> None:
-    """Copy bytes between addresses that `device` can read. Raises DriverError."""
+def copy_bytes(
+    target: int, source: int, nbytes: int, device: torch.device, stream: int | None = None
+) -> None:
+    """Copy bytes between addresses that `device` can read, on `stream` (a CUstream), by default
+    torch's current one. Raises DriverError."""
     if device.type == "cpu":
         ctypes.memmove(target, source, nbytes)
         return
-    stream = torch.cuda.current_stream(device).cuda_stream
+    if stream is None:
+        stream = current_stream(device.index)
     extension().copy_async(
         destination=target, source=source, nbytes=nbytes, stream=stream, device=device.index
     )

@@ -34,7 +34,8 @@ class Product:
     buffers: of each weight the buffer that holds it; None: it is all local.
     biases: [N] or None for each weight.
     residual: [..., N] or None.
-    key: what tells two calls apart that may run in different ways, or at different costs.
+    key: what tells two calls apart that may run in different ways, or at different costs. It holds
+        all that refusals ask: where one is refused, so is the other.
     """
 
     x: Tensor
@@ -49,16 +50,19 @@ class Product:
     def __post_init__(self) -> None:
         residual = self.residual
         key = (
-            tuple([(each.data_ptr(), each.shape, each.stride()) for each in self.weights]),
+            tuple([(w.data_ptr(), w.shape, w.stride(), w.dtype) for w in self.weights]),
             self.x.shape,
             self.x.dtype,
             self.x.device,
             self.activation,
             self.layout,
             tuple(
-                [None if bias is None else (bias.data_ptr(), bias.dtype) for bias in self.biases]
+                [
+                    None if bias is None else (bias.data_ptr(), bias.shape, bias.dtype)
+                    for bias in self.biases
+                ]
             ),
-            None if residual is None else (residual.dtype, residual.device),
+            None if residual is None else (residual.shape, residual.dtype, residual.device),
         )
         object.__setattr__(self, "key", key)
 

@@ -16,8 +16,12 @@ class Queue(Protocol):
     def run(self, work: Callable[[], object]) -> None:
         """Queue what `work` launches."""
 
-    def record(self) -> Any:
-        """A mark behind all work so far."""
+    def launch(self, work: Callable[[int], object]) -> None:
+        """Queue what `work` launches on the CUstream that it is given; 0 on the CPU."""
+
+    def record(self, again: Any = None) -> Any:
+        """A mark behind all work so far: `again`, an earlier one of this queue's, is set anew. Who
+        waited for it before has waited for what it was."""
 
     def wait(self, mark: Any) -> None:
         """Work from here on starts after what is before `mark`, of any queue."""
@@ -28,13 +32,17 @@ class StreamQueue:
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
+        self._handle: int = stream.cuda_stream
 
     def run(self, work: Callable[[], object]) -> None:
         with torch.cuda.stream(self._stream):
             work()
 
-    def record(self) -> torch.cuda.Event:
-        return self._stream.record_event()
+    def launch(self, work: Callable[[int], object]) -> None:
+        work(self._handle)
+
+    def record(self, again: torch.cuda.Event | None = None) -> torch.cuda.Event:
+        return self._stream.record_event(again)
 
     def wait(self, mark: torch.cuda.Event) -> None:
         self._stream.wait_event(mark)
@@ -53,7 +61,10 @@ class InlineQueue:
     def run(self, work: Callable[[], object]) -> None:
         work()
 
-    def record(self) -> None:
+    def launch(self, work: Callable[[int], object]) -> None:
+        work(0)
+
+    def record(self, again: None = None) -> None:
         return None
 
     def wait(self, mark: None) -> None:

@@ -134,7 +134,7 @@ def run(
 
 def token_rows(x: Tensor) -> Tensor:
     """The input as [M, K] with contiguous rows, copied once and not in each product."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1 or rows.stride(0) < rows.shape[1]:
         return rows.contiguous()
     return rows

@@ -38,7 +38,11 @@ class FakeQueue:
     def run(self, work: Callable[[], object]) -> None:
         self.entries.append(("run", work))
 
-    def record(self) -> int:
+    def launch(self, work: Callable[[int], object]) -> None:
+        self.run(lambda: work(0))
+
+    def record(self, again: int | None = None) -> int:
+        """A number of its own each time: who waits for a mark waits for what it is then."""
         self.scheduler.marks += 1
         self.entries.append(("record", self.scheduler.marks))
         return self.scheduler.marks

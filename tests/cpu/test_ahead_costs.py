@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dak_inductor import hardware
+from dak_inductor.lowering import host_cost
 from dak_inductor.lowering.ahead.sequence import CallSequence, call_of
 from dak_inductor.lowering.ahead.step_costs import step_ops, tier_of
 from dak_inductor.lowering.ahead.step_op import RowSpan
@@ -64,6 +65,17 @@ def test_many_tokens_cost_what_the_ring_is_estimated_to() -> None:
     few, many = (ops_of(call_of(Layer((weight,)).product(inputs(m, 1024))))[0] for m in (8, 2048))
     assert many.direct > few.direct and many.local > few.local and many.row > few.row
     assert many.link < few.link, "copied, not read by kernels"
+
+
+def test_the_host_takes_as_long_for_any_number_of_tokens_but_for_a_ring_of_its_own() -> None:
+    weight = weight_of(4096, 1024, 0.5)[1]
+    few, more, ring = (
+        ops_of(call_of(Layer((weight,)).product(inputs(m, 1024))))[0] for m in (1, 128, 2048)
+    )
+    assert few.host == more.host == host_cost.DIRECT_SECONDS
+    assert ring.host == host_cost.STAGED_SECONDS == host_cost.staged_seconds(1)
+    (stock,) = ops_of(call_of(Layer((weight,)).product(inputs(1, 1024).float())))
+    assert stock.host == host_cost.STOCK_SECONDS
 
 
 def test_reasons_of_what_cannot_be_staged() -> None:

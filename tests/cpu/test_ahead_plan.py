@@ -15,13 +15,19 @@ from dak_inductor.lowering.ahead import step_plan
 from dak_inductor.lowering.ahead.ring_places import ALIGNMENT, places
 from dak_inductor.lowering.ahead.step_costs import link_rates
 from dak_inductor.lowering.ahead.step_op import RowSpan, StepOp
-from dak_inductor.lowering.ahead.step_plan import LEAST_RING_BYTES, StepPlan, choose
+from dak_inductor.lowering.ahead.step_plan import LEAST_RING_BYTES, StepPlan, StepPlans
 from dak_inductor.lowering.ahead.timeline import LOCAL
+from dak_inductor.lowering.host_cost import DIRECT_SECONDS, PART_SECONDS, STAGED_SECONDS
 
 H200 = hardware.load("h200")
 HOST = H200.link("cpu")
 RATES = link_rates(H200, HOST)
 MIB = 1 << 20
+
+
+def choose(*args, **options) -> StepPlan:
+    """The plan for CUDA graphs, where only the GPU takes time."""
+    return step_plan.choose(*args, **options).captured
 
 
 def op_of(rows: int, row_bytes: int, remote_share: float, *, gated: bool = False) -> StepOp:
@@ -34,7 +40,10 @@ def op_of(rows: int, row_bytes: int, remote_share: float, *, gated: bool = False
     remote = sum(each.remote_bytes for each in spans)
     link = remote / HOST.direct_bandwidth
     local = (nbytes - remote) / H200.hbm_bandwidth
-    return StepOp(max(local, link) + 2e-6, link, spans, local, 4e-6, row_bytes / 4e12, 2e-6)
+    return StepOp(
+        max(local, link) + 2e-6, link, spans, local, 4e-6, row_bytes / 4e12, 2e-6,
+        host=DIRECT_SECONDS,
+    )  # fmt: skip
 
 
 @st.composite
@@ -97,16 +106,28 @@ def check(ops: Sequence[StepOp], plan: StepPlan, room: int) -> None:
     assert plan.seconds >= max(link, work) * (1 - 1e-9), "faster than the bound"
 
 
+def host_seconds(ops: Sequence[StepOp], plan: StepPlan) -> float:
+    """Of the products as planned, one after the other."""
+    staged = plan.staged * (STAGED_SECONDS - PART_SECONDS) + len(plan.parts) * PART_SECONDS
+    strategies = zip(ops, plan.ops, strict=True)
+    return staged + sum(op.host for op, step in strategies if step.strategy == "direct")
+
+
 @settings(deadline=None, max_examples=80)
 @given(steps(), st.sampled_from([4, 5, 16, 64]), st.sampled_from(["auto", "staged"]))
 def test_every_plan_holds(ops: list[StepOp], room: int, strategy: str) -> None:
-    plan = choose(ops, RATES, strategy=strategy, room=room * MIB)  # type: ignore[arg-type]
-    check(ops, plan, room * MIB)
-    if strategy == "auto":
-        assert plan.seconds <= plan.direct_seconds
-    else:
-        able = sum(op.remote_bytes > 0 for op in ops)
-        assert plan.staged == able
+    plans = step_plan.choose(ops, RATES, strategy=strategy, room=room * MIB)  # type: ignore[arg-type]
+    for plan in (plans.captured, plans.eager):
+        check(ops, plan, room * MIB)
+        if strategy == "auto":
+            assert plan.seconds <= plan.direct_seconds
+        else:
+            able = sum(op.remote_bytes > 0 for op in ops)
+            assert plan.staged == able
+    assert plans.captured.host_seconds == 0 and not plans.captured.waits_for_host
+    assert plans.eager.host_seconds == pytest.approx(host_seconds(ops, plans.eager))
+    assert plans.eager.seconds >= max(plans.captured.seconds, plans.eager.host_seconds)
+    assert plans.of(captured=True) is plans.captured and plans.of(captured=False) is plans.eager
 
 
 @settings(deadline=None, max_examples=100)
@@ -139,6 +160,36 @@ def test_auto_stages_where_most_of_the_time_is_the_links() -> None:
         plan = choose(llama(share), RATES, strategy="auto", room=256 * MIB)
         assert plan.staged == 32
         assert 0.92 < plan.seconds / plan.direct_seconds < 0.965
+
+
+def plans_of(ops: Sequence[StepOp]) -> StepPlans:
+    return step_plan.choose(ops, RATES, strategy="auto", room=256 * MIB)
+
+
+def test_outside_of_cuda_graphs_the_host_decides_where_it_takes_longer() -> None:
+    """8 layers at 2%: the GPU gains 0.1 ms of 1.4 by copies that take the host 6.4 and more."""
+    ops = llama(0.02)
+    plans = plans_of(ops)
+    assert plans.captured.staged == 16 and plans.captured.seconds < 1.4e-3
+    eager = plans.eager
+    assert eager.staged == 0 and eager.waits_for_host
+    assert eager.seconds == eager.direct_seconds == pytest.approx(32 * DIRECT_SECONDS)
+    assert "ms of the host, direct 2.560 ms" in eager.ops[0].reason
+    asked = step_plan.choose(ops, RATES, strategy="staged", room=256 * MIB).eager
+    assert asked.staged == 32 and asked.seconds == pytest.approx(
+        32 * STAGED_SECONDS + 8 * PART_SECONDS
+    ), "gate and up are two parts"
+
+
+def test_long_products_are_staged_outside_of_cuda_graphs_too() -> None:
+    """Decode with most remote; and prefill, whose host time is that of few tokens."""
+    few = llama(0.02)
+    prefill = [replace(op, direct=op.direct + 1e-3, local=op.local + 9e-4) for op in few]
+    for ops in (llama(1.0), prefill):
+        captured, eager = plans_of(ops).captured, plans_of(ops).eager
+        assert eager.ops == captured.ops and eager.staged == 32
+        assert eager.seconds == captured.seconds and not eager.waits_for_host
+        assert 0 < eager.host_seconds < eager.seconds
 
 
 def test_auto_stays_direct_at_the_balance_and_with_nothing_remote() -> None:

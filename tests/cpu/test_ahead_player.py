@@ -11,6 +11,7 @@ from dak_inductor import hardware
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
 from dak_inductor.lowering import counters
 from dak_inductor.lowering.ahead.player import Player
+from dak_inductor.lowering.ahead.prepared_plan import PreparedPlan
 from dak_inductor.lowering.ahead.sequence import CallSequence, call_of
 from dak_inductor.lowering.ahead.step import PlayedStep
 from dak_inductor.lowering.ahead.step_costs import link_rates, step_ops
@@ -52,7 +53,7 @@ def planned(made: list[Layer], inputs: list[torch.Tensor]) -> tuple[StepPlan, li
     calls = [call_of(layer.product(x)) for layer, x in zip(made, inputs, strict=True)]
     ops = step_ops(calls, "simulated", None)  # type: ignore[arg-type]
     assert ops is not None
-    return choose(ops, RATES, strategy="staged", room=ROOM), calls
+    return choose(ops, RATES, strategy="staged", room=ROOM).captured, calls
 
 
 class Poisoned(Player):
@@ -71,12 +72,12 @@ class Checked:
         self._queue, self._earlier = queue, earlier
         self.record, self.wait = queue.record, queue.wait
 
-    def run(self, work) -> None:
-        def checked() -> None:
+    def launch(self, work) -> None:
+        def checked(stream: int) -> None:
             assert self._earlier, "a copy overtook earlier work on the main queue"
-            work()
+            work(stream)
 
-        self._queue.run(checked)
+        self._queue.launch(checked)
 
 
 def play(made: list[Layer], inputs, scheduler: Scheduler, *, stop: int, lose: str = ""):
@@ -88,7 +89,8 @@ def play(made: list[Layer], inputs, scheduler: Scheduler, *, stop: int, lose: st
         (main if lose == "main" else side).wait = lambda mark: None  # type: ignore[method-assign]
     earlier: list[bool] = []
     main.run(lambda: earlier.append(True))
-    player = Poisoned(plan, calls, Queues(main, side if lose else Checked(side, earlier)), CPU)  # type: ignore[arg-type]
+    queues = Queues(main, side if lose else Checked(side, earlier))  # type: ignore[arg-type]
+    player = Poisoned(PreparedPlan(plan, calls), queues, CPU)
     player.begin()
     results = []
     for number, layer in enumerate(made[:stop]):
@@ -97,7 +99,7 @@ def play(made: list[Layer], inputs, scheduler: Scheduler, *, stop: int, lose: st
             player.pass_by()
             results.append(None)
         else:
-            results.append(player.run(op, layer.product(inputs[number])))
+            results.append(player.run(number, layer.product(inputs[number])))
     player.close()
     joined: list[bool] = []
     main.run(lambda: joined.append(not side.entries))
@@ -146,9 +148,9 @@ def test_each_byte_counts_as_one_read_and_is_copied_once(monkeypatch) -> None:
     copied: list[int] = []
     real = player.copy_bytes
 
-    def noted(target: int, source: int, nbytes: int, device: torch.device) -> None:
+    def noted(target: int, source: int, nbytes: int, device: torch.device, stream: int) -> None:
         copied.append(nbytes)
-        real(target, source, nbytes, device)
+        real(target, source, nbytes, device, stream)
 
     monkeypatch.setattr(player, "copy_bytes", noted)
     pairs = [weight_of(200, 64, share, str(share)) for share in (0.2, 0.5, 1.0)]
@@ -161,6 +163,30 @@ def test_each_byte_counts_as_one_read_and_is_copied_once(monkeypatch) -> None:
     assert held.remote - cut_rows <= sum(copied) <= held.remote
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_plays_of_one_plan_that_are_queued_before_any_of_it_runs(seed: int) -> None:
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    made = layers(pick)
+    turns = [inputs_of(made, 3) for _ in range(3)]
+    plan, calls = planned(made, turns[0])
+    prepared = PreparedPlan(plan, calls)
+    scheduler = Scheduler(pick)
+    queues = Queues(scheduler.queue(), scheduler.queue())
+    results = []
+    for inputs in turns:
+        player = Poisoned(prepared, queues, CPU)
+        player.begin()
+        for number, layer in enumerate(made):
+            if plan.ops[number].strategy == "staged":
+                x = inputs[number]
+                results.append((player.run(number, layer.product(x)), layer.expected(x)))
+        player.close()
+    scheduler.drain()
+    for result, expected in results:
+        assert_close(result, expected)
+
+
 @pytest.mark.parametrize("at", range(5))
 def test_a_derailed_step_is_joined_at_once(at: int) -> None:
     """Also before it is closed: a capture may end there."""
@@ -170,7 +196,7 @@ def test_a_derailed_step_is_joined_at_once(at: int) -> None:
         inputs = inputs_of(made, 3)
         plan, calls = planned(made, inputs)
         main, side = scheduler.queue(), scheduler.queue()
-        player = Poisoned(plan, calls, Queues(main, side), CPU)  # type: ignore[arg-type]
+        player = Poisoned(PreparedPlan(plan, calls), Queues(main, side), CPU)
         sequence = CallSequence(tuple(calls))
         splits = sequence.splits()
         assert splits is not None

@@ -18,6 +18,8 @@ from dak_inductor import session
 from dak_inductor.ahead_room import ring_room
 from dak_inductor.backend import compile_graph
 from dak_inductor.lowering.ahead import memory, step_plan
+from dak_inductor.lowering.ahead.step_plan import StepPlan, StepPlans
+from dak_inductor.lowering.host_cost import STAGED_SECONDS
 from dak_inductor.lowering.ops_linear import LINEAR_OPERATORS
 from dak_inductor.offloaded import record_of
 from dak_inductor.options import BackendOptions
@@ -102,6 +104,37 @@ def test_outputs_bytes_and_what_explain_says(strategy: str, staged: list[int]) -
     assert ("products copied ahead" in text) == (strategy != "direct")
     for step in dak.explain(model).strategies:
         assert all(op.tensors[0].startswith("layers.") and op.reason for op in step.ops)
+
+
+@torch.no_grad()
+def test_explain_shows_both_plans_where_they_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one where they do not, with what the host takes."""
+    _, model = offloaded()
+    run = compiled(model, strategy="staged")
+    for _ in range(3):
+        run(torch.randn(3, WIDTH, dtype=torch.bfloat16))
+    (alike,) = dak.explain(model).strategies
+    assert alike.where == "" and alike.staged == 4 and alike.waits_for_host
+    assert alike.eager_seconds == pytest.approx(4 * STAGED_SECONDS)
+    assert "outside of CUDA graphs 1.6 ms, which the host takes" in str(alike)
+
+    (binding,) = SESSION.bindings()
+    assert binding.ahead is not None
+    ((_, known),) = binding.ahead.steps()
+    assert known.plans is not None
+    direct = StepPlan(
+        (step_plan.OpStep("direct", "staged 1.600 ms of the host, direct 0.320 ms"),) * 4,
+        (), (), 0, 32e-5, 32e-5, 32e-5,
+    )  # fmt: skip
+    known.replace(StepPlans(known.plans.captured, direct), known.splits)
+    found = dak.explain(model)
+    captured, eager = found.strategies
+    assert (captured.where, captured.staged) == ("in CUDA graphs", 4)
+    assert (eager.where, eager.staged) == ("outside of CUDA graphs", 0)
+    assert "host" not in str(captured)
+    assert "predicted 320 us, all direct 320 us; the GPU waits for the host" in str(eager)
+    for step in (captured, eager):
+        assert str(step) in found.to_html() and step.where in str(found)
 
 
 @torch.no_grad()

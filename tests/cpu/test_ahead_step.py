@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -123,12 +125,12 @@ def test_a_moved_split_is_planned_anew() -> None:
     run = Run(layers)
     run()
     run()
-    before = run.known.plan
+    before = run.known.plans
     (buffer,) = layers[0].product(torch.zeros(1, 64, dtype=BF16)).buffers
     assert buffer is not None
     buffer.move(0)
     assert run() == [True] * 3
-    assert run.known.plan is not before
+    assert run.known.plans is not before
 
 
 def test_a_split_that_moves_inside_a_step_derails_it() -> None:
@@ -226,6 +228,25 @@ def test_captures_play_what_was_learned_and_learn_nothing(monkeypatch: pytest.Mo
         assert fresh() == [True] * 3
 
 
+def test_what_a_play_prepared_keeps_no_weight_alive() -> None:
+    layers = three()
+    run = Run(layers)
+    for _ in range(3):
+        run()
+    known = run.known
+    assert known.prepared and known.sequence is not None
+    run.layers = []
+    del layers
+    gc.collect()
+    assert known.sequence.splits() is None
+
+
+def test_a_ring_of_an_odd_number_of_bytes() -> None:
+    run = Run(three(), room=ROOM - 1)
+    run()
+    assert run() == [True] * 3
+
+
 def test_without_memory_for_the_ring_all_runs_direct(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(three())
     run()
@@ -253,4 +274,4 @@ def test_weights_stored_in_out_stay_direct_with_a_reason() -> None:
     run = Run([*three(0.5), Layer((values,), layout="in_out")])
     run()
     assert run()[0]
-    assert "[in, out]" in run.known.plan.ops[1].reason
+    assert "[in, out]" in run.known.plans.eager.ops[1].reason

@@ -75,4 +75,7 @@ def strategies_text(steps: Sequence[StepStrategy]) -> str:
     """How many products had their remote bytes copied ahead, by the plans in force."""
     if not steps:
         return "no product copied ahead"
-    return "; ".join(each.off or f"{each.staged} of {len(each.ops)} copied ahead" for each in steps)
+    return "; ".join(
+        each.off or f"{each.staged} of {len(each.ops)} copied ahead {each.where}".rstrip()
+        for each in steps
+    )

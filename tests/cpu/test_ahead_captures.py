@@ -1,0 +1,62 @@
+"""Steps that are planned one way for CUDA graphs and another way for other calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dak_inductor.lowering.ahead import memory as memory_module
+from dak_inductor.lowering.ahead.step_plan import StepPlans
+
+from .ahead_model import BF16, shrink
+from .test_ahead_step import Run, captured, three
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+
+
+def staged_in(monkeypatch: pytest.MonkeyPatch, *, captured: bool) -> None:
+    """Plans stage products in captures alone, or outside of them alone."""
+    real = memory_module.choose
+
+    def chosen(*args, **options) -> StepPlans:
+        staged = real(*args, **options)
+        direct = real(*args, **{**options, "strategy": "direct"})
+        if captured:
+            return StepPlans(captured=staged.captured, eager=direct.eager)
+        return StepPlans(captured=direct.captured, eager=staged.eager)
+
+    monkeypatch.setattr(memory_module, "choose", chosen)
+
+
+@pytest.mark.parametrize("in_captures", [True, False])
+def test_calls_outside_of_captures_do_not_decide_for_them_nor_they_for_those(
+    monkeypatch: pytest.MonkeyPatch, in_captures: bool
+) -> None:
+    staged_in(monkeypatch, captured=in_captures)
+    run = Run(three())
+    run()
+    for capture in range(1, 4):
+        assert run() == [not in_captures] * 3
+        with monkeypatch.context() as patched:
+            captured(patched, (0, capture))
+            assert run() == [in_captures] * 3
+    assert run.asked == 1, "planned once, for both"
+    assert run.memory.ring_grew() == (not in_captures), "the ring of a capture is the graph's"
+
+
+def test_a_capture_after_a_move_is_planned_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    staged_in(monkeypatch, captured=True)
+    layers = three()
+    run = Run(layers)
+    run()
+    run()
+    (buffer,) = layers[0].product(torch.zeros(1, 64, dtype=BF16)).buffers
+    assert buffer is not None
+    buffer.move(0)
+    with monkeypatch.context() as patched:
+        captured(patched, (0, 7))
+        assert run() == [True] * 3
+    assert run.asked == 1, "room is not asked for in a capture"
