@@ -76,7 +76,6 @@ class StagedAttention:
     keys: StoredTokens
     values: StoredTokens
     masks: Masks
-    forward: Forward
     partials: PartialResults
     partial_dtype: torch.dtype  # of what the Triton forward gives; stock ones give the query's
 
@@ -98,12 +97,12 @@ class StagedAttention:
             at = slice(piece.start - first, piece.stop - first)
             rows = self.query[:, :, piece.first_row : piece.last_row]
             seen = (key[:, :, at], value[:, :, at])
-            if self.forward == "triton":
+            if piece.forward == "triton":
                 out, lse = self._masked(rows, *seen, piece)
             else:
                 scale = self.masks.scale
                 out, lse = stock_forward.attend(
-                    self.forward, rows, *seen, causal=piece.causal, scale=scale
+                    piece.forward, rows, *seen, causal=piece.causal, scale=scale
                 )
             self.partials.add(PartialResult(piece.first_row, out, lse))
 
@@ -206,7 +205,7 @@ def _run(
     if not _aligned(query):
         query = query.clone(memory_format=torch.contiguous_format)  # once, not in each call
     dtype = torch.float32 if len(plan.pieces) > 1 else query.dtype
-    work = StagedAttention(query, keys, values, masks, plan.forward, partials, dtype)
+    work = StagedAttention(query, keys, values, masks, partials, dtype)
     queues = queues_of(query.device)
     staging.issue(plan.parts, work, slots, queues, count, copy_bound=plan.copy_bound)
     return partials.result()

@@ -2,15 +2,21 @@
 
 Row i of the query is token `tokens - queries + i` of its sequence. Stock forwards align a causal
 triangle at its last row and last token (flash), or take it only where it is square (cuDNN, which
-aligns at the first ones), so pieces are cut where the alignment would differ.
+aligns at the first ones), so pieces are cut where the alignment would differ. They also round what
+they give: rows that must not be merged from it are left to the Triton forward, which gives fp32.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 Forward = Literal["cudnn", "flash", "triton"]
+ROWS = 128
+"""Query rows of one thread block of the stock forwards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +48,10 @@ class PrefillProblem:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One forward call: query rows [first_row, last_row) over tokens [start, stop).
+    """One call of a forward: query rows [first_row, last_row) over tokens [start, stop).
 
-    Causal: the last row sees the last token, and each row before it one token less.
+    Causal: the last row sees the last token, and each row before it one token less. The Triton
+    forward masks by positions, whatever this says.
     """
 
     first_row: int
@@ -52,6 +59,7 @@ class Piece:
     start: int
     stop: int
     causal: bool
+    forward: Forward
 
     @property
     def rows(self) -> int:
@@ -78,26 +86,62 @@ class Part:
         return self.stop - self.start
 
 
-def pieces_of(
-    problem: PrefillProblem, start: int, stop: int, forward: Forward
-) -> tuple[Piece, ...]:
-    """The calls that let all query rows see tokens [start, stop), as far as they may.
+def merged_rows(problem: PrefillProblem, first_stop: int, forward: Forward, *, below: int) -> range:
+    """Rows that see fewer than `below` tokens, in more than one stock call where the first part
+    ends at `first_stop`; in whole thread blocks, so it may be some rows more."""
+    queries, past, first = problem.queries, problem.past, problem.first
+    if not problem.causal:
+        few = first_stop < problem.tokens and problem.tokens - first < below
+        return range(queries if few else 0)
+    # Of the first part's rows each has one call, unless cuDNN cuts a triangle from older tokens.
+    alone = first_stop - past if forward == "flash" or first >= past else 0
+    start = alone if alone >= min(ROWS, queries) else 0
+    stop = math.ceil((below - 1 - past + first) / ROWS) * ROWS
+    if stop > queries - ROWS:
+        stop = queries
+    return range(start, stop) if start < stop else range(0)
 
-    The Triton forward masks by positions, so it takes any tokens in one call.
-    """
-    queries, past = problem.queries, problem.past
+
+def pieces_of(
+    problem: PrefillProblem,
+    start: int,
+    stop: int,
+    forward: Forward,
+    unrounded: range = range(0),
+) -> tuple[Piece, ...]:
+    """The calls that let all query rows see tokens [start, stop), as far as they may: rows
+    `unrounded` by the Triton forward, the others by `forward`."""
+    bands: tuple[tuple[range, Forward], ...] = (
+        (range(unrounded.start), forward),
+        (unrounded, "triton"),
+        (range(unrounded.stop, problem.queries), forward),
+    )
+    calls = (_calls(problem, rows, start, stop, by) for rows, by in bands if rows)
+    return tuple(chain.from_iterable(calls))
+
+
+def _calls(
+    problem: PrefillProblem, rows: range, start: int, stop: int, forward: Forward
+) -> Iterator[Piece]:
+    """The same of some rows."""
+    past, end = problem.past + rows.start, problem.past + rows.stop
+    if problem.causal:
+        stop = min(stop, end)
+    if start >= stop:
+        return
     if forward == "triton":
         # However short a sequence is, its rows see no token later than they would here.
-        first_row = max(0, start - past) if problem.causal else 0
-        return (Piece(min(first_row, queries - 1), queries, start, stop, False),)
+        first_row = max(rows.start, start - problem.past) if problem.causal else rows.start
+        yield Piece(min(first_row, rows.stop - 1), rows.stop, start, stop, False, forward)
+        return
     if not problem.causal or stop <= past + 1:
-        return (Piece(0, queries, start, stop, False),)
-    found = []
+        yield Piece(rows.start, rows.stop, start, stop, False, forward)
+        return
     square = max(start, past)  # the first token that hides from the rows before its own
     if start < square and forward == "cudnn":
-        found.append(Piece(0, queries, start, square, False))
+        yield Piece(rows.start, rows.stop, start, square, False, forward)
         start = square
-    found.append(Piece(square - past, stop - past, start, stop, True))
-    if stop < problem.tokens:
-        found.append(Piece(stop - past, queries, start, stop, False))
-    return tuple(found)
+    after = rows.start + stop - past  # the first row that sees all of them and more
+    yield Piece(rows.start + square - past, after, start, stop, True, forward)
+    if after < rows.stop:
+        yield Piece(after, rows.stop, start, stop, False, forward)

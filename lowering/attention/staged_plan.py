@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
 
 from dak_inductor.hardware import HardwareProfile, LinkProfile
 from dak_inductor.lowering.attention.staged_parts import (
+    ROWS,
     Forward,
     Part,
     Piece,
     PrefillProblem,
+    merged_rows,
     pieces_of,
 )
-from dak_inductor.lowering.attention.staged_timing import ROWS, StagedTiming
+from dak_inductor.lowering.attention.staged_timing import StagedTiming
 from dak_inductor.lowering.copy_cost import JOIN_SECONDS
 from dak_inductor.lowering.part_order import order_parts
 from dak_inductor.lowering.slots import slot_sizes
@@ -30,10 +32,22 @@ RING_BYTES = 64 * 2**20
 UNIT = 128
 """Tokens of a staged part are a multiple of it where possible: whole key blocks of the kernels."""
 
+ROUNDED_TOKENS = 4096
+"""A row that sees fewer is not merged from rounded results where the Triton forward is there to
+give fp32 ones. What one call gives is not merged, so it may be rounded.
+
+A row in which one token outweighs the others has the largest elements of all; rounded once for each
+part and once at the end, they err up to three times as much as torch's one rounding where that
+happens to be small. Simulated draws of 32 heads of 512 rows, two or three rounded parts: 2% err by
+more than twice torch's largest error over 2048 tokens and over 4096, 1% over 8192 (scores of
+deviation 1; of 1.6, 8% and 6%); of fp32 parts none by more than 1.13 times. So the limit is one of
+cost, no bound for longer rows. Few tokens are where fp32 parts cost least: by prediction at most a
+third of a call that is short, and 0.13 and 1.6 ms of 1.1 and 9.2 where 8192 tokens are all remote.
+Without a limit most long prefills would take a third longer.
+"""
 PRECISION_COST, PRECISION_SECONDS = 1.05, 20e-6
-"""What a plan may take for results that are merged as fp32 sums, as the Triton forward gives them:
-so many times the fastest plan, or so much more. Stock forwards round theirs first: the largest
-error among 10^5 elements was 3 times torch's own."""
+"""What a plan may take that merges no rounded results at all: so many times the fastest plan, or so
+much more."""
 
 _LOCAL_ROW_BLOCKS = (1, 2, 4)
 _BODIES = (1, 2, 3, 4, 8)  # chunks of equal size in what the ring holds
@@ -45,6 +59,21 @@ _MANY = 32  # chunks: with more of them only few sizes are tried
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """Tokens [first, local) in place, with wide calls in so many row blocks; behind them chunks of
+    these sizes."""
+
+    first: int
+    local: int
+    sizes: tuple[int, ...]
+    blocks: int
+
+    def merged_rows(self, problem: PrefillProblem, forward: Forward, *, below: int) -> range:
+        first_stop = self.local if self.local > self.first else self.first + self.sizes[0]
+        return merged_rows(problem, first_stop, forward, below=below)
+
+
+@dataclass(frozen=True, slots=True)
 class StagedPlan:
     """Parts in the order of their calls; those that are staged are copied in the same order.
 
@@ -53,7 +82,6 @@ class StagedPlan:
         copy_bound: the last calls wait for their copy.
     """
 
-    forward: Forward
     parts: tuple[Part, ...]
     slots: tuple[int, ...]
     seconds: float
@@ -84,22 +112,22 @@ def choose(
     Tokens before `local` are in local memory, so that they may be read in place.
     """
     local = min(max(local, problem.first), problem.tokens)
-    total = problem.tokens - problem.first
     room = RING_BYTES // problem.token_bytes
-    found = []
-    for forward in forwards:
-        timing = StagedTiming(problem, local, forward, profile, link)
-        if local < problem.tokens and total <= room:
-            together = _staged(problem, problem.first, (total,), forward)
-            found.append(_schedule((), together, room, timing))
-        chunked = [
-            _staged(problem, local, sizes, forward) for sizes in _chunks(problem, local, room)
-        ]
-        for blocks in _LOCAL_ROW_BLOCKS if problem.first < local < problem.tokens else (1,):
-            in_place = _local(problem, local, forward, blocks)
-            found += [_schedule(in_place, staged, room, timing) for staged in chunked]
+    timing = StagedTiming(problem, local, profile, link)
+    layouts = list(_layouts(problem, local, room))
+    found, unrounded = [], []
+    for forward, layout in product(forwards, layouts):
+        merged = range(0)
+        if forward != "triton":
+            merged = layout.merged_rows(problem, forward, below=problem.tokens + 1)
+        few = layout.merged_rows(problem, forward, below=ROUNDED_TOKENS)
+        apart = {few, merged} if merged and "triton" in forwards else {range(0)}
+        for rows in apart:
+            if len(rows) < problem.queries:  # else it is a plan of the Triton forward
+                found.append(_schedule(problem, layout, forward, rows, room, timing))
+                if rows == merged:
+                    unrounded.append(found[-1])
     best = min(found, key=_seconds)
-    unrounded = [plan for plan in found if plan.forward == "triton" or len(plan.pieces) == 1]
     if best in unrounded or not unrounded:
         return best
     precise = min(unrounded, key=_seconds)
@@ -111,28 +139,40 @@ def _seconds(plan: StagedPlan) -> float:
     return plan.seconds
 
 
-def _local(problem: PrefillProblem, local: int, forward: Forward, blocks: int) -> tuple[Part, ...]:
+def _layouts(problem: PrefillProblem, local: int, room: int) -> Iterator[Layout]:
+    """Of tokens before `local` in local memory, and a ring that has room for so many."""
+    total = problem.tokens - problem.first
+    if local < problem.tokens and total <= room:
+        yield Layout(problem.first, problem.first, (total,), 1)
+    for sizes in _chunks(problem, local, room):
+        for blocks in _LOCAL_ROW_BLOCKS if problem.first < local < problem.tokens else (1,):
+            yield Layout(problem.first, local, sizes, blocks)
+
+
+def _local(
+    problem: PrefillProblem, layout: Layout, forward: Forward, unrounded: range
+) -> tuple[Part, ...]:
     """Local tokens in one part for each of its calls; wide ones in row blocks, so that a chunk
     that has arrived need not wait for all of them. Row blocks share no row: no merge is added."""
-    if local <= problem.first:
+    if layout.local <= problem.first:
         return ()
     found = []
-    for piece in pieces_of(problem, problem.first, local, forward):
+    for piece in pieces_of(problem, problem.first, layout.local, forward, unrounded):
         size = piece.rows
         if not piece.causal:
-            size = max(ROWS, math.ceil(piece.rows / blocks / ROWS) * ROWS)
+            size = max(ROWS, math.ceil(piece.rows / layout.blocks / ROWS) * ROWS)
         for row in range(piece.first_row, piece.last_row, size):
-            block = Piece(row, min(row + size, piece.last_row), piece.start, piece.stop, False)
-            found.append(piece if size == piece.rows else block)
+            last = min(row + size, piece.last_row)
+            found.append(replace(piece, first_row=row, last_row=last))
     return tuple(Part(piece.start, piece.stop, False, (piece,)) for piece in found)
 
 
 def _staged(
-    problem: PrefillProblem, local: int, sizes: tuple[int, ...], forward: Forward
+    problem: PrefillProblem, layout: Layout, forward: Forward, unrounded: range
 ) -> tuple[Part, ...]:
-    parts, start = [], local
-    for size in sizes:
-        pieces = pieces_of(problem, start, start + size, forward)
+    parts, start = [], layout.local
+    for size in layout.sizes:
+        pieces = pieces_of(problem, start, start + size, forward, unrounded)
         parts.append(Part(start, start + size, True, pieces))
         start += size
     return tuple(parts)
@@ -173,7 +213,7 @@ def _geometric(total: int, number: int, growth: float) -> tuple[int, ...]:
     """Sizes that sum to `total`, each `growth` times the one before, all but one whole UNITs."""
     weights = [growth**position for position in range(number)]
     ends = [sum(weights[: position + 1]) / sum(weights) for position in range(number)]
-    cuts = [0, *(round(total * end / UNIT) * UNIT for end in ends[:-1]), total]
+    cuts = [0, *(min(round(total * end / UNIT) * UNIT, total) for end in ends[:-1]), total]
     return tuple(stop - start for start, stop in pairwise(cuts) if stop > start)
 
 
@@ -213,11 +253,17 @@ def _ramp(body: int, total: int, units: int, growth: int) -> tuple[int, ...]:
 
 
 def _schedule(
-    local: tuple[Part, ...], staged: tuple[Part, ...], room: int, timing: StagedTiming
+    problem: PrefillProblem,
+    layout: Layout,
+    forward: Forward,
+    unrounded: range,
+    room: int,
+    timing: StagedTiming,
 ) -> StagedPlan:
-    slots = slot_sizes([part.tokens for part in staged], room)
+    staged = _staged(problem, layout, forward, unrounded)
+    slots = slot_sizes(layout.sizes, room)
     ordered = order_parts(
-        local,
+        _local(problem, layout, forward, unrounded),
         staged,
         len(slots),
         copy=timing.copy,
@@ -225,16 +271,16 @@ def _schedule(
     )
     pieces = tuple(piece for part in ordered.parts for piece in part.pieces)
     seconds = ordered.seconds + timing.merge(pieces) + (JOIN_SECONDS if staged else 0.0)
-    return StagedPlan(timing.forward, ordered.parts, slots, seconds, ordered.copy_bound)
+    return StagedPlan(ordered.parts, slots, seconds, ordered.copy_bound)
 
 
 def plan_lines(plan: StagedPlan) -> tuple[str, ...]:
     """The plan in words, a line for each part in the order of its calls."""
-    lines = [f"{plan.forward}, {len(plan.slots)} slots, about {1e3 * plan.seconds:.3f} ms"]
+    lines = [f"{len(plan.slots)} slots, about {1e3 * plan.seconds:.3f} ms"]
     for part in plan.parts:
         how = "copied" if part.staged else "in place"
         calls = ", ".join(
-            f"rows [{p.first_row}, {p.last_row}){' causal' if p.causal else ''}"
+            f"{p.forward} rows [{p.first_row}, {p.last_row}){' causal' if p.causal else ''}"
             for p in part.pieces
         )
         lines.append(f"tokens [{part.start}, {part.stop}) {how}: {calls}")

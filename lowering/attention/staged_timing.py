@@ -7,11 +7,9 @@ from functools import lru_cache
 
 from dak_inductor.hardware import HardwareProfile, LinkProfile
 from dak_inductor.lowering.attention.partial_results import full
-from dak_inductor.lowering.attention.staged_parts import Forward, Part, Piece, PrefillProblem
+from dak_inductor.lowering.attention.staged_parts import ROWS, Part, Piece, PrefillProblem
 from dak_inductor.lowering.copy_cost import device_copy_seconds, link_copy_seconds
 
-ROWS = 128
-"""Query rows of one thread block of the stock forwards."""
 RATE = {"cudnn": 0.80, "flash": 0.41, "triton": 0.53}
 """Shares of the dense peak that the forwards reach at head_dim 128. Measured on the H200, 32 query
 heads over 8 key heads, in TFLOP/s of a peak of 800 with the fixed cost of a call inside: rectangles
@@ -29,17 +27,16 @@ _MERGE_SECONDS = 3e-6  # of a launch: the shortest takes 5 us
 
 
 class StagedTiming:
-    """How long copies and calls of a problem take with one forward; few differ."""
+    """How long copies and calls of a problem take; few differ."""
 
     def __init__(
         self,
         problem: PrefillProblem,
         local: int,
-        forward: Forward,
         profile: HardwareProfile,
         link: LinkProfile,
     ) -> None:
-        self._problem, self._local, self.forward = problem, local, forward
+        self._problem, self._local = problem, local
         self._profile, self._link = profile, link
         self.attend = lru_cache(self._attend)
 
@@ -69,9 +66,9 @@ class StagedTiming:
         padded = pairs * math.ceil(piece.rows / ROWS) * ROWS / piece.rows
         flops = heads * padded * per_pair
         waves = math.ceil(blocks / profile.sm_count) * profile.sm_count / blocks
-        if self.forward == "flash" and blocks < profile.sm_count:
+        if piece.forward == "flash" and blocks < profile.sm_count:
             waves = 1.0
-        rate = (CAUSAL_RATE if piece.causal else RATE)[self.forward]
+        rate = (CAUSAL_RATE if piece.causal else RATE)[piece.forward]
         # blocks of a triangle differ in length: short ones fill the last wave
         compute = flops * (1.0 if piece.causal and blocks > profile.sm_count else waves)
         nbytes = (piece.stop - piece.start) * problem.token_bytes + 2 * self._out_bytes(piece)
@@ -82,7 +79,7 @@ class StagedTiming:
     def _pairs(self, piece: Piece) -> float:
         """Rows times the tokens that each sees; the Triton forward leaves out blocks of tokens that
         no row of a block sees."""
-        if self.forward != "triton" or not self._problem.causal:
+        if piece.forward != "triton" or not self._problem.causal:
             return piece.pairs
         first = self._problem.past + piece.first_row + 1 - piece.start  # seen by the first row
         last, tokens = first + piece.rows - 1, piece.stop - piece.start
@@ -96,10 +93,10 @@ class StagedTiming:
             return 0.0
         edges = {edge for piece in pieces for edge in (piece.first_row, piece.last_row)}
         folds = self._folds(pieces)
-        rows = sum(piece.rows for piece in pieces) + self._problem.queries
-        rows += folds * 2 * self._problem.queries * 4 // self._size
+        merged = self._problem.queries * self._row_elements
+        nbytes = sum(map(self._out_bytes, pieces)) + merged * (self._size + 2 * folds * 4)
         launches = (1 + folds) * (len(edges) - 1)
-        seconds = rows * self._row_bytes / (_MERGE_SHARE * self._profile.hbm_bandwidth)
+        seconds = nbytes / (_MERGE_SHARE * self._profile.hbm_bandwidth)
         return launches * _MERGE_SECONDS + seconds
 
     def _folds(self, pieces: tuple[Piece, ...]) -> int:
@@ -117,12 +114,14 @@ class StagedTiming:
         return 4 if self._problem.dtype == "float32" else 2
 
     @property
-    def _row_bytes(self) -> int:
+    def _row_elements(self) -> int:
         problem = self._problem
-        return problem.batch * problem.query_heads * problem.value_dim * self._size
+        return problem.batch * problem.query_heads * problem.value_dim
 
     def _out_bytes(self, piece: Piece) -> int:
-        return piece.rows * self._row_bytes
+        """Of a result that is merged."""
+        size = 4 if piece.forward == "triton" else self._size
+        return piece.rows * self._row_elements * size
 
 
 def _triangle(number: int) -> float:

@@ -23,11 +23,13 @@ from dak_inductor.lowering.attention import (
     host_lengths,
     partial_results,
     staged,
+    staged_parts,
     staged_plan,
+    staged_timing,
     stock_forward,
 )
 from dak_inductor.lowering.attention.partial_results import PartialResult, PartialResults
-from dak_inductor.lowering.attention.staged_parts import PrefillProblem
+from dak_inductor.lowering.attention.staged_parts import Piece, PrefillProblem
 from dak_inductor.lowering.attention.stored_tokens import rectangles, stored_tokens
 from dak_inductor.lowering.linear.queues import Queues
 
@@ -174,6 +176,43 @@ def test_every_split_gives_attention_and_counts_each_byte_once(
             reads = counters.snapshot()
             assert [read.calls for read in reads] == [1, 1]
             assert [read.bytes for read in reads] == [b.bytes_by_tier() for b in call.buffers]
+
+
+def test_rows_of_few_tokens_by_another_forward_than_the_rest(
+    small_ring: None, forward: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unrounded parts for some rows, stock ones for the rows before and behind them."""
+    used: set[str] = set()
+
+    def masked(
+        work: staged.StagedAttention, rows: Tensor, key: Tensor, value: Tensor, piece: Piece
+    ) -> tuple[Tensor, Tensor]:
+        used.add("triton")
+        past = tokens - queries
+        token = torch.arange(piece.start, piece.stop)[None, :]
+        row = torch.arange(piece.first_row, piece.last_row)[:, None]
+        seen = token <= past + row
+        found = scores(rows, key, 0.3).masked_fill(~seen, -torch.inf)
+        out = attention(rows, key, value, seen, 0.3).transpose(1, 2).contiguous()
+        return out.float(), torch.logsumexp(found, -1).float()
+
+    def stock(*call: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+        used.add(forward)
+        return stand_in(*call, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(staged, "_forwards", lambda *_: (forward, "triton"))
+    monkeypatch.setattr(staged.StagedAttention, "_masked", masked)
+    monkeypatch.setattr(stock_forward, "attend", stock)
+    monkeypatch.setattr(staged_parts, "ROWS", 8)
+    monkeypatch.setattr(staged_plan, "PRECISION_SECONDS", 0.0)
+    monkeypatch.setitem(staged_timing.RATE, "triton", 1e-4)  # as few of its calls as may be
+    monkeypatch.setattr(staged_plan, "ROUNDED_TOKENS", 60)
+    for queries, tokens in ((100, 100), (90, 130)):
+        for splits in ((0.0, 0.0), (0.2, 0.2), (0.31, 0.77)):
+            used.clear()
+            call = call_of(queries, tokens, splits)
+            assert_close(call.run(), call.exact())
+            assert used == {forward, "triton"}
 
 
 def test_values_may_have_heads_of_another_size(small_ring: None, forward: str) -> None:
@@ -426,9 +465,7 @@ def staged_result(seed: int, *, without: str = "") -> tuple[Tensor, Tensor]:
         main.wait = lambda mark: None  # type: ignore[method-assign]
     results = PartialResults(60, torch.float32)
     masks = staged.Masks(None, None, 0.3, True, 0, 0.0)
-    work = staged.StagedAttention(
-        call.query, keys, values, masks, "flash", results, call.query.dtype
-    )
+    work = staged.StagedAttention(call.query, keys, values, masks, results, call.query.dtype)
     counted: list[bool] = []
     count = bind(counted.append, True)
     copy_bound = pick.choice([False, True])

@@ -3,7 +3,8 @@
 Operands are fresh and random, outputs poisoned, and what no query may read is NaN; errors are at
 most twice those of torch's own attention in the same dtype (`harness/accuracy.py`), but the largest
 error where a test lets stock forwards alone serve the calls: they round what is merged, and two
-more roundings, of values up to twice as large, add up to 4 times torch's one.
+more roundings, of values up to twice as large, add up to 4 times torch's one. Left to itself the
+plan takes no rounded parts for so few tokens.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ from dak_inductor.benchmarks.harness.linear_reference import poison_free_memory
 from dak_inductor.benchmarks.harness.timing import capture
 from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.lowering import triton_attention
 from dak_inductor.lowering.attention import (
     host_lengths,
     partial_results,
     staged,
     staged_plan,
+    staged_timing,
     stock_forward,
 )
 from dak_inductor.lowering.attention.staged_parts import Forward, PrefillProblem
@@ -266,6 +269,60 @@ def test_operands_of_any_stride(host_tier: Tier, device: torch.device, small_rin
         assert verdict.passed, f"{what}: {verdict}"
 
 
+@pytest.mark.parametrize("forward", ["cudnn", "flash"])
+@dtypes
+def test_rows_of_few_tokens_by_the_triton_forward_and_others_by_a_stock_one(
+    host_tier: Tier,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    forward: Forward,
+    dtype: torch.dtype,
+) -> None:
+    """Plans with both, and their rows of few tokens alone, which no rounding may add to."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    if forward not in stock_forward.available(
+        torch.empty(1, 1, 1, 128, dtype=dtype, device=device), 128
+    ):
+        pytest.skip(f"torch has no {forward} attention here")
+    monkeypatch.setattr(staged, "_forwards", lambda *_: (forward, "triton"))
+    monkeypatch.setattr(staged_plan, "PRECISION_COST", 1.0)
+    monkeypatch.setattr(staged_plan, "PRECISION_SECONDS", 0.0)
+    monkeypatch.setattr(staged_plan, "ROUNDED_TOKENS", few := 1024)
+    monkeypatch.setitem(staged_timing.RATE, "triton", 0.01)  # as few of its calls as may be
+    monkeypatch.setattr(staged_plan, "RING_BYTES", 4 << 20)
+    used: set[str] = set()
+    plan_of = staged._plan.__wrapped__  # others keep theirs
+
+    def noted(*asked: Any) -> Any:
+        plan = plan_of(*asked)
+        used.update(piece.forward for piece in plan.pieces)
+        return plan
+
+    monkeypatch.setattr(staged, "_plan", noted)
+    for queries, tokens in ((2000, 2000), (1700, 2100)):
+        used.clear()
+        case = make_case(
+            at(AttentionSpec(1, 8, 4, queries, tokens, dtype=dtype), "all remote"),
+            host_tier,
+            device,
+        )
+        rows = few - 1 - (tokens - queries)
+        poison_free_memory(case.tiered.query.nbytes, device)
+        output = run_staged(case.tiered)
+        assert used == {forward, "triton"}
+        exact = case.resident.to(torch.float32).stock()
+        own = case.resident.stock()
+        for part, factor in (
+            (slice(0, rows), accuracy.ALLOWED_FACTOR),
+            (slice(rows, None), ROUNDED),
+        ):
+            found, allowed = (
+                accuracy.errors(result[:, :, part], exact[:, :, part]) for result in (output, own)
+            )
+            assert found.rms <= accuracy.ALLOWED_FACTOR * allowed.rms, (queries, part)
+            assert found.max_abs <= factor * allowed.max_abs, (queries, part)
+
+
 # --- what the host knows ---
 
 
@@ -481,7 +538,9 @@ def test_time_is_near_the_estimate(tier: Tier, device: torch.device, queries: in
         step = capture(lambda case=case: run_staged(case.tiered))  # type: ignore[misc]
         seconds = median_seconds(step)
         problem = PrefillProblem(1, 32, 8, queries, queries, 128, 128, "bfloat16", True)
-        names = stock_forward.available(case.tiered.query, 128)
+        names: tuple[Forward, ...] = stock_forward.available(case.tiered.query, 128)
+        if triton_attention.available():
+            names = (*names, "triton")
         plan = staged_plan.choose(problem, local, profile, link, names)
         remote = sum(buffer.bytes_by_tier().remote for buffer in case.buffers)
         print(
