@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 import dak_inductor as dak
 from dak_inductor.benchmarks.harness import command_line
 from dak_inductor.benchmarks.harness.memory import PeakMemory, host_bytes_used
-from dak_inductor.benchmarks.harness.models import LLAMA3_8B, TINY, DecoderBlocks, Workload
+from dak_inductor.benchmarks.harness.models import SHAPES, DecoderBlocks, Workload
 from dak_inductor.benchmarks.harness.record import Verdict, make_record
 from dak_inductor.cuda_runtime import vmm
 from dak_inductor.cuda_runtime.tiers import open_tier
@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.quick:
         arguments.layers, arguments.repeats = min(arguments.layers, 2), 2
     device = command_line.default_device()
-    workload = Workload(shape=TINY if arguments.shape == "tiny" else LLAMA3_8B)
+    workload = Workload(shape=SHAPES[arguments.shape])
     workload = workload.with_layers(arguments.layers)
     parent = choose_folder(arguments.folder, workload.linear_bytes)
     rows = []

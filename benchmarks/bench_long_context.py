@@ -30,7 +30,7 @@ from dak_inductor.benchmarks.harness.memory import PeakMemory
 from dak_inductor.benchmarks.harness.record import Verdict, make_record
 from dak_inductor.benchmarks.harness.timing import QUICK, synchronize
 from dak_inductor.benchmarks.harness.yardstick import Work, direct_bound, over_bound
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.errors import ModelError
 from dak_inductor.offloaded import record_of
 

@@ -18,16 +18,13 @@ from collections.abc import Sequence
 
 import torch
 
-from dak_inductor.benchmarks.harness import ceilings, command_line
+from dak_inductor.benchmarks.harness import ceilings, command_line, step_options
 from dak_inductor.benchmarks.harness.comparison import compare, make_reference
-from dak_inductor.benchmarks.harness.models import LLAMA3_8B, LLAMA3_70B, TINY, Workload
 from dak_inductor.benchmarks.harness.peers import all_providers
-from dak_inductor.benchmarks.harness.peers.provider import Setting
 from dak_inductor.benchmarks.harness.record import Record, make_record
 from dak_inductor.benchmarks.harness.step_bars import verdicts
 from dak_inductor.benchmarks.harness.timing import rotation_count
 
-SHAPES = {"llama3-8b": LLAMA3_8B, "llama3-70b": LLAMA3_70B, "tiny": TINY}
 COLUMNS = (
     "provider", "kind", "fraction", "realised", "milliseconds", "T/L", "accurate", "status", "note",
 )  # fmt: skip
@@ -35,19 +32,16 @@ COLUMNS = (
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made = command_line.parser(__doc__.splitlines()[0] if __doc__ else "")
-    made.add_argument("--layers", type=int, default=8)
-    made.add_argument("--batch", type=int, default=1)
-    made.add_argument("--context", type=int, default=512)
+    step_options.add(made)
     made.add_argument(
         "--prefill", action="store_true", help="a step of all tokens of the context instead"
     )
     made.add_argument("--fractions", type=command_line.fractions, default=(0.1, 0.5))
-    made.add_argument("--shape", choices=tuple(SHAPES), default=command_line.default_shape())
     made.add_argument("--record", default=None, help="name of the JSON record")
     made.add_argument("--peers", default="all", help="comma-separated provider names, or all")
     made.add_argument("--seconds-per-row", type=float, default=None, help="measured time of each")
     made.add_argument("--limit-seconds", type=float, default=None, help="begin no row after that")
-    arguments = made.parse_args(argv)
+    arguments = step_options.parse(made, argv)
     arguments.record = arguments.record or f"{'prefill' if arguments.prefill else 'decode'}_step"
     return arguments
 
@@ -66,22 +60,13 @@ def chosen_providers(peers: str) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
-    if arguments.quick:
-        arguments.layers = min(arguments.layers, 4)
     deadline = time.perf_counter() + (arguments.limit_seconds or math.inf)
     device, rule = command_line.default_device(), command_line.timing_rule(arguments)
     if arguments.seconds_per_row:
         rule = dataclasses.replace(rule, target_seconds=arguments.seconds_per_row)
-    workload = Workload(
-        shape=SHAPES[arguments.shape],
-        batch=arguments.batch,
-        context=arguments.context,
-        prefill=arguments.prefill,
-    )
-    workload = workload.with_layers(arguments.layers)
     names, providers = chosen_providers(arguments.peers), all_providers()
     settings = [
-        Setting(workload, device, fraction, arguments.remote, arguments.host_memory)
+        step_options.setting_of(arguments, device, fraction, prefill=arguments.prefill)
         for fraction in arguments.fractions
     ]
     found = ceilings.measure(device, arguments.remote, rule, host_memory=arguments.host_memory)
@@ -90,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     notes = ["T/L of a reference is against its own bound, all bytes in HBM"]
     if device.type == "cuda":
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        if rotation_count(workload.linear_bytes, l2_bytes) > 1:
+        if rotation_count(settings[0].workload.linear_bytes, l2_bytes) > 1:
             notes.append("the weights of a step fit in a few L2 sizes: the cache is measured too")
 
     def record() -> Record:

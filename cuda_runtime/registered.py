@@ -15,7 +15,8 @@ from dak_inductor.cuda_runtime.exported import bytes_tensor
 from dak_inductor.cuda_runtime.host_memory import check_host_memory
 from dak_inductor.cuda_runtime.nvrtc import extension
 from dak_inductor.cuda_runtime.tier import Tier
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
+from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 
 KERNEL_PAGE_BYTES = 4096
 

@@ -7,7 +7,8 @@ from collections.abc import Generator, Sequence
 
 import torch
 
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
+from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 
 SPLIT_ALIGNMENT = 256
 """Splits at creation are free to this many bytes: the alignment torch wants of an address."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import abc
 import os
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,27 +16,8 @@ import torch
 from dak_inductor.cuda_runtime.exported import as_bytes, bytes_tensor, check_source, shaped
 from dak_inductor.cuda_runtime.file_bytes import FileBytes
 from dak_inductor.cuda_runtime.remote_view import RemoteView
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.errors import MoveError, TieredTensorError, TierError
-
-
-@dataclass(frozen=True, slots=True)
-class TierBytes:
-    """Bytes by tier."""
-
-    local: int = 0
-    remote: int = 0
-
-    def __add__(self, other: TierBytes) -> TierBytes:
-        return TierBytes(self.local + other.local, self.remote + other.remote)
-
-    @property
-    def total(self) -> int:
-        return self.local + self.remote
-
-    @property
-    def remote_share(self) -> float:
-        """Share of the bytes that is remote, 0 for no bytes."""
-        return self.remote / self.total if self.total else 0.0
 
 
 class SplitRecord(Protocol):

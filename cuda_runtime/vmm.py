@@ -20,7 +20,8 @@ from dak_inductor.cuda_runtime.page_pipeline import PagePipeline, PageStages
 from dak_inductor.cuda_runtime.probe_support import host_page_support
 from dak_inductor.cuda_runtime.registered import RegisteredTier
 from dak_inductor.cuda_runtime.tier import Tier, creation_split
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
+from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.cuda_runtime.vmm_buffer import VmmBuffer
 from dak_inductor.errors import (
     DeviceMemoryError,

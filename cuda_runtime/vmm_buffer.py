@@ -9,7 +9,8 @@ import torch
 
 from dak_inductor.cuda_runtime.exported import bytes_tensor
 from dak_inductor.cuda_runtime.file_bytes import FileBytes
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
+from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.errors import (
     CheckpointError,
     DeviceMemoryError,

@@ -14,7 +14,8 @@ from dak_inductor.binding import Binding
 from dak_inductor.lowering.ahead.memory import KnownStep, tokens_text
 from dak_inductor.lowering.ahead.sequence import StepCall
 from dak_inductor.lowering.ahead.step_plan import StepPlan
-from dak_inductor.plan_report import any_layer, bytes_text, seconds_text
+from dak_inductor.plan_report import bytes_text, seconds_text
+from dak_inductor.tensor_names import role
 
 CAPTURED, EAGER = "in CUDA graphs", "outside of CUDA graphs"
 COLUMNS = ("weights", "remote bytes", "why", "count")
@@ -134,7 +135,7 @@ def rows_of(step: StepStrategy) -> dict[tuple[str, str, str], int]:
     """How many products of equal layers have the same weights, strategy and reason."""
     rows: dict[tuple[str, str, str], int] = {}
     for op in step.ops:
-        row = (any_layer(", ".join(op.tensors)), op.strategy, op.reason)
+        row = (", ".join(map(role, op.tensors)), op.strategy, op.reason)
         rows[row] = rows.get(row, 0) + 1
     return rows
 

@@ -1,4 +1,4 @@
-"""How much device memory copies ahead may take for their ring."""
+"""Where remote rows may be copied ahead, and how much device memory their ring may take."""
 
 from __future__ import annotations
 
@@ -8,11 +8,22 @@ import torch
 
 from dak_inductor.lowering.ahead.memory import Room
 from dak_inductor.offloaded import OffloadedModel
+from dak_inductor.options import copies_ahead_by_default
 
-AHEAD_DEVICES = ("cuda",)
+DEVICES = ("cuda",)
 """Where copies ahead are of use: on the simulated tier of the CPU nothing is faster or slower."""
 LARGEST_SHARE = 1 / 64
 """Of the budget."""
+
+
+def copies_help(device: torch.device) -> bool:
+    """Whether copies ahead can make products on `device` faster; a graph's options may say no."""
+    return device.type in DEVICES
+
+
+def may_copy_ahead(device: torch.device) -> bool:
+    """Whether to place for copies ahead a model on `device` that no graph was compiled for yet."""
+    return copies_help(device) and copies_ahead_by_default()
 
 
 def ring_room(device: torch.device, models: Sequence[OffloadedModel]) -> Room:

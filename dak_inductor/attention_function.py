@@ -1,6 +1,6 @@
 """The attention function "dak" of transformers: dak::attention, told which tokens are valid.
 
-A model that is switched to it (`use_attention_function`) calls `attend` in every layer. What the
+A model that is switched to it (`attention_switch`) calls `attend` in every layer. What the
 layer's cache knows reaches it on the key tensor that the cache returns from `update`: the cache
 calls `note_bounds` on that tensor once, when it makes it. Keys of another cache come with what the
 mask function `bounds_mask` makes in place of a dense mask; keys of no static cache go to
@@ -9,7 +9,6 @@ transformers' own SDPA function.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,9 +21,6 @@ from dak_inductor.errors import ModelError
 
 NAME = "dak"
 _ATTRIBUTE = "dak_bounds"
-_previous: weakref.WeakKeyDictionary[torch.nn.Module, list[tuple[Any, str | None]]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 class CacheBounds(NamedTuple):
@@ -83,7 +79,7 @@ def attend(
         raise ModelError(
             f'{type(module).__name__}: the attention function "dak" has no dropout and no '
             "attention sinks; give the model its own attention back with "
-            "dak_inductor.attention_function.restore_attention_function(model)"
+            "dak_inductor.attention_switch.restore_attention_function(model)"
         )
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
     lengths = starts = None
@@ -164,31 +160,6 @@ def bounds_mask(
     return dense
 
 
-def use_attention_function(model: torch.nn.Module) -> str | None:
-    """Switch a transformers model to "dak"; None once it is, else the reason why it cannot be.
-
-    A reason is a sentence without a full stop; the model then keeps its attention, which reads a
-    cache through its views. Only the text decoder of a composite model is switched.
-    """
-    if model in _previous:
-        return None
-    reason = _obstacle(model)
-    if reason is not None:
-        return reason
-    register()
-    configs = _text_configs(model)
-    _previous[model] = [(config, config._attn_implementation) for config in configs]
-    for config in configs:
-        config._attn_implementation_internal = NAME
-    return None
-
-
-def restore_attention_function(model: torch.nn.Module) -> None:
-    """Give a model the attention back that it had before `use_attention_function`."""
-    for config, implementation in _previous.pop(model, []):
-        config._attn_implementation_internal = implementation
-
-
 def register() -> None:
     """Make "dak" known to transformers; again and again does no harm."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -196,36 +167,6 @@ def register() -> None:
     _transformers()
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, bounds_mask)
-
-
-def _obstacle(model: torch.nn.Module) -> str | None:
-    name = type(model).__name__
-    try:
-        from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-    except ImportError:
-        return "transformers has no attention interface, or is not installed"
-    del AttentionInterface, AttentionMaskInterface
-    if not isinstance(model, PreTrainedModel):
-        return f"{name} is no model of transformers"
-    can_set: Any = getattr(type(model), "_can_set_attn_implementation", None)
-    if can_set is not None and not can_set():
-        return f"{name} does not call its attention through transformers' AttentionInterface"
-    if not getattr(model, "_supports_sdpa", True):
-        return f"the attention of {name} is not scaled dot product attention"
-    if any(hasattr(module, "sinks") for module in model.modules()):
-        return f"{name} has attention sinks"
-    return None
-
-
-def _text_configs(model: Any) -> list[Any]:
-    """The config objects that the decoder's modules look their attention up in."""
-    text = model.config.get_text_config()
-    found = {id(text): text}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if type(config) is type(text) and hasattr(config, "_attn_implementation_internal"):
-            found[id(config)] = config
-    return list(found.values())
 
 
 def _is_plain(
@@ -299,6 +240,4 @@ __all__ = [
     "bounds_mask",
     "note_bounds",
     "register",
-    "restore_attention_function",
-    "use_attention_function",
 ]

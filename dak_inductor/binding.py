@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 
 from dak_inductor.cuda_runtime import address_table
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
+from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.lowering import counters
 from dak_inductor.lowering.ahead.memory import StepMemory
 from dak_inductor.offloaded import changes, offloaded_models
@@ -116,10 +117,6 @@ class Binding:
             if not op.counts_itself:
                 bytes_read = TierBytes(read.local * calls, read.remote * calls)
                 counters.record(op.kind, self.names[op.operand], bytes_read, calls)
-
-    def bytes_per_call(self) -> TierBytes:
-        """Bytes that one call reads from tiered operands, by tier, as they are placed now."""
-        return sum((read for _, read in self._reads_per_call()), TierBytes())
 
     def _reads_per_call(self) -> list[tuple[Op, TierBytes]]:
         buffers = self.live_buffers()

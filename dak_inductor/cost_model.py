@@ -111,11 +111,6 @@ def op_time(use: OpUse, remote_share: float, profile: HardwareProfile, link: Lin
     return op_cost(use, profile, link).time(remote_share) + profile.operator_floor
 
 
-def balance_share(profile: HardwareProfile, link: LinkProfile) -> float:
-    """The share at which link and HBM end together: a memory-bound operator is fastest there."""
-    return link.direct_bandwidth / (link.direct_bandwidth + profile.hbm_bandwidth)
-
-
 def copy_slowdown(profile: HardwareProfile, link: LinkProfile) -> float:
     """How much longer work takes that reads HBM while the copy engine brings bytes in."""
     lost = min(link.copy_interference * link.copy_bandwidth / profile.hbm_bandwidth, 0.5)

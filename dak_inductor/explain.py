@@ -11,7 +11,7 @@ from rich.console import Console, Group
 
 from dak_inductor import ahead_report, hardware, plan_report, template_report, trial_report
 from dak_inductor.ahead_report import StepStrategy
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.errors import ModelError
 from dak_inductor.link_window import LinkWindow, window_changes, window_in_force
 from dak_inductor.lowering.linear.trials import Trial

@@ -10,16 +10,15 @@ import torch
 from torch import nn
 
 from dak_inductor import hardware
-from dak_inductor.ahead_room import AHEAD_DEVICES
+from dak_inductor.ahead_room import may_copy_ahead
 from dak_inductor.budget import BudgetTerms, DeviceBudget
 from dak_inductor.copied_rows import row_block
 from dak_inductor.cuda_runtime.tier import Tier
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.default_plan import uses_of
 from dak_inductor.errors import BudgetError, ModelError, PlanError
 from dak_inductor.inventory import Entry, Inventory
 from dak_inductor.offload_request import OffloadRequest
-from dak_inductor.options import copies_ahead_by_default
 from dak_inductor.patterns import placed_entries
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
 from dak_inductor.planner import make_plan
@@ -64,7 +63,7 @@ def make_first_plan(
         remote=request.remote,
         refusals=tuple(inventory.refusals),
         model=inventory.fingerprint,
-        ahead=budget.device.type in AHEAD_DEVICES and copies_ahead_by_default(),
+        ahead=may_copy_ahead(budget.device),
     )
     if request.plan is not None:
         sizes = {spec.name: spec.nbytes for spec in specs.values()}

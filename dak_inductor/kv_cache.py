@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dak_inductor.attention_function import use_attention_function
+from dak_inductor.attention_switch import use_attention_function
 from dak_inductor.budget import device_budget
 from dak_inductor.cuda_runtime.host_memory import available_host_memory
 from dak_inductor.cuda_runtime.tier import Tier
@@ -16,7 +16,8 @@ from dak_inductor.cuda_runtime.tiers import open_tier
 from dak_inductor.errors import BudgetError, CacheError, ModelError, OptionError, TierError
 from dak_inductor.kv_cache_geometry import CacheGeometry, read_geometry
 from dak_inductor.kv_cache_plan import join, place_with_weights, splits_by_ratio
-from dak_inductor.kv_cache_storage import CacheStorage, TensorPlan, tensor_plans
+from dak_inductor.kv_cache_storage import CacheStorage
+from dak_inductor.kv_cache_tensors import TensorPlan, tensor_plans
 from dak_inductor.offloaded import OffloadedModel, note_change, places, record_of, size_text
 from dak_inductor.placement import LAUNCH_LOCK
 

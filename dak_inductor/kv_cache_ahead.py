@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 from dak_inductor.cuda_runtime.memory_lock import MEMORY_LOCK
 from dak_inductor.cuda_runtime.page_maker import PAGE_MAKER, Progress
 from dak_inductor.cuda_runtime.tier import Tier
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
+from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.errors import DakError
 from dak_inductor.kv_cache_layer_storage import LayerStorage
 

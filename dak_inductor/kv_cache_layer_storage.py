@@ -19,7 +19,8 @@ import torch
 
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.tier import Tier
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
+from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.errors import CacheError
 from dak_inductor.kv_cache_geometry import CacheGeometry, LayerShape
 from dak_inductor.lowering.attention import host_lengths

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 import dak_inductor.kv_cache_steps
 import dak_inductor.lowering.ops_cache  # noqa: F401  (registers torch.ops.dak.write_tokens)
 from dak_inductor.attention_function import note_bounds
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.errors import CacheError
 from dak_inductor.kv_cache_layer_storage import LayerStorage
 from dak_inductor.kv_cache_storage import CacheStorage, owner_of

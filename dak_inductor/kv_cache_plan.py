@@ -11,7 +11,8 @@ from dak_inductor import hardware, placement, replanning
 from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.errors import BudgetError
 from dak_inductor.kv_cache_geometry import CacheGeometry
-from dak_inductor.kv_cache_storage import CacheStorage, TensorPlan, decode_uses
+from dak_inductor.kv_cache_storage import CacheStorage
+from dak_inductor.kv_cache_tensors import TensorPlan, decode_uses
 from dak_inductor.offloaded import OffloadedModel, note_change
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
 from dak_inductor.planner import make_plan

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dak_inductor.cuda_runtime.tier import Tier
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
+from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.export_refusal import refuse_export
 from dak_inductor.plan import OpUse, Plan, TensorSpec
 from dak_inductor.refusal import Refusal
@@ -153,13 +154,6 @@ class OffloadedModel:
     def specs(self) -> tuple[TensorSpec, ...]:
         """Weights and caches as they lie now, for a new plan."""
         return tuple(tensor.live_spec for tensor in self.tensors())
-
-    def weight_named(self, name: str) -> OffloadedWeight | None:
-        """The weight that has `name` among its names."""
-        found = self.weights.get(name)
-        if found is not None:
-            return found
-        return next((w for w in self.weights.values() if name in w.names), None)
 
     def required_remote_bytes(self) -> int:
         """Bytes of weights and caches that have to be remote, by ratio or budget.

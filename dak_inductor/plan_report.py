@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,8 +13,8 @@ from rich.text import Text
 
 from dak_inductor.plan import OpPlan, Plan
 from dak_inductor.refusal import Refusal
+from dak_inductor.tensor_names import role
 
-_LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _LIMITS = {"hbm": "HBM", "link": "link", "compute": "compute"}
 _REFUSALS_SHOWN = 12
 
@@ -71,16 +69,10 @@ def group_ops(
     groups: dict[tuple[object, ...], list[OpPlan]] = {}
     for number, op in enumerate(ops):
         name = op.module or op.tensor.removesuffix(".weight") or op.op
-        label = name if all_ops else any_layer(name)
+        label = name if all_ops else role(name)
         key = (label, op.kind, op.m, number if all_ops else -1)
         groups.setdefault(key, []).append(op)
     return [OpGroup.of(str(key[0]), members, measured or {}) for key, members in groups.items()]
-
-
-def any_layer(name: str) -> str:
-    """What the names of equal layers have in common: a star for each number between dots. Others
-    tell modules apart: "conv1", "conv2"."""
-    return _LAYER.sub("*", name)
 
 
 def seconds_text(seconds: float) -> str:
@@ -121,21 +113,6 @@ def render(
         parts += [Text(), _refusal_table(plan.refusals, all_ops)]
     parts += [Text(), Text("\n".join(_summary(plan, measured or {})))]
     return Group(*parts)
-
-
-def to_text(
-    plan: Plan,
-    *,
-    title: str = "",
-    all_ops: bool = False,
-    measured: Mapping[str, float] | None = None,
-    width: int = 150,
-) -> str:
-    """The report as plain text of at most `width` columns."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
-    console.print(render(plan, title=title, all_ops=all_ops, measured=measured))
-    assert isinstance(console.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def _title(plan: Plan) -> str:
@@ -257,7 +234,7 @@ def _refusal_table(refusals: Sequence[Refusal], all_ops: bool) -> Table:
     groups: dict[tuple[str, str, str], list[Refusal]] = {}
     for refusal in refusals:
         where = refusal.module or refusal.node
-        where = where if all_ops else any_layer(where)
+        where = where if all_ops else role(where)
         groups.setdefault((refusal.target, where, refusal.reason), []).append(refusal)
     rows = list(groups.items())
     for (target, where, reason), members in rows if all_ops else rows[:_REFUSALS_SHOWN]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from dak_inductor import hardware, placement
-from dak_inductor.ahead_room import AHEAD_DEVICES
+from dak_inductor.ahead_room import copies_help, may_copy_ahead
 from dak_inductor.binding import Binding
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.default_plan import default_uses
@@ -80,16 +80,18 @@ def problem_of(model: OffloadedModel, bindings: Iterable[Binding]) -> PlanProble
 
 
 def copies_ahead(model: OffloadedModel, bindings: Iterable[Binding]) -> bool:
-    """Whether copies ahead may serve this model: the GPU reads it, and no graph was called yet that
-    has none."""
-    if model.device.type not in AHEAD_DEVICES:
-        return False
+    """Whether copies ahead may serve this model: no graph of it was called that has none. Before
+    the first call the environment says so, afterwards the options of its graphs do."""
     own = model.buffer_ids()
-    return not any(
-        binding.ahead is not None and binding.ahead.never
+    called = [
+        binding.ahead
         for binding in bindings
-        if any(id(buffer) in own for buffer in binding.live_buffers().values())
-    )
+        if binding.ahead is not None
+        and any(id(buffer) in own for buffer in binding.live_buffers().values())
+    ]
+    if not called:
+        return may_copy_ahead(model.device)
+    return copies_help(model.device) and not any(steps.never for steps in called)
 
 
 def replan(

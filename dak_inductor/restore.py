@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from dak_inductor.attention_function import restore_attention_function
+from dak_inductor.attention_switch import restore_attention_function
 from dak_inductor.cuda_runtime.host_memory import check_host_memory
 from dak_inductor.errors import DeviceMemoryError, ModelError
 from dak_inductor.inventory import take_inventory

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from dak_inductor import placement, replanning
-from dak_inductor.ahead_room import AHEAD_DEVICES, ring_room
+from dak_inductor.ahead_room import copies_help, ring_room
 from dak_inductor.binding import Binding, bind
 from dak_inductor.cuda_runtime import address_table
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.errors import DeviceMemoryError, NothingOffloadedError, ResidentCopyError
 from dak_inductor.kv_cache_steps import CacheStep, StepRunner
 from dak_inductor.link_window import set_windows
@@ -215,7 +215,7 @@ class CompiledGraph:
     ) -> AbstractContextManager[None]:
         """Copies ahead of the products of this call, where the option has them and a GPU reads."""
         device = binding.device
-        if device is None or device.type not in AHEAD_DEVICES:
+        if device is None or not copies_help(device):
             return nullcontext()
         if binding.ahead is None:
             models = partial(_models_of, binding)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.cuda_runtime.window_history import WindowHistory
 from dak_inductor.link_window import histories
 from dak_inductor.lowering import counters, device_counters

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from dak_inductor.lowering.registry import TemplateRefusal
 from dak_inductor.op_table import Op, OpTable
-from dak_inductor.plan_report import any_layer
+from dak_inductor.tensor_names import role
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def render(templates: Iterable[OpTemplate]) -> Table:
     """A table for a rich console; a row for equal layers."""
     rows: dict[tuple[str, str, str, str, str], int] = {}
     for op in templates:
-        label = any_layer(op.module or op.op)
+        label = role(op.module or op.op)
         row = (label, op.kind, op.epilogue, op.template, op.reasons)
         rows[row] = rows.get(row, 0) + 1
     table = Table(title="kernels", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

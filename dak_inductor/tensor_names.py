@@ -1,4 +1,4 @@
-"""What the dotted name of a tensor says about its place in a model."""
+"""What a dotted name says about a place in a model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from functools import lru_cache
 
 _NUMBER = re.compile(r"(\d+)")
+_BLOCK = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
 
 
 @lru_cache(maxsize=16384)
@@ -16,5 +17,7 @@ def natural(name: str) -> tuple[tuple[int, str], ...]:
 
 @lru_cache(maxsize=16384)
 def role(name: str) -> str:
-    """The name without the numbers: the same for one tensor of every block."""
-    return _NUMBER.sub("*", name)
+    """The same for one tensor or module of every block: a star for each number that is a whole part
+    of the name. Other numbers tell apart what one block has: "fc1" and "fc2", "w1" and "w3".
+    """
+    return _BLOCK.sub("*", name)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dak_inductor.lowering import op_facts
+from dak_inductor.lowering.attention.operands import AttentionOperands
 from dak_inductor.lowering.op_facts import OpFacts, static_size
 
 Order = Literal["token_major", "head_major", "strided"]
@@ -40,21 +41,8 @@ class AttentionFacts(OpFacts):
 
 def attention_facts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionFacts:
     """Of the operator's arguments, which may be fake. Adds no guard, traces no op."""
-    return _facts(*args, **kwargs)
-
-
-def _facts(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor | None,
-    starts: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-) -> AttentionFacts:
+    call = AttentionOperands(*args, **kwargs)
+    query, key, value = call.query, call.key, call.value
     heads, kv_heads = static_size(query.shape[1]), static_size(key.shape[1])
     orders = {_order(key), _order(value)}
     return AttentionFacts(
@@ -69,9 +57,9 @@ def _facts(
         ratio=heads // kv_heads if heads and kv_heads else None,
         rows=static_size(query.shape[2]),
         order=orders.pop() if len(orders) == 1 else None if None in orders else "strided",
-        masked="" if mask is None else "bool" if mask.dtype == torch.bool else "float",
-        window=window,
-        softcap=softcap,
+        masked="" if call.mask is None else "bool" if call.mask.dtype == torch.bool else "float",
+        window=call.window,
+        softcap=call.softcap,
     )
 
 

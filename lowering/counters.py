@@ -11,7 +11,7 @@ import threading
 from collections import defaultdict
 from dataclasses import dataclass
 
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,8 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dak_inductor.cuda_runtime import address_table
 from dak_inductor.lowering import reads, stock_attention
+from dak_inductor.lowering.attention.operands import AttentionOperands
 from dak_inductor.lowering.operator_record import Operator
 
 log = logging.getLogger(__name__)
@@ -48,53 +48,22 @@ KERNELS = (
 """Modules whose `run` serves calls on CUDA, in this order; one that is missing serves none."""
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor | None,
-    starts: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-) -> Tensor:
-    check(query, key, value, lengths, starts, mask, window=window, softcap=softcap)
-    return stock_attention.attention(
-        query, key, value, lengths, starts, mask, scale, causal, window, softcap
-    )
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    call = AttentionOperands(*args, **kwargs)
+    check(call)
+    return stock_attention.attention(call)
 
 
-def _shape_of_result(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor | None,
-    starts: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-) -> Tensor:
-    check(query, key, value, lengths, starts, mask, window=window, softcap=softcap)
-    batch, heads, rows, _ = query.shape
-    return query.new_empty((batch, rows, heads, value.shape[3])).transpose(1, 2)
+def _shape_of_result(*args: Any, **kwargs: Any) -> Tensor:
+    call = AttentionOperands(*args, **kwargs)
+    check(call)
+    batch, heads, rows, _ = call.query.shape
+    return call.query.new_empty((batch, rows, heads, call.value.shape[3])).transpose(1, 2)
 
 
-def check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor | None,
-    starts: Tensor | None,
-    mask: Tensor | None,
-    *,
-    window: int,
-    softcap: float,
-) -> None:
+def check(call: AttentionOperands) -> None:
     """Raises ValueError for operands that do not belong together. Symbolic sizes are not asked."""
+    query, key, value, mask = call.query, call.key, call.value, call.mask
     shapes = f"query {_text(query)}, key {_text(key)}, value {_text(value)}"
     if any(tensor.dim() != 4 for tensor in (query, key, value)):
         raise ValueError(f"dak::attention takes [batch, heads, tokens, head_dim]; got {shapes}")
@@ -119,7 +88,7 @@ def check(
             "dak::attention: query, key and value must have one floating dtype; got "
             f"{query.dtype}, {key.dtype}, {value.dtype}"
         )
-    for name, bound in (("lengths", lengths), ("starts", starts)):
+    for name, bound in (("lengths", call.lengths), ("starts", call.starts)):
         if bound is not None and (
             bound.dtype != torch.int32 or bound.dim() != 1 or _differ(bound.shape[0], key.shape[0])
         ):
@@ -129,9 +98,10 @@ def check(
             )
     if mask is not None:
         _check_mask(mask, (*query.shape[:3], key.shape[2]))
-    if window < 0 or softcap < 0:
+    if call.window < 0 or call.softcap < 0:
         raise ValueError(
-            f"dak::attention: window={window} and softcap={softcap} must be 0 (none) or more"
+            f"dak::attention: window={call.window} and softcap={call.softcap} must be 0 (none) or "
+            "more"
         )
 
 
@@ -156,41 +126,32 @@ def _text(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def _count(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor | None,
-    starts: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-) -> None:
-    if key.device.type != "cpu":  # stock kernels read what a mask hides, too
-        reads.count_dense("attention", key, value)
+def _count(*args: Any, **kwargs: Any) -> None:
+    call = AttentionOperands(*args, **kwargs)
+    caches = (call.key, call.value)
+    if call.key.device.type != "cpu":  # stock kernels read what a mask hides, too
+        reads.count_dense("attention", *caches)
         return
-    check(query, key, value, lengths, starts, mask, window=window, softcap=softcap)
-    batch, rows, tokens = query.shape[0], query.shape[2], key.shape[2]
-    last = [tokens] * batch if lengths is None else lengths.tolist()
+    check(call)
+    batch, rows, tokens = call.query.shape[0], call.query.shape[2], call.key.shape[2]
+    last = [tokens] * batch if call.lengths is None else call.lengths.tolist()
     if max(last, default=0) > tokens:
         raise ValueError(
             f"dak::attention: a sequence of {max(last)} tokens in a cache that holds {tokens}"
         )
-    first = [0] * batch if starts is None else starts.tolist()
-    if window:
+    first = [0] * batch if call.starts is None else call.starts.tolist()
+    if call.window:
         first = [
-            max(start, length - rows - window + 1)
+            max(start, length - rows - call.window + 1)
             for start, length in zip(first, last, strict=True)
         ]
-    reads.count_tokens("attention", (key, value), list(zip(first, last, strict=True)))
+    reads.count_tokens("attention", caches, list(zip(first, last, strict=True)))
 
 
 @lru_cache(maxsize=1)
-def _runners() -> tuple[Callable[..., Tensor | None], ...]:
+def _runners() -> tuple[Callable[[AttentionOperands], Tensor | None], ...]:
     """The entries of the kernels that this installation has."""
-    found: list[Callable[..., Tensor | None]] = []
+    found: list[Callable[[AttentionOperands], Tensor | None]] = []
     for name in KERNELS:
         try:
             found.append(importlib.import_module(name).run)
@@ -199,35 +160,14 @@ def _runners() -> tuple[Callable[..., Tensor | None], ...]:
     return tuple(found)
 
 
-def _serve(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor | None,
-    starts: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-) -> Tensor | None:
+def _serve(*args: Any, **kwargs: Any) -> Tensor | None:
     """Offer a call to the kernels; None where nothing is tiered, or none takes it."""
-    check(query, key, value, lengths, starts, mask, window=window, softcap=softcap)
-    if all(address_table.lookup(operand.data_ptr()) is None for operand in (key, value)):
+    call = AttentionOperands(*args, **kwargs)
+    check(call)
+    if call.buffers == (None, None):
         return None
     for run in _runners():
-        served = run(
-            query,
-            key,
-            value,
-            lengths=lengths,
-            starts=starts,
-            mask=mask,
-            scale=scale,
-            causal=causal,
-            window=window,
-            softcap=softcap,
-        )
+        served = run(call)
         if served is not None:
             return served
     return None

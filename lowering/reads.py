@@ -9,7 +9,8 @@ import torch
 import dak_inductor.lowering.residency  # noqa: F401  (registers torch.ops.dak.residency)
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.read_count import queue_count
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
+from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.lowering import counters
 from dak_inductor.lowering.refusals import HOPPER, capability
 

@@ -10,31 +10,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dak_inductor.lowering.attention.operands import AttentionOperands
+
 _aten = torch.ops.aten
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor | None,
-    starts: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-) -> Tensor:
+def attention(call: AttentionOperands) -> Tensor:
     """dak::attention as its schema says; [B, Hq, Q, Dv], stored as [B, Q, Hq, Dv].
 
     The mask of a row that sees nothing is opened and the row then set to 0, so that no kernel meets
     a softmax over nothing.
     """
+    query, key, value, window = call.query, call.key, call.value, call.window
+    scale, causal, softcap = call.scale, call.causal, call.softcap
     rows, tokens = query.shape[2], key.shape[2]
     # lengths and starts are clamped to the view by the comparison with its tokens
     if query.numel() == 0 or tokens == 0:
         return stored(query.new_zeros((*query.shape[:3], value.shape[3])))
-    whole = lengths is None and starts is None and mask is None and softcap == 0
+    bounds = (call.lengths, call.starts, call.mask)
+    whole = all(bound is None for bound in bounds) and softcap == 0
     if whole and (window == 0 or window >= tokens) and not (causal and rows > 1 and rows != tokens):
         square = causal and rows > 1
         grouped = query.shape[1] != key.shape[1]
@@ -43,7 +37,7 @@ def attention(
                 query, key, value, None, 0.0, square, scale=scale, enable_gqa=grouped
             )
         )
-    seen, bias = _visible(query, key, lengths, starts, mask, causal=causal, window=window)
+    seen, bias = _visible(call)
     empty = None if seen is None else ~seen.any(-1, keepdim=True)
     if seen is not None and empty is not None:
         bias = _combined(seen | empty, bias, query.dtype)
@@ -64,26 +58,18 @@ def stored(result: Tensor) -> Tensor:
     return flat.view(batch, rows, heads, depth).transpose(1, 2)
 
 
-def _visible(
-    query: Tensor,
-    key: Tensor,
-    lengths: Tensor | None,
-    starts: Tensor | None,
-    mask: Tensor | None,
-    *,
-    causal: bool,
-    window: int,
-) -> tuple[Tensor | None, Tensor | None]:
+def _visible(call: AttentionOperands) -> tuple[Tensor | None, Tensor | None]:
     """Which tokens a query sees, bool, and what is added to its scores, both over [B, H, Q, S].
 
     At least one of them is given; dimensions in which all is equal have size 1.
     """
-    rows, tokens, device = query.shape[2], key.shape[2], query.device
+    rows, tokens, device = call.query.shape[2], call.key.shape[2], call.query.device
+    lengths, starts, mask, window = call.lengths, call.starts, call.mask, call.window
     token = torch.arange(tokens, device=device)
     length = tokens if lengths is None else lengths.view(-1, 1, 1, 1)
     terms: list[Tensor] = []
     row = torch.arange(rows, device=device).view(1, 1, rows, 1)
-    if causal and rows > 1:
+    if call.causal and rows > 1:
         terms.append(token <= length - rows + row)
     elif lengths is not None:
         terms.append(token < length)

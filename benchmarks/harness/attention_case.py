@@ -13,7 +13,8 @@ from dak_inductor.benchmarks.harness.accuracy import AccuracyVerdict
 from dak_inductor.benchmarks.harness.attention_reference import AttentionCall, make_reference
 from dak_inductor.benchmarks.harness.linear_reference import poison_free_memory
 from dak_inductor.cuda_runtime.tier import Tier
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
+from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 
 CacheLayout = Literal["token_major", "plain"]
 LABEL = "cache"
@@ -97,10 +98,7 @@ def run_kernel(call: AttentionCall) -> Tensor:
     """`dispatch.run` on a call. Raises RuntimeError where it declines."""
     from dak_inductor.lowering.attention import dispatch
 
-    output = dispatch.run(
-        call.query, call.key, call.value, lengths=call.lengths, starts=call.starts, mask=None,
-        scale=call.scale, causal=call.causal, window=call.window, softcap=call.softcap,
-    )  # fmt: skip
+    output = dispatch.run(call.operands())
     if output is None:
         raise RuntimeError(f"the kernel declined a query of {tuple(call.query.shape)}")
     return output

@@ -29,7 +29,8 @@ from dak_inductor.benchmarks.harness.rounds import (
 from dak_inductor.benchmarks.harness.timing import TimingRule
 from dak_inductor.benchmarks.harness.yardstick import Ceilings, Work, direct_bound, over_bound
 from dak_inductor.cuda_runtime.tier import Tier
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
+from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 
 LABEL = "cache"
 MOST_JUDGED_QUERIES = 512

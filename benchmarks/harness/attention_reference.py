@@ -6,13 +6,15 @@ kernel may err against the former at most twice as much as the latter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from dak_inductor.benchmarks.harness.accuracy import AccuracyVerdict, Errors, errors, judge
+from dak_inductor.lowering.attention.operands import AttentionOperands
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,11 @@ class AttentionCall:
         return replace(
             self, query=self.query.to(dtype), key=self.key.to(dtype), value=self.value.to(dtype)
         )
+
+    def operands(self, **other: Any) -> AttentionOperands:
+        """Those of dak::attention, with others in place of some."""
+        mine = {field.name: getattr(self, field.name) for field in fields(self)}
+        return AttentionOperands(**{"mask": None, **mine, **other})
 
     def seen(self) -> Tensor:
         """Which tokens each query sees: bool [B, 1, Q, S]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -87,6 +87,3 @@ def finish(record: Record, columns: Sequence[str], out: Path) -> int:
     print(summary(record, columns), flush=True)
     print(f"record: {path}", flush=True)
     return 0 if record.passed else 1
-
-
-Main = Callable[[Sequence[str] | None], int]

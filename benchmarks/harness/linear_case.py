@@ -17,7 +17,8 @@ from dak_inductor.benchmarks.harness.linear_reference import (
 )
 from dak_inductor.benchmarks.harness.linear_weights import LABEL
 from dak_inductor.cuda_runtime.tier import Tier
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
+from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 
 Gating = Literal["none", "separate", "fused"]
 OperatorName = Literal["linear", "addmm", "matmul", "linear_epilogue", "gated_linear"]

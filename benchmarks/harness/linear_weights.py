@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dak_inductor.cuda_runtime.tier import Tier
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
+from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 
 LABEL = "linear"
 """What the buffers are called in the counts of the simulated tier."""

@@ -57,6 +57,7 @@ class Shape:
 LLAMA3_8B = Shape()
 LLAMA3_70B = Shape(hidden=8192, heads=64, intermediate=28672)
 TINY = Shape(layers=4, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=128)
+SHAPES = {"llama3-8b": LLAMA3_8B, "llama3-70b": LLAMA3_70B, "tiny": TINY}
 
 
 @dataclass(slots=True)

@@ -131,12 +131,6 @@ def _replays(step: Step, clock: _Clock, device: torch.device, rule: TimingRule) 
     return count
 
 
-def time_graphs(steps: Sequence[Step], *, device: torch.device, rule: TimingRule) -> Timing:
-    """Capture every step into a CUDA graph and time rounds of replays."""
-    captured = [capture(step) for step in steps]
-    return time_calls(captured, device=device, rule=rule, method="CUDA graph replays")
-
-
 def synchronize(device: torch.device) -> None:
     """Wait for the work of a GPU; that of the CPU is done when it returns."""
     if device.type == "cuda":

@@ -9,11 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.lowering.attention import tensor_maps
 from dak_inductor.lowering.attention.configuration import MAXIMUM_QUERIES, choose, refusal
 from dak_inductor.lowering.attention.launch import CachedTensor, launch
+from dak_inductor.lowering.attention.operands import AttentionOperands
 from dak_inductor.lowering.attention.problem import DTYPES, AttentionMasking, AttentionProblem
 from dak_inductor.lowering.marks import MARKS
 from dak_inductor.lowering.refusals import HOPPER, capability, log_once
@@ -22,42 +22,27 @@ log = logging.getLogger(__name__)
 _log_once = partial(log_once, log, "a stock kernel reads tiered keys and values: %s")
 
 
-def run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    lengths: Tensor | None,
-    starts: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-) -> Tensor | None:
+def run(call: AttentionOperands) -> Tensor | None:
     """dak::attention as its schema says, [B, Hq, Q, D]; None where no kernel takes it.
-
-    Args:
-        query: [B, Hq, Q, D]; key, value [B, Hkv, S, D].
-        lengths, starts: int32 [B] on the device, or None.
 
     The result is stored as [B, Q, Hq, D]. Where nothing is tiered the call is declined without a
     word: the stock op serves it. Other reasons are logged once each.
     """
-    buffers = (address_table.lookup(key.data_ptr()), address_table.lookup(value.data_ptr()))
+    buffers = call.buffers
     if buffers == (None, None):
         return None
+    query, key, value = call.query, call.key, call.value
     if query.dim() == 4 and query.shape[2] > MAXIMUM_QUERIES:
         from dak_inductor.lowering.attention import staged
 
         return staged.run(
-            query, key, value, lengths=lengths, starts=starts, mask=mask, scale=scale,
-            causal=causal, window=window, softcap=softcap,
+            query, key, value, lengths=call.lengths, starts=call.starts, mask=call.mask,
+            scale=call.scale, causal=call.causal, window=call.window, softcap=call.softcap,
         )  # fmt: skip
-    masking = AttentionMasking(scale, causal, window, softcap)
+    masking = call.masking
     reason = (
-        _refusal_of_masks(mask, masking)
-        or _refusal_of_tensors(query, key, value, lengths, starts)
+        _refusal_of_masks(call.mask, masking)
+        or _refusal_of_tensors(call)
         or _refusal_of_tiers(buffers)
     )
     if reason is None:
@@ -78,8 +63,8 @@ def run(
             choose(problem),
             query=query,
             caches=(CachedTensor(key, buffers[0]), CachedTensor(value, buffers[1])),
-            lengths=lengths,
-            starts=starts,
+            lengths=call.lengths,
+            starts=call.starts,
             masking=masking,
             out=out,
         )
@@ -104,15 +89,14 @@ def _refusal_of_masks(mask: Tensor | None, masking: AttentionMasking) -> str | N
     return None
 
 
-def _refusal_of_tensors(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, starts: Tensor | None
-) -> str | None:
+def _refusal_of_tensors(call: AttentionOperands) -> str | None:
     """Why the kernel does not take these operands."""
+    query, key, value = call.query, call.key, call.value
     if any(tensor.dim() != 4 for tensor in (query, key, value)):
         return "its operands do not have four dimensions"
     if any(tensor.dtype != query.dtype for tensor in (key, value)) or query.dtype not in DTYPES:
         return f"its operands are not all bfloat16 or all float16 (the query is {query.dtype})"
-    bounds = [tensor for tensor in (lengths, starts) if tensor is not None]
+    bounds = [tensor for tensor in (call.lengths, call.starts) if tensor is not None]
     if any(tensor.device != query.device for tensor in (key, value, *bounds)):
         return "its operands are on different devices"
     if capability(query.device.index) != HOPPER:

@@ -1,11 +1,49 @@
-"""What query, keys and values must be, whatever serves them."""
+"""The operands of one call of dak::attention, and what they must be, whatever serves them."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dak_inductor.cuda_runtime import address_table
+from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.lowering.attention.problem import AttentionMasking
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionOperands:
+    """In the order of the operator's schema, which says what each is (`lowering/ops_attention`).
+
+    query: [B, Hq, Q, D].
+    key, value: [B, Hkv, S, D] and [B, Hkv, S, Dv].
+    lengths, starts: int32 [B] on the device, or None.
+    mask: bool or float, broadcastable to [B, Hq, Q, S], or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    lengths: Tensor | None
+    starts: Tensor | None
+    mask: Tensor | None
+    scale: float
+    causal: bool
+    window: int
+    softcap: float
+
+    @property
+    def buffers(self) -> tuple[TieredBuffer | None, TieredBuffer | None]:
+        """That hold keys, and values; None: all of them is local."""
+        lookup = address_table.lookup
+        return lookup(self.key.data_ptr()), lookup(self.value.data_ptr())
+
+    @property
+    def masking(self) -> AttentionMasking:
+        return AttentionMasking(self.scale, self.causal, self.window, self.softcap)
 
 
 def refusal(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
+from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.lowering import counters, reads
 from dak_inductor.lowering.linear.copy_engine import copy
 

@@ -11,22 +11,22 @@ same bits in each call.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
-import torch
 from torch import Tensor
 
-from dak_inductor.cuda_runtime import address_table
 from dak_inductor.lowering import device_counters, reads, stock_attention
 from dak_inductor.lowering.attention import dispatch
 from dak_inductor.lowering.attention.configuration import MAXIMUM_QUERIES
+from dak_inductor.lowering.attention.operands import AttentionOperands
 from dak_inductor.lowering.attention.problem import AttentionProblem
+from dak_inductor.lowering.choices import Choices, fastest
 from dak_inductor.lowering.linear import stopwatch
 from dak_inductor.lowering.linear.call_facts import remote_step
-from dak_inductor.lowering.linear.trials import MOST_KINDS, TRIALS, fastest
+from dak_inductor.lowering.linear.trials import TRIALS
 
 log = logging.getLogger(__name__)
 
@@ -42,94 +42,61 @@ class Kind:
     device_index: int
 
 
-class Choices:
-    """For which kinds the stock operator was faster. Thread-safe; one that is made stays."""
-
-    def __init__(self, *, capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing):
-        self._capturing = capturing
-        self._lock = threading.Lock()
-        self._stock: dict[Kind, bool] = {}
-        self._running: set[Kind] = set()
-
-    def prefers_stock(self, kind: Kind, measure: Callable[[], Sequence[float] | None]) -> bool:
-        """`measure` gives the seconds of the kernel and of the stock operator, or None where the
-        kernel declines. It is called for the first call of a kind, unless a graph is being
-        captured; the kernel then serves it, and so it does for other threads meanwhile."""
-        if not TRIALS.enabled:
-            return False
-        with self._lock:
-            if kind in self._stock:
-                return self._stock[kind]
-            if kind in self._running or len(self._stock) >= MOST_KINDS or self._capturing():
-                return False
-            self._running.add(kind)
-        stock = False
-        try:
-            seconds = measure()
-            if seconds is not None:
-                stock = fastest(seconds) == 1
-                log.info(
-                    "%s: kernel %.1f us, stock %.1f us", kind, *(1e6 * each for each in seconds)
-                )
-        except torch.OutOfMemoryError:
-            log.info("%s: not measured for want of memory", kind)
-        finally:
-            with self._lock:
-                self._running.discard(kind)
-        with self._lock:
-            self._stock[kind] = stock
-        return stock
-
-
-CHOICES = Choices()
+CHOICES: Choices[Kind, Literal["kernel", "stock"]] = Choices()
 """Those of this process."""
 
 
-def run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    lengths: Tensor | None,
-    starts: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-) -> Tensor | None:
+def run(call: AttentionOperands) -> Tensor | None:
     """As `dispatch.run`, to which this is the way; by the stock operator where that is faster."""
-    kernel = partial(
-        dispatch.run, query, key, value, lengths=lengths, starts=starts, mask=mask, scale=scale,
-        causal=causal, window=window, softcap=softcap,
-    )  # fmt: skip
-    plain = lengths is None and starts is None and mask is None and softcap == 0
-    kind = kind_of(query, key, value) if plain else None
-    if kind is None or (causal and kind.problem.queries > 1) or 0 < window < key.shape[2]:
+    kind = kind_of(call) if _reads_the_view(call) else None
+    kernel = partial(dispatch.run, call)
+    if kind is None or (call.causal and kind.problem.queries > 1):
         return kernel()
 
     def stock() -> Tensor:
-        reads.count_dense("attention", key, value)
-        return stock_attention.attention(
-            query, key, value, None, None, None, scale, causal, window, 0.0
-        )
+        reads.count_dense("attention", call.key, call.value)
+        return stock_attention.attention(call)
 
     def measure() -> Sequence[float] | None:
-        with device_counters.kept((key, value)):
+        with device_counters.kept((call.key, call.value)):
             if kernel() is None:
                 return None
-            return stopwatch.seconds_of([kernel, stock], query.device)
+            return stopwatch.seconds_of([kernel, stock], call.query.device)
 
-    return stock() if CHOICES.prefers_stock(kind, measure) else kernel()
+    return stock() if prefers_stock(kind, measure) else kernel()
 
 
-def kind_of(query: Tensor, key: Tensor, value: Tensor) -> Kind | None:
+def prefers_stock(kind: Kind, measure: Callable[[], Sequence[float] | None]) -> bool:
+    """`measure` gives the seconds of the kernel and of the stock operator, or None where the kernel
+    declines. It is called as `Choices.make` says; without it the kernel serves."""
+    if not TRIALS.enabled:
+        return False
+
+    def trial() -> Literal["kernel", "stock"]:
+        seconds = measure()
+        if seconds is None:
+            return "kernel"
+        log.info("%s: kernel %.1f us, stock %.1f us", kind, *(1e6 * each for each in seconds))
+        return "stock" if fastest(seconds) == 1 else "kernel"
+
+    return CHOICES.make(kind, "kernel", trial, device_index=kind.device_index) == "stock"
+
+
+def _reads_the_view(call: AttentionOperands) -> bool:
+    """Whether every query sees what its causality leaves of all tokens, without a soft cap."""
+    if call.lengths is not None or call.starts is not None or call.mask is not None:
+        return False
+    return call.softcap == 0 and not 0 < call.window < call.key.shape[2]
+
+
+def kind_of(call: AttentionOperands) -> Kind | None:
     """None where something is remote, or the operands are none that the decode kernel may take."""
+    query, key, value = call.query, call.key, call.value
     if not query.is_cuda or query.dim() != 4 or query.numel() == 0 or key.shape[2] == 0:
         return None
     if query.shape[2] > MAXIMUM_QUERIES or key.shape != value.shape:
         return None
-    buffers = [address_table.lookup(cache.data_ptr()) for cache in (key, value)]
+    buffers = call.buffers
     if any(buffer is None or not buffer.device_record for buffer in buffers):
         return None
     # the stock operator's reads are counted from the first byte to the last

@@ -12,10 +12,11 @@ from dak_inductor.cuda_runtime import address_table
 from dak_inductor.lowering import device_counters
 from dak_inductor.lowering.linear import stopwatch, tensor_maps
 from dak_inductor.lowering.linear.configuration import MAXIMUM_TOKENS
+from dak_inductor.lowering.linear.launch import LinearLaunch
 from dak_inductor.lowering.linear.open_step import current
 from dak_inductor.lowering.linear.problem import DTYPES, LinearProblem
 from dak_inductor.lowering.linear.product import Product
-from dak_inductor.lowering.linear.routes import ROUTES, Route
+from dak_inductor.lowering.linear.routes import ROUTES
 from dak_inductor.lowering.linear.trials import TRIALS
 from dak_inductor.lowering.linear.ways import Way, WayName, ways_of
 from dak_inductor.lowering.marks import MARKS
@@ -58,20 +59,14 @@ def run(
         return served
     route = ROUTES.find(product, TRIALS.state)
     if route is not None:
-        return _by(route, product)
+        if route.way == "ring" and _is_refused(product.ring_refusal()):
+            return None
+        return _by(route.way, product, route.problem, route.launch)
     if x.dim() and x.numel() > MAXIMUM_TOKENS * x.shape[-1]:
         return None if _is_refused(product.ring_refusal()) else product.staged()
     if _is_refused(_refusal(product)):
         return None
     return _fastest(product, stock, measures=step is None or step.measures)
-
-
-def _by(route: Route, product: Product) -> Tensor | None:
-    if route.way == "stock":
-        return None
-    if route.launch is not None:
-        return product.direct(route.problem, route.launch)
-    return None if _is_refused(product.ring_refusal()) else product.staged()
 
 
 def _fastest(
@@ -85,7 +80,7 @@ def _fastest(
     ways = ways_of(facts.problem, facts.remote_bytes, facts.tier, facts.device_index)
     if any(way.name == "ring" for way in ways) and _is_refused(product.ring_refusal()):
         return None
-    runs: dict[WayName, Callable[[], Tensor]] = {
+    runs: dict[WayName, Callable[[], Tensor | None]] = {
         way.name: partial(_compute, product, facts.problem, way)
         for way in ways
         if way.name != "stock"
@@ -99,16 +94,10 @@ def _fastest(
             return stopwatch.seconds_of([runs[way.name] for way in ways], product.x.device)
 
     way = TRIALS.choose(facts, ways, measure) if measures else TRIALS.current(facts, ways)
-    if not TRIALS.is_settled(facts, ways):
-        return None if way.name == "stock" else runs[way.name]()
-    launch = None
-    if way.configuration is not None:
-        launch = product.launch(facts.problem, way.configuration)
-    if launch is None or product.may_launch_again:
+    launch = _launch(product, facts.problem, way)
+    if TRIALS.is_settled(facts, ways) and (launch is None or product.may_launch_again):
         ROUTES.keep(product, way.name, facts.problem, launch, TRIALS.state)
-    if way.name == "stock":
-        return None
-    return product.staged() if launch is None else product.direct(facts.problem, launch)
+    return _by(way.name, product, facts.problem, launch)
 
 
 def way_of(product: Product) -> WayName:
@@ -121,10 +110,21 @@ def way_of(product: Product) -> WayName:
     return TRIALS.current(facts, ways).name if reason is None else "stock"
 
 
-def _compute(product: Product, problem: LinearProblem, way: Way) -> Tensor:
-    if way.configuration is None:
-        return product.staged()
-    return product.direct(problem, product.launch(problem, way.configuration))
+def _compute(product: Product, problem: LinearProblem, way: Way) -> Tensor | None:
+    return _by(way.name, product, problem, _launch(product, problem, way))
+
+
+def _launch(product: Product, problem: LinearProblem, way: Way) -> LinearLaunch | None:
+    """The kernel's; None for other ways."""
+    return None if way.configuration is None else product.launch(problem, way.configuration)
+
+
+def _by(
+    way: WayName, product: Product, problem: LinearProblem, launch: LinearLaunch | None
+) -> Tensor | None:
+    if way == "stock":
+        return None
+    return product.staged() if launch is None else product.direct(problem, launch)
 
 
 def _is_refused(reason: str | None) -> bool:

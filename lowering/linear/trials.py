@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from dak_inductor import options
+from dak_inductor.lowering.choices import Choices, fastest
 from dak_inductor.lowering.linear.call_facts import CallFacts, kind_of
 from dak_inductor.lowering.linear.ways import Way, WayName
 
 log = logging.getLogger(__name__)
 
-LEAST_GAIN = 0.03
-"""By how much the fastest must beat the estimates' choice: repeats of one way differ by 1 to 2%."""
 STOCK_SECONDS = 3e-6
 """What a stock product takes longer in a step than in a trial: launches of the kernel start while
 the one before them ends, and a stock product has a launch of its own for its count. On the H200 a
@@ -29,7 +25,6 @@ decode step of 48 products took 1244 us with the kernel alone, and 1291 where 16
 trials of 9 us for less."""
 SURE = 0.5
 """An estimate below this part of all others is believed."""
-MOST_KINDS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +35,13 @@ class Trial:
     call: CallFacts
     seconds: tuple[tuple[WayName, float], ...]
     chosen: WayName
+
+    @classmethod
+    def of(cls, call: CallFacts, ways: Sequence[Way], seconds: Sequence[float]) -> Trial:
+        """The fastest of `ways` in a step is taken, or the first where that gains too little."""
+        timed = tuple((way.name, each) for way, each in zip(ways, seconds, strict=True))
+        in_a_step = [each + (STOCK_SECONDS if name == "stock" else 0.0) for name, each in timed]
+        return cls(call, timed, ways[fastest(in_a_step)].name)
 
     @property
     def times(self) -> str:
@@ -59,10 +61,7 @@ class Trials:
     """
 
     def __init__(self, *, capturing: Callable[[int], bool] | None = None) -> None:
-        self._capturing = capturing or _is_capturing
-        self._lock = threading.Lock()
-        self._chosen: dict[CallFacts, WayName] = {}
-        self._running: set[CallFacts] = set()
+        self._choices = Choices[CallFacts, WayName](capturing=capturing)
         self._results: list[Trial] = []
         self._enabled: bool | None = None
         self.state = next(_STATES)
@@ -84,13 +83,11 @@ class Trials:
         """Whether later calls like this one get the same way, as long as `state` is the same."""
         if len(ways) == 1 or not self.enabled:
             return True
-        with self._lock:
-            return kind_of(call) in self._chosen
+        return self._choices.of(kind_of(call)) is not None
 
     def results(self) -> tuple[Trial, ...]:
         """What was measured, in order."""
-        with self._lock:
-            return tuple(self._results)
+        return tuple(self._results)
 
     def result_of(self, call: CallFacts) -> Trial | None:
         """The measurement that chose for calls of this kind, if there was one."""
@@ -99,8 +96,7 @@ class Trials:
 
     def current(self, call: CallFacts, ways: Sequence[Way]) -> Way:
         """What `choose` would return without measuring."""
-        with self._lock:
-            chosen = self._chosen.get(kind_of(call)) if self.enabled else None
+        chosen = self._choices.of(kind_of(call)) if self.enabled else None
         return next((way for way in ways if way.name == chosen), ways[0])
 
     def choose(
@@ -115,52 +111,20 @@ class Trials:
         first = ways[0]
         if len(ways) == 1 or not self.enabled:
             return first
-        kind = kind_of(call)
-        with self._lock:
-            chosen = self._chosen.get(kind)
-            if chosen is not None:
-                return next((way for way in ways if way.name == chosen), first)
-            if kind in self._running or len(self._chosen) >= MOST_KINDS:
-                return first
-            if is_sure(ways):
-                self._chosen[kind] = first.name
-                return first
-            if self._capturing(call.device_index):
-                return first
-            self._running.add(kind)
-        try:
-            return self._try(call, kind, ways, measure)
-        finally:
-            with self._lock:
-                self._running.discard(kind)
 
-    def _try(
-        self,
-        call: CallFacts,
-        kind: CallFacts,
-        ways: Sequence[Way],
-        measure: Callable[[], Sequence[float]],
-    ) -> Way:
-        try:
-            seconds = tuple(measure())
-        except torch.OutOfMemoryError:
-            # the call itself may need less than the trial
-            log.info("%s: not measured for want of memory; %s is taken", call, ways[0].name)
-            with self._lock:
-                self._chosen[kind] = ways[0].name
-            return ways[0]
-        names = tuple(each.name for each in ways)
-        in_a_step = [
-            one + (STOCK_SECONDS if name == "stock" else 0.0)
-            for name, one in zip(names, seconds, strict=True)
-        ]
-        way = ways[fastest(in_a_step)]
-        trial = Trial(call, tuple(zip(names, seconds, strict=True)), way.name)
-        with self._lock:
-            self._chosen[kind] = way.name
-            self._results.append(trial)
-        log.info("%s", trial)
-        return way
+        def trial() -> WayName:
+            made = Trial.of(call, ways, measure())
+            self._results.append(made)
+            log.info("%s", made)
+            return made.chosen
+
+        chosen = self._choices.make(
+            kind_of(call),
+            first.name,
+            None if is_sure(ways) else trial,
+            device_index=call.device_index,
+        )
+        return next((way for way in ways if way.name == chosen), first)
 
 
 def is_sure(ways: Sequence[Way]) -> bool:
@@ -169,19 +133,6 @@ def is_sure(ways: Sequence[Way]) -> bool:
     if first is None:
         return False
     return all(way.seconds is not None and first < SURE * way.seconds for way in ways[1:])
-
-
-def fastest(seconds: Sequence[float]) -> int:
-    """The position of the least, or 0 where it gains less than `LEAST_GAIN` on that."""
-    best = min(range(len(seconds)), key=seconds.__getitem__)
-    return best if seconds[best] <= (1 - LEAST_GAIN) * seconds[0] else 0
-
-
-def _is_capturing(device_index: int) -> bool:
-    if not torch.cuda.is_available():
-        return False
-    with torch.cuda.device(device_index):
-        return torch.cuda.is_current_stream_capturing()
 
 
 TRIALS = Trials()

@@ -9,9 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
-from dak_inductor.cuda_runtime import address_table
 from dak_inductor.lowering import residency  # noqa: F401  (registers torch.ops.dak.residency)
 from dak_inductor.lowering.attention import operands
+from dak_inductor.lowering.attention.operands import AttentionOperands
 from dak_inductor.lowering.attention.stored_tokens import StoredTokens, stored_tokens
 from dak_inductor.lowering.marks import MARKS
 from dak_inductor.lowering.refusals import capability, log_once
@@ -34,31 +34,20 @@ _COMBINED = 16  # chunks that the second kernel reads at once
 
 
 @torch.no_grad()
-def run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    lengths: Tensor | None,
-    starts: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-) -> Tensor | None:
+def run(call: AttentionOperands) -> Tensor | None:
     """Attention as dak::attention has it, [B, Hq, Q, Dv] stored as [B, Q, Hq, Dv].
 
     On the current stream, without waiting for the device; None, with the reason logged once, where
     it is refused. Remote tokens cross the link once for each tile of 64 or 128 query rows of a
     group of heads, so this is for few queries.
     """
-    reason = refusal(query, key, value, mask)
+    query, key, value = call.query, call.key, call.value
+    reason = refusal(query, key, value, call.mask)
     if reason is not None:
         _log_once(reason)
         return None
-    keys = stored_tokens(key, address_table.lookup(key.data_ptr()))
-    values = stored_tokens(value, address_table.lookup(value.data_ptr()))
+    buffers = call.buffers
+    keys, values = stored_tokens(key, buffers[0]), stored_tokens(value, buffers[1])
     if keys is None or values is None or (keys.segments == 1) != (values.segments == 1):
         _log_once("keys and values are neither both token-major nor both heads with all tokens")
         return None
@@ -74,12 +63,12 @@ def run(
             shape,
             records=[torch.ops.dak.residency.default(tensor) for tensor in (key, value)],
             programs=_programs(query.device, shape, query.dtype.itemsize),
-            lengths=lengths,
-            starts=starts,
-            scale=scale,
-            causal=causal,
-            window=window,
-            softcap=softcap,
+            lengths=call.lengths,
+            starts=call.starts,
+            scale=call.scale,
+            causal=call.causal,
+            window=call.window,
+            softcap=call.softcap,
         )
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from dak_inductor import budget, hardware, placement
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.tier import Tier
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.errors import DakError, MoveError
 from dak_inductor.offload import offload
 from dak_inductor.offload_request import OffloadRequest

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dak_inductor.benchmarks.bench_planner import PAGE, on_the_grid, random_problem
+from dak_inductor.benchmarks.harness.planner_problems import PAGE, on_the_grid, random_problem
 from dak_inductor.hardware import load
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
 from dak_inductor.planner import make_plan, seconds_of
@@ -83,6 +83,19 @@ def test_when_a_matrix_of_every_layer_is_whole_the_next_one_follows() -> None:
     assert all(shares[f"layers.{layer}.down"] == 1.0 for layer in range(LAYERS))
     assert 0 < shares["layers.0.gate"] < 1
     assert "layers.0.up" not in shares
+
+
+def test_products_of_one_size_in_a_block_do_not_share_its_remote_bytes() -> None:
+    """OPT's fc1 and fc2 have as many bytes: each product copied for would pay for it once more."""
+    nbytes, specs, uses = 4096 * 16384 * 2, [], []
+    for layer in range(LAYERS):
+        for name in ("fc1", "fc2"):
+            tensor = f"decoder.layers.{layer}.{name}.weight"
+            specs.append(TensorSpec(tensor, nbytes, row_block=8 * 4096 * 2))
+            uses.append(OpUse(tensor, "decode", tensor, "linear", nbytes, 4e4, nbytes, 16.0, m=1))
+    asked = LAYERS * nbytes // 5
+    plan = make_plan(PlanProblem(tuple(specs), tuple(uses), asked, "cpu", ahead=True), H200)
+    assert set(staged(plan)) == {f"decoder.layers.{layer}.fc1.weight" for layer in range(LAYERS)}
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn import functional
 
 import dak_inductor as dak
-from dak_inductor import first_plan, hardware, replanning
+from dak_inductor import ahead_room, hardware, replanning
 from dak_inductor.backend import compile_graph
 from dak_inductor.lowering.ahead.memory import KnownStep, Room, StepMemory
+from dak_inductor.make_room import give_way
 from dak_inductor.offloaded import OffloadedModel, record_of
 from dak_inductor.options import BackendOptions
 from dak_inductor.session import SESSION
@@ -52,8 +53,7 @@ def _slow_hardware(monkeypatch: pytest.MonkeyPatch):
         },
     )
     monkeypatch.setattr(hardware, "current", lambda device: slow)
-    for module in (first_plan, replanning):
-        monkeypatch.setattr(module, "AHEAD_DEVICES", ("cpu",))
+    monkeypatch.setattr(ahead_room, "DEVICES", ("cpu",))
     SESSION.reset()
     yield
     SESSION.reset()
@@ -103,6 +103,30 @@ def test_the_environment_says_for_which_strategy_a_model_is_placed(
     assert record.plan is not None
     assert not any(op.strategy == "staged" for op in record.plan.ops)
     assert any(name.endswith("gate.weight") for name, nbytes in remote(record).items() if nbytes)
+
+
+@pytest.mark.parametrize(("strategy", "ahead"), [("auto", True), ("direct", False)])
+def test_plans_before_the_first_graph_follow_the_environment(
+    monkeypatch: pytest.MonkeyPatch, strategy: str, ahead: bool
+) -> None:
+    """Also the plan by which a model gives way to another one."""
+    monkeypatch.setenv("DAK_STRATEGY", strategy)
+    _, record = offloaded()
+    assert replanning.copies_ahead(record, []) is ahead
+    give_way(record, 1)
+    assert record.plan is not None
+    assert any(op.strategy == "staged" for op in record.plan.ops) is ahead
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("strategy", "ahead"), [("auto", True), ("direct", False)])
+def test_a_graphs_option_wins_over_the_environment(
+    monkeypatch: pytest.MonkeyPatch, strategy: str, ahead: bool
+) -> None:
+    model, record = offloaded()
+    called(model, strategy)
+    monkeypatch.setenv("DAK_STRATEGY", "direct" if ahead else "auto")
+    assert replanning.copies_ahead(record, SESSION.bindings()) is ahead
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dak_inductor.cuda_runtime import address_table
 from dak_inductor.lowering.attention import dispatch, launch, staged, tensor_maps
 from dak_inductor.lowering.attention.configuration import (
     HEAD_DIMS,
@@ -21,6 +22,7 @@ from dak_inductor.lowering.attention.configuration import (
     choose,
     refusal,
 )
+from dak_inductor.lowering.attention.operands import AttentionOperands
 from dak_inductor.lowering.attention.problem import AttentionMasking, AttentionProblem
 
 PROBLEM = AttentionProblem(2, 4, 8, 1, 100, 128, torch.bfloat16)
@@ -48,7 +50,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     """A Hopper card, on which every cache is tiered."""
     found = Launches()
     monkeypatch.setattr(dispatch, "capability", lambda _: (9, 0))
-    monkeypatch.setattr(dispatch.address_table, "lookup", lambda address: Buffer(address))
+    monkeypatch.setattr(address_table, "lookup", lambda address: Buffer(address))
     monkeypatch.setattr(dispatch, "launch", found)
     return found
 
@@ -70,7 +72,7 @@ def run(**more: Any) -> Tensor | None:
         **operands(), "lengths": None, "starts": None, "mask": None, "scale": 0.1, "causal": True,
         "window": 0, "softcap": 0.0, **more,
     }  # fmt: skip
-    return dispatch.run(call.pop("query"), call.pop("key"), call.pop("value"), **call)
+    return dispatch.run(AttentionOperands(**call))
 
 
 def test_a_call_becomes_a_launch(launches: Launches) -> None:
@@ -131,7 +133,7 @@ def test_what_the_kernel_does_not_take_is_declined(launches: Launches) -> None:
 def test_declined_without_a_word_where_nothing_is_tiered(
     launches: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch.address_table, "lookup", lambda _: None)
+    monkeypatch.setattr(address_table, "lookup", lambda _: None)
     monkeypatch.setattr(dispatch, "_log_once", lambda reason: pytest.fail(reason))
     assert run() is None and not launches
 
@@ -141,7 +143,7 @@ def test_both_tiers_must_be_served(
     launches: Launches, monkeypatch: pytest.MonkeyPatch, other: Options
 ) -> None:
     buffers = iter((Buffer(0), Buffer(0, **other)))
-    monkeypatch.setattr(dispatch.address_table, "lookup", lambda _: next(buffers))
+    monkeypatch.setattr(address_table, "lookup", lambda _: next(buffers))
     assert run() is None and not launches
 
 

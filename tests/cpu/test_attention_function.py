@@ -12,9 +12,8 @@ from dak_inductor.attention_bounds import bounds_of
 from dak_inductor.attention_function import (
     bounds_mask,
     note_bounds,
-    restore_attention_function,
-    use_attention_function,
 )
+from dak_inductor.attention_switch import restore_attention_function, use_attention_function
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
 from dak_inductor.errors import ModelError
 from dak_inductor.lowering import counters

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.lowering import counters, ops_attention, stock_attention
+from dak_inductor.lowering.attention.operands import AttentionOperands
 from dak_inductor.lowering.ops_attention import ATTENTION_OPERATOR
 
 B, S, D = 3, 24, 16
@@ -184,9 +185,8 @@ def test_the_stock_composition_asks_the_device_for_nothing():
         query, key, value = (mode.from_tensor(torch.randn(2, 2, n, D)) for n in (3, S, S))
         bounds = [mode.from_tensor(int32(9, 4)) for _ in range(2)]
         for softcap in (0.0, 2.0):
-            result = stock_attention.attention(
-                query, key, value, *bounds, None, 0.25, True, 5, softcap
-            )
+            operands = (query, key, value, *bounds, None, 0.25, True, 5, softcap)
+            result = stock_attention.attention(AttentionOperands(*operands))
             assert result.shape == (2, 2, 3, D)
 
 
@@ -318,8 +318,8 @@ def test_the_kernels_are_asked_in_order_and_what_all_decline_is_left_to_stock(mo
     asked = []
 
     def kernel(name, answer):
-        def run(query, key, value, **options):
-            asked.append((name, sorted(options)))
+        def run(call):
+            asked.append((name, call))
             return answer
 
         return run
@@ -329,7 +329,6 @@ def test_the_kernels_are_asked_in_order_and_what_all_decline_is_left_to_stock(mo
     options = (None, None, None, 0.25, False, 0, 0.0)
     serve = ATTENTION_OPERATOR.kernel
     assert serve is not None
-    names = sorted(["lengths", "starts", "mask", "scale", "causal", "window", "softcap"])
     for answers, expected in (
         ((None, query), query),
         ((value, query), value),
@@ -339,7 +338,8 @@ def test_the_kernels_are_asked_in_order_and_what_all_decline_is_left_to_stock(mo
         runners = tuple(kernel(name, a) for name, a in zip("ab", answers, strict=True))
         monkeypatch.setattr(ops_attention, "_runners", lambda runners=runners: runners)
         assert serve(query, key, value, *options) is expected
-        assert asked == [("a", names), ("b", names)][: len(asked)]
+        assert [name for name, _ in asked] == ["a", "b"][: len(asked)]
+        assert all(made == AttentionOperands(query, key, value, *options) for _, made in asked)
         assert len(asked) == (1 if answers[0] is not None else 2)
         asked.clear()
         assert serve(query, key.clone(), value, *options) is None, "nothing is tiered"

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from dak_inductor.lowering.attention import trials
+from dak_inductor.lowering.attention.operands import AttentionOperands
 from dak_inductor.lowering.attention.problem import AttentionProblem
-from dak_inductor.lowering.attention.trials import Choices, Kind
+from dak_inductor.lowering.attention.trials import Kind, prefers_stock
+from dak_inductor.lowering.choices import Choices
 from dak_inductor.lowering.linear.trials import TRIALS
 
 KIND = Kind(AttentionProblem(2, 2, 4, 1, 100, 64, torch.bfloat16), (2, 0, 1), "cpu", 0)
@@ -21,9 +23,10 @@ OPTIONS: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def switched_on() -> Iterator[None]:
+def switched_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = TRIALS.enabled
     TRIALS.switch(True)
+    monkeypatch.setattr(trials, "CHOICES", Choices(capturing=lambda _: False))
     yield
     TRIALS.switch(before)
 
@@ -43,44 +46,43 @@ def measured(
     [((1.0, 0.9), True), ((1.0, 0.98), False), ((1.0, 1.2), False), (None, False)],
 )
 def test_a_kind_is_measured_once(seconds: tuple[float, float] | None, stock: bool) -> None:
-    choices, calls = Choices(capturing=lambda: False), list[int]()
-    assert choices.prefers_stock(KIND, measured(seconds, calls)) is stock
-    assert choices.prefers_stock(KIND, measured((1.0, 2.0), calls)) is stock
+    calls = list[int]()
+    assert prefers_stock(KIND, measured(seconds, calls)) is stock
+    assert prefers_stock(KIND, measured((1.0, 2.0), calls)) is stock
     assert len(calls) == 1
 
 
-def test_nothing_is_measured_in_a_capture_or_while_trials_are_off() -> None:
+def test_nothing_is_measured_in_a_capture_or_while_trials_are_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     capturing, calls = [True], list[int]()
-    choices = Choices(capturing=lambda: capturing[0])
+    monkeypatch.setattr(trials, "CHOICES", Choices(capturing=lambda _: capturing[0]))
     faster = measured((1.0, 0.5), calls)
-    assert not choices.prefers_stock(KIND, faster) and not calls
+    assert not prefers_stock(KIND, faster) and not calls
     capturing[0] = False
-    assert choices.prefers_stock(KIND, faster) and len(calls) == 1
+    assert prefers_stock(KIND, faster) and len(calls) == 1
     capturing[0] = True
-    assert choices.prefers_stock(KIND, faster), "what was measured before holds in a capture"
+    assert prefers_stock(KIND, faster), "what was measured before holds in a capture"
     TRIALS.switch(False)
-    assert not choices.prefers_stock(KIND, faster) and len(calls) == 1
+    assert not prefers_stock(KIND, faster) and len(calls) == 1
 
 
 def test_want_of_memory_leaves_the_kernel() -> None:
-    choices = Choices(capturing=lambda: False)
-
     def measure() -> tuple[float, float]:
         raise torch.OutOfMemoryError
 
-    assert not choices.prefers_stock(KIND, measure)
-    assert not choices.prefers_stock(KIND, measured((1.0, 0.5), []))
+    assert not prefers_stock(KIND, measure)
+    assert not prefers_stock(KIND, measured((1.0, 0.5), []))
 
 
 def test_a_call_within_a_trial_gets_the_kernel() -> None:
-    choices = Choices(capturing=lambda: False)
     inner: list[bool] = []
 
     def measure() -> tuple[float, float]:
-        inner.append(choices.prefers_stock(KIND, measured((1.0, 0.5), [])))
+        inner.append(prefers_stock(KIND, measured((1.0, 0.5), [])))
         return (1.0, 0.5)
 
-    assert choices.prefers_stock(KIND, measure) and inner == [False]
+    assert prefers_stock(KIND, measure) and inner == [False]
 
 
 def test_only_whole_views_without_masks_have_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,10 +93,12 @@ def test_only_whole_views_without_masks_have_a_choice(monkeypatch: pytest.Monkey
     monkeypatch.setattr(trials.dispatch, "run", lambda *_, **__: kernel)
     monkeypatch.setattr(trials, "kind_of", lambda *_: KIND)
     monkeypatch.setattr(trials.reads, "count_dense", lambda kind, *_: counted.append(kind))
-    choices = Choices(capturing=lambda: False)
-    choices.prefers_stock(KIND, measured((1.0, 0.5), []))
-    monkeypatch.setattr(trials, "CHOICES", choices)
-    found = trials.run(query, key, value, **OPTIONS)
+    prefers_stock(KIND, measured((1.0, 0.5), []))
+
+    def run(**other: Any) -> torch.Tensor | None:
+        return trials.run(AttentionOperands(query, key, value, **{**OPTIONS, **other}))
+
+    found = run()
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, scale=0.125, enable_gqa=True
     )
@@ -105,11 +109,11 @@ def test_only_whole_views_without_masks_have_a_choice(monkeypatch: pytest.Monkey
         {"lengths": bound}, {"starts": bound}, {"mask": torch.ones(100, dtype=torch.bool)},
         {"window": 60}, {"softcap": 30.0},
     ):  # fmt: skip
-        assert trials.run(query, key, value, **{**OPTIONS, **other}) is kernel, other
-    assert trials.run(query, key, value, **{**OPTIONS, "window": 100}) is not kernel
+        assert run(**other) is kernel, other
+    assert run(window=100) is not kernel
     assert counted == ["attention"] * 2
 
 
 def test_operands_elsewhere_are_of_no_kind() -> None:
     query, cache = torch.randn(2, 8, 1, 64), torch.randn(2, 2, 100, 64)
-    assert trials.kind_of(query, cache, cache) is None
+    assert trials.kind_of(AttentionOperands(query, cache, cache, **OPTIONS)) is None

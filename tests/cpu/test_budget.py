@@ -10,7 +10,7 @@ from torch import nn
 
 from dak_inductor.budget import MINIMUM_RESERVE, DeviceBudget, asked_budget, parse_budget
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.errors import BudgetError, OptionError
 from dak_inductor.first_plan import make_first_plan
 from dak_inductor.inventory import take_inventory

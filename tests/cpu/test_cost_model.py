@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from dak_inductor.cost_model import (
     LIMITS,
     OpCost,
-    balance_share,
     op_cost,
     op_time,
     peak_flops,
@@ -105,8 +104,8 @@ def test_limit_names_the_line_that_is_on_top(cost: OpCost, share: float) -> None
     assert lines[cost.limit(share)] == max(lines.values())
 
 
-def test_a_memory_bound_operator_is_fastest_at_the_balance_share() -> None:
-    balance = balance_share(H200, HOST)
+def test_a_memory_bound_operator_is_fastest_where_link_and_hbm_end_together() -> None:
+    balance = HOST.direct_bandwidth / (HOST.direct_bandwidth + H200.hbm_bandwidth)
     assert 0.010 < balance < 0.012  # 1.1% on an H200 behind PCIe
     use = linear(rows=8)
     best = op_time(use, balance, H200, HOST)

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import math
+import random
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +37,7 @@ from dak_inductor.benchmarks.harness.models import LLAMA3_8B, TINY, Workload
 from dak_inductor.benchmarks.harness.peers.provider import Prepared
 from dak_inductor.benchmarks.harness.table import table
 from dak_inductor.benchmarks.harness.timing import (
+    QUICK,
     Timing,
     TimingRule,
     rotation_count,
@@ -370,8 +372,43 @@ def test_what_ranges_cost_is_measured_on_any_machine(
     (row,), (verdict,) = record["cells"], record["verdicts"]
     assert row["with_milliseconds"] > 0 and verdict["passed"] is None
     assert not marks.MARKS.nvtx
-    bad = bench_marks.verdicts([{**row, "cost": 0.006}], on_gpu=True)
-    assert bad[0].passed is False and bad[0].bar == 0.005
+
+
+@pytest.mark.parametrize(
+    ("costs", "passed"),
+    [((0.001, 0.004, 0.02), True), ((0.006, 0.007, 0.008), False), ((-0.02, 0.006, 0.02), None)],
+)
+def test_a_cost_above_the_bar_is_missed_where_it_is_sure(
+    costs: tuple[float, ...], passed: bool | None
+) -> None:
+    row = bench_marks.row_of("ranges", [1 + cost for cost in costs * 2], [1.0] * 6, "blocks")
+    assert row["cost"] == pytest.approx(costs[1])
+    (verdict,) = bench_marks.verdicts([row], on_gpu=True)
+    assert verdict.passed is passed and verdict.bar == 0.005
+
+
+def test_captures_that_differ_by_chance_or_by_their_order_cost_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three captures in a round, the first of which is the slowest; counts cost 0.4%."""
+    chance, orders = random.Random(0), list[tuple[str, ...]]()
+
+    def time_in_turn(graphs: list[str], **_: object) -> list[Timing]:
+        orders.append(tuple(graphs))
+        seconds = [
+            (1.0 + 0.02 * (place == 0) + chance.gauss(0, 5e-4)) / (1.004 if kind == "quiet" else 1)
+            for place, kind in enumerate(graphs)
+        ]
+        return [Timing(each, (each,), 1, "") for each in seconds]
+
+    monkeypatch.setattr(bench_marks, "captured", lambda kind, step: kind)
+    monkeypatch.setattr(bench_marks, "time_in_turn", time_in_turn)
+    made = bench_marks.replay_seconds(lambda: None, torch.device("cuda"), QUICK, bench_marks.ROUNDS)
+    assert len(orders) == 12 and len(set(orders)) == 6
+    ranges = bench_marks.row_of("ranges", made["named"], made["plain"], "")
+    counts = bench_marks.row_of("counts", made["plain"], made["quiet"], "")
+    assert ranges["cost"] == pytest.approx(0.0, abs=1e-3)
+    assert counts["cost"] == pytest.approx(0.004, abs=1e-3)
 
 
 def test_run_all_says_what_did_not_finish(

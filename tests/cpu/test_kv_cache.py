@@ -10,7 +10,7 @@ import torch
 
 import dak_inductor as dak
 from dak_inductor.cuda_runtime.page_maker import PAGE_MAKER
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.errors import (
     BudgetError,
     CacheError,

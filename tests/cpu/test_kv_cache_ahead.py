@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 from dak_inductor import kv_cache_ahead
 from dak_inductor.cuda_runtime.page_maker import PAGE_MAKER, Progress
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes, TieredBuffer
+from dak_inductor.cuda_runtime.simulated_buffer import SimulatedBuffer
+from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.errors import HostMemoryError
 from dak_inductor.kv_cache_geometry import CacheGeometry, LayerShape
-from dak_inductor.kv_cache_storage import CacheStorage, tensor_plans
+from dak_inductor.kv_cache_storage import CacheStorage
+from dak_inductor.kv_cache_tensors import tensor_plans
 
 PAGE = 1024
 ROW = 2 * 2 * 8 * 4  # bytes of a token of keys: batch 2, 2 heads, 8 elements of 4 bytes
@@ -177,7 +180,7 @@ def test_a_failure_that_is_no_matter_of_memory_is_raised_by_the_next_growth(
         raise ZeroDivisionError("in the background")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dak_inductor.cuda_runtime.simulated.SimulatedBuffer.make_ahead", broken)
+        patch.setattr(SimulatedBuffer, "make_ahead", broken)
         step_to(cache, 100)
         assert PAGE_MAKER.wait()
     with pytest.raises(ZeroDivisionError, match="in the background"):

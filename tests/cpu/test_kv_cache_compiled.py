@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dak_inductor as dak
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.errors import CacheError, ContextLengthError, HostMemoryError
 from dak_inductor.kv_cache_steps import take_steps
 from dak_inductor.lowering import counters

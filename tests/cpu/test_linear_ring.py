@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from dak_inductor import hardware
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.lowering import counters, ops_linear, staging
 from dak_inductor.lowering.copy_cost import piece_overhead
 from dak_inductor.lowering.linear import copy_engine, dispatch, ring, ring_plan

@@ -19,12 +19,13 @@ import dak_inductor as dak
 from dak_inductor import hardware, session, trial_report
 from dak_inductor.backend import compile_graph
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
-from dak_inductor.lowering import counters, device_counters, ops, ops_linear
+from dak_inductor.lowering import choices, counters, device_counters, ops, ops_linear
+from dak_inductor.lowering.choices import fastest
 from dak_inductor.lowering.linear import dispatch, product, routes, stopwatch, trials, ways
 from dak_inductor.lowering.linear.call_facts import CallFacts, kind_of, remote_step, token_step
 from dak_inductor.lowering.linear.configuration import MAXIMUM_TOKENS
 from dak_inductor.lowering.linear.problem import LinearProblem
-from dak_inductor.lowering.linear.trials import Trial, Trials, fastest, is_sure
+from dak_inductor.lowering.linear.trials import Trial, Trials, is_sure
 from dak_inductor.lowering.linear.ways import Way, ways_of
 from dak_inductor.options import BackendOptions
 
@@ -272,7 +273,7 @@ def test_failures(chooser: Trials, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ValueError, match="of an operand"):
         chooser.choose(facts_of(), offered, fail(ValueError("of an operand")))
     assert chooser.choose(facts_of(), offered, clock) is STOCK, "the next call measures"
-    with caplog.at_level(logging.INFO, trials.__name__):
+    with caplog.at_level(logging.INFO, choices.__name__):
         full = fail(torch.OutOfMemoryError("full"))
         assert chooser.choose(facts_of(m=128), offered, full) is DIRECT
     assert "want of memory" in caplog.text
@@ -280,7 +281,7 @@ def test_failures(chooser: Trials, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_kinds_are_bounded(chooser: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "MOST_KINDS", 2)
+    monkeypatch.setattr(choices, "MOST_KINDS", 2)
     offered = (DIRECT, STOCK)
     clock = Clock(offered, direct=157, stock=127)
     found = [chooser.choose(facts_of(n=8 * n), offered, clock).name for n in (1, 2, 3, 1)]
@@ -417,7 +418,7 @@ def test_a_choice_that_is_not_made_yet_is_asked_for_again(
     tried: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked = asked(monkeypatch)
-    monkeypatch.setattr(tried.chooser, "_capturing", lambda _: True)
+    monkeypatch.setattr(tried.chooser._choices, "_capturing", lambda _: True)
     x = torch.randn(200, 512, dtype=BF16)
     for _ in range(2):
         tried.run(x, tried.weight, None)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dak_inductor as dak
-from dak_inductor.benchmarks.bench_planner import on_the_grid, random_problem
+from dak_inductor.benchmarks.harness.planner_problems import on_the_grid, random_problem
 from dak_inductor.memory_curve import _amounts, memory_curve
 from dak_inductor.planner import make_plan
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.lowering import counters, ops, ops_linear, reads
 
 dak = torch.ops.dak

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from dak_inductor import hardware, placement
-from dak_inductor.cuda_runtime.simulated import SimulatedBuffer, SimulatedTier
+from dak_inductor.cuda_runtime.simulated import SimulatedTier
+from dak_inductor.cuda_runtime.simulated_buffer import SimulatedBuffer
 from dak_inductor.errors import MoveError, PlanError
 from dak_inductor.offload import offload
 from dak_inductor.offloaded import record_of

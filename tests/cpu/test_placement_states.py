@@ -6,7 +6,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
 from dak_inductor.cuda_runtime.tier import Tier
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 
 from .placement_machine import PlacementMachine
 from .profiles import examples

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+from typing import Any
+
 import pytest
+from rich.console import Console
 
 from dak_inductor.hardware import load
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
-from dak_inductor.plan_report import bytes_text, group_ops, render, seconds_text, to_text
+from dak_inductor.plan_report import bytes_text, group_ops, render, seconds_text
 from dak_inductor.planner import make_plan
 from dak_inductor.refusal import Refusal
 
@@ -30,6 +34,13 @@ def example() -> Plan:
 
 
 PLAN = example()
+
+
+def to_text(plan: Plan, *, width: int = 150, **options: Any) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+    console.print(render(plan, **options))
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def test_equal_layers_are_one_row_with_their_sums() -> None:

@@ -9,14 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dak_inductor.benchmarks.bench_planner import (
+from dak_inductor.benchmarks.bench_planner import linear_program, link_time, page_steps
+from dak_inductor.benchmarks.harness.planner_problems import (
     PAGE,
-    linear_program,
-    link_time,
     model_problem,
     moved_problem,
     on_the_grid,
-    page_steps,
     random_problem,
 )
 from dak_inductor.cost_curve import Piece

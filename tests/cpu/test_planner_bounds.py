@@ -9,7 +9,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dak_inductor.benchmarks.bench_planner import on_the_grid, random_problem
+from dak_inductor.benchmarks.harness.planner_problems import on_the_grid, random_problem
 from dak_inductor.cost_model import op_time
 from dak_inductor.hardware import HardwareProfile
 from dak_inductor.plan import Plan, PlanProblem

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
 from dak_inductor.cuda_runtime.tier import creation_split
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.cuda_runtime.tiers import open_tier
 from dak_inductor.errors import (
     DeviceMemoryError,

@@ -209,11 +209,7 @@ def test_what_the_kernel_refuses(host_tier: Tier, device: torch.device) -> None:
     call = case.tiered
 
     def declined(call: AttentionCall, **more: object) -> bool:
-        options = {
-            "lengths": call.lengths, "starts": call.starts, "mask": None, "scale": call.scale,
-            "causal": call.causal, "window": call.window, "softcap": call.softcap, **more,
-        }  # fmt: skip
-        return dispatch.run(call.query, call.key, call.value, **options) is None  # type: ignore[arg-type]
+        return dispatch.run(call.operands(**more)) is None
 
     assert not declined(call)
     assert declined(case.resident), "nothing is tiered"

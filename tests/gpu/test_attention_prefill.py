@@ -34,7 +34,7 @@ from dak_inductor.benchmarks.harness.kernel_reads import ReadCounter
 from dak_inductor.benchmarks.harness.linear_reference import poison_free_memory
 from dak_inductor.benchmarks.harness.timing import capture
 from dak_inductor.cuda_runtime.tier import Tier
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.lowering import triton_attention
 from dak_inductor.lowering.attention import (
     host_lengths,

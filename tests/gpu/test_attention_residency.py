@@ -20,7 +20,7 @@ from dak_inductor.benchmarks.harness.kernel_reads import ReadCounter, count_runs
 from dak_inductor.benchmarks.harness.timing import CapturedStep, capture
 from dak_inductor.cuda_runtime.device_records import RecordCounters
 from dak_inductor.cuda_runtime.tier import Tier
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.cuda_runtime.window import Window
 from dak_inductor.lowering.attention import dispatch
 from dak_inductor.lowering.attention.configuration import HEAD_DIMS, NO_SWEEP, choose, tile_of

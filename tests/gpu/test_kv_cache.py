@@ -13,7 +13,7 @@ import dak_inductor as dak
 from dak_inductor.benchmarks.harness.accuracy import errors, judge
 from dak_inductor.benchmarks.harness.generation import freeze
 from dak_inductor.cuda_runtime import vmm
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.cuda_runtime.tiers import open_tier
 from dak_inductor.cuda_runtime.vmm import VmmTier
 from dak_inductor.errors import CacheError, ContextLengthError, HostMemoryError

@@ -17,7 +17,8 @@ from dak_inductor.cuda_runtime.tiers import open_tier
 from dak_inductor.cuda_runtime.vmm import VmmTier
 from dak_inductor.errors import HostMemoryError
 from dak_inductor.kv_cache_geometry import CacheGeometry, LayerShape
-from dak_inductor.kv_cache_storage import CacheStorage, tensor_plans
+from dak_inductor.kv_cache_storage import CacheStorage
+from dak_inductor.kv_cache_tensors import tensor_plans
 
 PAGE = 2 << 20
 BATCH, HEADS, DIM = 16, 8, 128

@@ -27,7 +27,7 @@ from dak_inductor.benchmarks.harness.kernel_reads import ReadCounter
 from dak_inductor.benchmarks.harness.linear_reference import poison_free_memory
 from dak_inductor.benchmarks.harness.timing import capture
 from dak_inductor.cuda_runtime.tier import Tier
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.cuda_runtime.window import Window
 from dak_inductor.lowering.triton_attention import launch
 from dak_inductor.lowering.triton_attention.configuration import tile_shape
@@ -42,10 +42,7 @@ def at(spec: AttentionSpec, *names: str) -> AttentionSpec:
 
 
 def run(call: AttentionCall) -> Tensor:
-    output = launch.run(
-        call.query, call.key, call.value, lengths=call.lengths, starts=call.starts, mask=None,
-        scale=call.scale, causal=call.causal, window=call.window, softcap=call.softcap,
-    )  # fmt: skip
+    output = launch.run(call.operands())
     assert output is not None, f"declined a query of {tuple(call.query.shape)}"
     return output
 
@@ -184,11 +181,7 @@ def test_what_is_refused(host_tier: Tier, device: torch.device) -> None:
     call = case.tiered
 
     def declined(call: AttentionCall, mask: Tensor | None = None) -> bool:
-        result = launch.run(
-            call.query, call.key, call.value, lengths=None, starts=None, mask=mask,
-            scale=call.scale, causal=True, window=0, softcap=0.0,
-        )  # fmt: skip
-        return result is None
+        return launch.run(call.operands(mask=mask)) is None
 
     assert not declined(call)
     assert declined(call, torch.ones(2, 1, 1, 100, dtype=torch.bool, device=device))

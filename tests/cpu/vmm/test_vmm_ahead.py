@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from dak_inductor.cuda_runtime import vmm
 from dak_inductor.cuda_runtime.nvrtc import extension
 from dak_inductor.cuda_runtime.page_maker import PAGE_MAKER
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.cuda_runtime.vmm import VmmTier
 from dak_inductor.errors import DakError, HostMemoryError
 from dak_inductor.kv_cache_geometry import CacheGeometry, LayerShape
-from dak_inductor.kv_cache_storage import CacheStorage, tensor_plans
+from dak_inductor.kv_cache_storage import CacheStorage
+from dak_inductor.kv_cache_tensors import tensor_plans
 
 PAGE = 2 << 20
 HOST = -1

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dak_inductor.cuda_runtime import vmm
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.cuda_runtime.vmm import VmmTier
 from dak_inductor.errors import DakError, DeviceMemoryError, HostMemoryError, TierError
 

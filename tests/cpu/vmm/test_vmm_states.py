@@ -9,7 +9,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from dak_inductor.cuda_runtime import vmm
 from dak_inductor.cuda_runtime.tier import Tier
-from dak_inductor.cuda_runtime.tier_buffer import TierBytes
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.cuda_runtime.vmm import VmmTier
 
 from ..placement_machine import PlacementMachine
