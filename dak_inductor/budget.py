@@ -73,7 +73,9 @@ def _read(value: object, card_bytes: int | None) -> float:
             )
         return card_bytes * number / 100
     if unit.upper() not in _UNITS:
-        raise BudgetError(f"gpu_memory={value!r}: {unit or 'no'} unit known; {EXAMPLES}")
+        raise BudgetError(
+            f"gpu_memory={value!r}: {f'unknown unit {unit}' if unit else 'no unit'}; {EXAMPLES}"
+        )
     return number * _UNITS[unit.upper()]
 
 

@@ -116,9 +116,10 @@ class Checkpoint:
                         f"{self._file_of[name]} holds {stored}"
                     )
         if missing:
+            wanted = {n for entry in inventory for member in entry.members for n in member.names}
             raise CheckpointError(
                 f"{self.path} misses {len(missing)} tensors that are on meta in the model: "
-                f"{_some(missing)}. {self._hint(missing)}"
+                f"{_some(missing)}. {self._hint(missing, wanted)}"
             )
 
     def close(self) -> None:
@@ -127,8 +128,8 @@ class Checkpoint:
         while self._stored:
             self._stored.popitem()[1].close()
 
-    def _hint(self, missing: list[str]) -> str:
-        names = self.names
+    def _hint(self, missing: list[str], wanted: set[str]) -> str:
+        names = [name for name in self.names if name not in wanted]
         for name in missing:
             suffix = [n for n in names if n.endswith(f".{name}") or name.endswith(f".{n}")]
             close = suffix or difflib.get_close_matches(name, names, n=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,11 +15,12 @@ from dak_inductor.copied_rows import row_block
 from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.default_plan import uses_of
-from dak_inductor.errors import BudgetError, ModelError, PlanError
+from dak_inductor.errors import BudgetError, ModelError
 from dak_inductor.inventory import Entry, Inventory
 from dak_inductor.offload_request import OffloadRequest
 from dak_inductor.patterns import placed_entries
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
+from dak_inductor.plan_file import load_plan
 from dak_inductor.planner import make_plan
 
 _ROUNDS = 8
@@ -126,18 +126,6 @@ def held_bytes(tier: Tier, specs: Iterable[TensorSpec], plan: Plan) -> TierBytes
         (tier.held_bytes(spec.nbytes, spec.nbytes - plan.splits[spec.name]) for spec in specs),
         TierBytes(),
     )
-
-
-def load_plan(plan: Plan | str | Path) -> Plan:
-    """A plan, or the one in a JSON file. Raises PlanError."""
-    if isinstance(plan, Plan):
-        return plan
-    if not isinstance(plan, str | Path):
-        raise PlanError(f"plan={plan!r}: a Plan, or the path of one saved as JSON")
-    try:
-        return Plan.from_json(Path(plan).read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"the plan file {plan} cannot be read: {error}") from error
 
 
 def peak_host_bytes(tier: Tier, inventory: Inventory, first: FirstPlan) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -186,15 +186,19 @@ class OffloadedModel:
         )
 
 
-def find_resident_copies(record: OffloadedModel) -> list[str]:
-    """Names of weights that no longer lie in their buffer (`.half()`, `assign=True`, replaced).
+def find_resident_copies(
+    record: OffloadedModel, addresses: Container[int] | None = None
+) -> list[str]:
+    """Names of weights that no longer lie in their buffer (`.half()`, `assign=True`, replaced);
+    with `addresses` only of those that lie there now.
 
     Cheap enough for every call: one look-up and one address per tensor.
     """
     return [
         name
         for table, attribute, address, name in record._expected
-        if not _lies_at(table.get(attribute), address)
+        if not _lies_at(tensor := table.get(attribute), address)
+        and (addresses is None or (tensor is not None and tensor.data_ptr() in addresses))
     ]
 
 

@@ -163,7 +163,8 @@ def _check_window(window: object) -> None:
             "window=0 would let no remote byte be read; leave it out for the link's own window"
         )
     if not 0 < window < 2**31:
-        raise OptionError(f"window: from 1 to {2**31 - 1} bytes are possible")
+        asked = f"={window}" if abs(window) < 10**18 else ""  # python prints no longer ones
+        raise OptionError(f"window{asked}: from 1 to {2**31 - 1} bytes, or 'auto'")
 
 
 def _mode_patches(mode: str | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dak_inductor.default_plan import default_uses
 from dak_inductor.hardware import HardwareProfile
 from dak_inductor.offloaded import OffloadedModel
 from dak_inductor.plan import OpUse, Plan, PlanProblem
+from dak_inductor.plan_file import load_plan
 from dak_inductor.planner import make_plan, seconds_of
 from dak_inductor.refusal import Refusal
 
@@ -112,7 +113,7 @@ def replan(
             log.info("%s", change)
     profile = hardware.current(model.device)
     problem = problem_of(model, bindings)
-    plan = load_plan(user_plan, model) if user_plan is not None else make_plan(problem, profile)
+    plan = users_plan(user_plan, model) if user_plan is not None else make_plan(problem, profile)
     model.plan = plan
     if not differs(model, plan):
         return None
@@ -135,19 +136,10 @@ def replan(
     return report
 
 
-def load_plan(plan: Plan | str, model: OffloadedModel) -> Plan:
+def users_plan(plan: Plan | str, model: OffloadedModel) -> Plan:
     """A plan of the user's, checked against the model. Raises PlanError."""
-    from pathlib import Path
-
-    from dak_inductor.errors import PlanError
-
-    if not isinstance(plan, Plan):
-        try:
-            plan = Plan.from_json(Path(plan).read_text())
-        except OSError as error:
-            raise PlanError(f"plan file {plan}: {error.strerror or error}") from error
     sizes = {tensor.name: tensor.buffer.nbytes for tensor in model.tensors()}
-    return with_caches(plan, model).fitted(model.fingerprint, sizes)
+    return with_caches(load_plan(plan), model).fitted(model.fingerprint, sizes)
 
 
 def with_caches(plan: Plan, model: OffloadedModel) -> Plan:

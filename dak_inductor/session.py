@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -32,7 +33,7 @@ from dak_inductor.offloaded import OffloadedModel, changes, offloaded_models
 from dak_inductor.op_table import OpTable
 from dak_inductor.options import BackendOptions
 from dak_inductor.out_of_memory import advice
-from dak_inductor.resident_copies import resident_copies
+from dak_inductor.resident_copies import has_memory, reads_nothing_offloaded, resident_copies
 from dak_inductor.written_inputs import buffers_of
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Session:
         self._lock = threading.RLock()
         self._bindings: list[Binding] = []
         self._graphs = 0
-        self._warned: set[str] = set()
+        self._warned: weakref.WeakSet[object] = weakref.WeakSet()
         self.automatic_moves = True
 
     def graph_name(self) -> str:
@@ -98,12 +99,12 @@ class Session:
                     kinds.setdefault(id(buffer), (name, set()))[1].add(op.kind)
         return {key: (name, tuple(sorted(found))) for key, (name, found) in kinds.items()}
 
-    def warn_once(self, key: str, message: str) -> None:
-        """Warn, once per key and process."""
+    def warn_once(self, about: object, message: str) -> None:
+        """Warn, once about each thing."""
         with self._lock:
-            if key in self._warned:
+            if about in self._warned:
                 return
-            self._warned.add(key)
+            self._warned.add(about)
         warnings.warn(message, stacklevel=4)
 
     def reset(self) -> None:
@@ -171,7 +172,7 @@ class CompiledGraph:
         held = TierBytes()
         for index in self.table.operands():
             value = example_inputs[index]
-            if isinstance(value, torch.Tensor) and _has_memory(value):
+            if has_memory(value):
                 buffer = address_table.lookup(value.data_ptr())
                 held = held + (buffer.bytes_by_tier() if buffer else TierBytes(value.nbytes, 0))
         log.info(
@@ -186,7 +187,7 @@ class CompiledGraph:
     def _binding(self, arguments: Sequence[Any]) -> Binding:
         if self._plain is None:
             caches = self.steps.operands
-            self._plain = [i for i in self.table.parameters if _has_memory(arguments[i])]
+            self._plain = [i for i in self.table.parameters if has_memory(arguments[i])]
             self._plain += [i for i in caches if i not in self._plain]
         key = tuple([arguments[index].data_ptr() for index in self._plain])
         binding = self._bindings.get(key)
@@ -226,27 +227,28 @@ class CompiledGraph:
         return binding.ahead.opened(binding.tokens(values), device, written)
 
     def _check(self, binding: Binding, arguments: Sequence[Any]) -> None:
-        copies = resident_copies(self.table, binding, arguments)
-        if copies:
+        found = resident_copies(self.table, binding, arguments)
+        for model, copies in found.items():
             shown = ", ".join(copies[:3]) + (
                 f" and {len(copies) - 3} more" if len(copies) > 3 else ""
             )
             message = (
                 f"{shown}: offloaded weights were replaced by tensors that lie whole on the "
-                "device (deepcopy, .half(), load_state_dict(assign=True)). They run, but nothing "
-                "of them is offloaded; call dak.restore and dak.offload again."
+                "device (deepcopy, .half(), load_state_dict(assign=True)), or this model is like "
+                f"an offloaded {model.label} and was never offloaded. They run, but nothing of "
+                "them is offloaded; call dak.offload (after dak.restore, where it was offloaded)."
             )
             if self.settings.strict:
                 raise ResidentCopyError(message)
-            self._session.warn_once(f"copies:{shown}", message)
-        elif not offloaded_models() and not binding.buffers:
+            self._session.warn_once(model, message)
+        if not found and reads_nothing_offloaded(self.table, binding, arguments):
             message = (
                 'backend="dak" compiles a model of which nothing is offloaded: call '
                 "dak.offload(model, ...) first"
             )
             if self.settings.strict:
                 raise NothingOffloadedError(message)
-            self._session.warn_once("nothing", message)
+            self._session.warn_once(self._session, message)
 
     def _make_room(self, binding: Binding) -> None:
         """Before the first run: allocations since the last plan may have used up the budget."""
@@ -280,10 +282,6 @@ class CompiledGraph:
 def _models_of(binding: Binding) -> list[OffloadedModel]:
     bound = {id(buffer) for buffer in binding.live_buffers().values()}
     return [model for model in offloaded_models() if bound & model.buffer_ids()]
-
-
-def _has_memory(value: torch.Tensor) -> bool:
-    return type(value) in (torch.Tensor, torch.nn.Parameter)
 
 
 def _not_compiled(*_: Any) -> Any:

@@ -76,9 +76,15 @@ TieredRange::TieredRange(std::shared_ptr<Tier> tier, std::size_t nbytes, std::si
 }
 
 TieredRange::~TieredRange() {
+  std::optional<DeviceScope> scope;
   try {
     cancel_preparation();
-    DeviceScope scope(tier_->device());
+    scope.emplace(tier_->device());
+  } catch (const Error&) {
+    // Unmapping needs no context. Pages that are released while they are mapped would stay held, and
+    // count as free.
+  }
+  try {
     if (!mapped_ || !page_count_) {
       // There is nothing to unmap.
     } else if (broken_.empty()) {
@@ -93,7 +99,7 @@ TieredRange::~TieredRange() {
     ahead_.clear();
     addresses_ = {};
   } catch (const Error&) {
-    // The context is gone, and its memory with it.
+    // The driver is gone, and its memory with it.
   }
 }
 

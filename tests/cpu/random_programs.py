@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
+from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 
 BATCH, WIDTH, HIDDEN, ROWS, SLOTS, HEADS = 2, 32, 48, 24, 12, 4
@@ -60,6 +61,9 @@ class Inputs(NamedTuple):
     def clone(self) -> Inputs:
         return Inputs(*(tensor.clone() for tensor in self))
 
+    def to(self, device: torch.device | str) -> Inputs:
+        return Inputs(*(tensor.to(device) for tensor in self))
+
     def double(self) -> Inputs:
         return self._replace(x=self.x.double())
 
@@ -77,7 +81,7 @@ def _merged(x: Tensor) -> Tensor:
 
 
 def _visible(positions: Tensor) -> Tensor:
-    return torch.arange(SLOTS) <= positions[:, None]
+    return torch.arange(SLOTS, device=positions.device) <= positions[:, None]
 
 
 def _writable(x: Tensor) -> Tensor:
@@ -234,9 +238,9 @@ def inputs(tokens: int, dtype: torch.dtype, seed: int) -> Inputs:
     return Inputs(x, ids, torch.randperm(SLOTS, generator=generator)[:tokens].sort()[0])
 
 
-def tier(pool: Pool, shares: list[float]) -> dict[str, TieredBuffer]:
+def tier(pool: Pool, shares: list[float], own: Tier | None = None) -> dict[str, TieredBuffer]:
     """Put every tensor of `pool` into a tier, with that share of each on the GPU."""
-    own = SimulatedTier(page_bytes=256)
+    own = own or SimulatedTier(page_bytes=256)
     buffers: dict[str, TieredBuffer] = {}
     named = [*pool.named_parameters(), *pool.named_buffers()]
     for (name, tensor), share in zip(named, shares, strict=False):

@@ -236,6 +236,61 @@ def test_weights_that_became_resident_are_noticed(how):
         call(torch.compile(target, backend=backend(strict=True)), x)
 
 
+def test_what_was_replaced_in_one_model_is_no_other_models_affair():
+    """Two models of one class: each is warned about once, and a sound one not at all."""
+    reference, sound = offloaded(0.5)
+    _, second = offloaded(0.5)
+    _, third = offloaded(0.5)
+    x = torch.randn(2, 192, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second.double()
+        third.double()
+        result = call(torch.compile(sound, backend=backend(strict=True)), x.float())
+    torch.testing.assert_close(result, call(reference, x.float()), rtol=0, atol=0)
+    for model in (second, third):
+        torch._dynamo.reset()
+        with pytest.warns(UserWarning, match="replaced by tensors"):
+            call(torch.compile(model, backend=backend()), x)
+        torch._dynamo.reset()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call(torch.compile(model, backend=backend()), x)
+
+
+def test_a_model_beside_an_offloaded_one_is_no_silent_exception():
+    _, model = offloaded(0.5)
+    other = nn.Sequential(nn.Linear(64, 64), nn.ReLU()).requires_grad_(False)
+    x = torch.randn(2, 64)
+    with pytest.warns(UserWarning, match="nothing is offloaded"):
+        call(torch.compile(other, backend=backend()), x)
+    torch._dynamo.reset()
+    with pytest.raises(NothingOffloadedError):
+        call(torch.compile(other, backend=backend(strict=True)), x)
+    assert record_of(model) is not None
+
+
+def test_small_tensors_of_an_offloaded_model_may_stand_alone_in_a_graph():
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.small, self.net = nn.Linear(192, 4), Net()
+
+        def forward(self, x):
+            y = self.small(x)
+            torch._dynamo.graph_break()
+            return self.net(x) * y.sum()
+
+    model = Gate().requires_grad_(False)
+    reference = copy.deepcopy(model)
+    dak.offload(model, offload_ratio=0.5, remote="simulated")
+    x = torch.randn(2, 192)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = call(torch.compile(model, backend=backend(strict=True)), x)
+    torch.testing.assert_close(result, call(reference, x), rtol=0, atol=0)
+
+
 def test_an_in_place_update_reaches_the_compiled_graph():
     reference, model = offloaded(0.5)
     compiled = torch.compile(model, backend=backend())

@@ -121,6 +121,14 @@ def test_a_missing_tensor_is_named(source, tmp_path):
     assert unchanged(model)
 
 
+def test_a_name_that_the_model_has_is_no_hint(source, tmp_path):
+    state = {k: v for k, v in source.state_dict().items() if k != "second.weight"}
+    save_file(state, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match=r"second\.weight") as caught:
+        filled(empty_network(), tmp_path)
+    assert "where the model has" not in str(caught.value)
+
+
 def test_another_prefix_is_hinted_at(source, tmp_path):
     save_file({f"model.{k}": v for k, v in source.state_dict().items()}, tmp_path / "m.safetensors")
     with pytest.raises(CheckpointError, match=r"'model\.first\.weight' where the model has"):

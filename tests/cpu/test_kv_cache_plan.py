@@ -182,7 +182,7 @@ def test_a_plan_from_before_the_cache_still_serves():
     assert old is not None
     cache = dak.kv_cache(model, batch=2, max_len=400)
     kept = cache.planned_bytes_by_tier()
-    plan = replanning.load_plan(old, record)
+    plan = replanning.users_plan(old, record)
     assert set(plan.sizes) == {tensor.name for tensor in record.tensors()}
     placement_of = {t.name: t.buffer.nbytes - t.buffer.split for t in cache.storage.tensors}
     assert {name: plan.splits[name] for name in placement_of} == placement_of

@@ -84,3 +84,18 @@ def test_a_plan_is_the_same_in_any_order_with_any_names(seed: int, share: float)
     one, two = planned(problem, profile, share), planned(renamed, profile, share)
     assert abs(one.objective_bound - two.objective_bound) <= 1e-9 * one.objective_bound
     assert abs(one.objective - two.objective) <= 1e-3 * one.objective
+
+
+@given(seeds)
+@examples(25)
+def test_more_gpu_memory_never_costs_time(seed: int) -> None:
+    """Up to rounding, and where more leaves than would save time: a plan sends no byte away
+    unasked, though up to the balance share that would be faster by the model."""
+    problem, profile = random_problem(seed)
+    problem = on_the_grid(problem)
+    most = possible(problem)
+    plans = [make_plan(replace(problem, remote_bytes=most * n // 6), profile) for n in range(7)]
+    cheapest = min(range(7), key=lambda n: plans[n].objective_bound)
+    for more, less in pairwise(plans[cheapest:]):  # of GPU memory
+        assert more.objective_bound <= less.objective_bound * (1 + 1e-9)
+        assert more.objective <= less.objective * (1 + 1e-3)

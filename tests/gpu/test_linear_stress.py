@@ -7,6 +7,7 @@ to back, each output compared.
 
 from __future__ import annotations
 
+import os
 import random
 import time
 
@@ -23,7 +24,7 @@ from dak_inductor.cuda_runtime.tier import Tier
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
-SECONDS = 8.0
+SECONDS = 8.0 if os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci" else 180.0
 BUFFER_BYTES = 24 << 20
 CALLS_PER_WEIGHT = 12
 TOKEN_LIMITS = (1, 8, 16, 17, 64, 128, 130, 300, 1024, 4100)
@@ -35,7 +36,7 @@ def test_random_calls_against_the_reference(tier: Tier, device: torch.device) ->
     chosen = random.Random(seed)
     end = time.monotonic() + SECONDS
     calls = 0
-    while time.monotonic() < end:
+    while calls < 200 or time.monotonic() < end:
         buffer = tier.allocate(BUFFER_BYTES, split=chosen.randrange(BUFFER_BYTES + 1))
         for _ in range(6):
             n, k = 8 * chosen.randint(1, 400), 8 * chosen.randint(1, 400)
@@ -55,7 +56,6 @@ def test_random_calls_against_the_reference(tier: Tier, device: torch.device) ->
                 assert verdict.passed, f"{what}, split {buffer.split}: {verdict}"
                 calls += 1
     print(f"{calls} calls")
-    assert calls >= 200
 
 
 def test_one_weight_is_read_right_every_time(tier: Tier, device: torch.device) -> None:
@@ -68,7 +68,7 @@ def test_one_weight_is_read_right_every_time(tier: Tier, device: torch.device) -
     weight = buffer.tensor(torch.float16, (n, k))
     end = time.monotonic() + SECONDS / 2
     rounds = 0
-    while time.monotonic() < end:
+    while rounds < 20 or time.monotonic() < end:  # others may use the card
         for tokens in (1, 16, 128, 300):
             values = torch.randint(-2, 3, (n, k), device=device).half()
             x = torch.randint(-1, 2, (tokens, k), device=device).half()
@@ -81,4 +81,3 @@ def test_one_weight_is_read_right_every_time(tier: Tier, device: torch.device) -
                 assert torch.equal(found, expected), f"M={tokens}, round {rounds}"
             rounds += 1
     print(f"{rounds} rounds")
-    assert rounds >= 20

@@ -48,6 +48,18 @@ def test_memory_goes_with_the_last_tensor_and_the_buffer(fake: Any) -> None:
     assert address_table.lookup(address) is None
 
 
+@pytest.mark.parametrize("after", range(4))
+def test_memory_goes_where_its_context_cannot_be_made_current(fake: Any, after: int) -> None:
+    """Pages that are released and not unmapped would stay held, and count as free."""
+    buffer = tier().allocate(NBYTES, split=PAGE)
+    fake.fail("cuCtxPushCurrent", after)
+    del buffer
+    gc.collect()
+    assert vmm.drain()
+    fake.heal()
+    assert fake.used(0) == fake.used(HOST) == vmm.live_handles() == 0
+
+
 def test_tensors_may_die_on_any_thread(fake: Any) -> None:
     own = tier()
     tensors = [own.allocate(PAGE, split=0).tensor(torch.uint8, (PAGE,)) for _ in range(16)]
