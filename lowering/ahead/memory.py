@@ -92,17 +92,16 @@ class StepMemory:
 
     def __init__(self, name: str, strategy: Strategy, room: Callable[[], Room]) -> None:
         self.name, self.strategy = name, strategy
-        self.ring_bytes = 0  # of the largest ring that a step had
+        self.ring_bytes = 0  # of the largest ring that a step had, or may have in a capture
         self._grew = False
+        self._held: torch.Tensor | None = None
         self._ask_room = room
         self._room: Room | None = None
         self._steps: OrderedDict[Hashable, KnownStep] = OrderedDict()
 
     def ring_grew(self) -> bool:
-        """Whether a step had a larger ring than all before, since this was last asked.
-
-        Rings of captures are not counted: they belong to the memory of the graph.
-        """
+        """Whether a step had, or may have in a capture, a larger ring than all before, since this
+        was last asked."""
         grew, self._grew = self._grew, False
         return grew
 
@@ -145,6 +144,8 @@ class StepMemory:
             failed = False
         finally:
             enter(before)
+            if known is not None:
+                self._held = None
             if step is not None and known is not None:
                 step.close(failed=failed)
                 self._end(tokens, known, step, failed)
@@ -177,6 +178,8 @@ class StepMemory:
                 self._switch_off(tokens, known, str(error))
                 return None
             known.replace(plans, splits)
+            if plans is not None and not capturing and not plans.eager.ring_bytes:
+                self._hold(plans.captured.ring_bytes, device)
         prepared = known.playable(known.sequence, captured=capturing)
         if prepared is None:
             return None
@@ -190,6 +193,16 @@ class StepMemory:
         except BaseException:
             player.close()
             raise
+
+    def _hold(self, ring_bytes: int, device: torch.device) -> None:
+        """Take the ring that captures will have through this call, which has none of its own:
+        weights make room for the peak that torch's allocator reports of calls outside of them."""
+        if ring_bytes > self.ring_bytes:
+            try:
+                self._held = torch.empty(ring_bytes, dtype=torch.uint8, device=device)
+            except torch.OutOfMemoryError:
+                return
+            self._grew, self.ring_bytes = True, ring_bytes
 
     def _plan(
         self, tokens: Hashable, sequence: CallSequence, index: int, capturing: bool

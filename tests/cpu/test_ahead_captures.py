@@ -44,7 +44,8 @@ def test_calls_outside_of_captures_do_not_decide_for_them_nor_they_for_those(
             captured(patched, (0, capture))
             assert run() == [in_captures] * 3
     assert run.asked == 1, "planned once, for both"
-    assert run.memory.ring_grew() == (not in_captures), "the ring of a capture is the graph's"
+    assert run.memory.ring_grew(), "weights make room for the ring of either"
+    assert run.memory.ring_bytes > 0 and not run.memory.ring_grew()
 
 
 def test_a_capture_after_a_move_is_planned_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
