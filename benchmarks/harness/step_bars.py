@@ -24,7 +24,7 @@ def verdicts(rows: Sequence[Row], fractions: Sequence[float], *, on_gpu: bool) -
     made = []
     for fraction in fractions:
         at = {str(r["provider"]): r for r in rows if r["fraction"] == fraction and _ok(r)}
-        where = f"{fraction:.3g}" if fraction < 0.01 else f"{fraction:.0%}"
+        where = f"{100 * fraction:.3g}%"
         times = {name: _time(at[name]) for name in STOCK if name in at}
         name = f"dak / stock on split, {where} remote"
         if "dak" not in at or not times:
