@@ -34,6 +34,7 @@ from dak_inductor.benchmarks.harness.record import (
     sources_sha256,
     without_folder,
 )
+from dak_inductor.cost_model import local_bandwidth, op_floor, reached_flops
 from dak_inductor.hardware import HardwareProfile, load
 from dak_inductor.plan import Plan, PlanProblem
 from dak_inductor.planner import make_plan
@@ -65,13 +66,13 @@ def linear_program(problem: PlanProblem, profile: HardwareProfile) -> float:
     seen = set()
     for number, use in enumerate(problem.uses):
         cost[count + number] = use.calls
-        local = use.touched_bytes / profile.hbm_bandwidth
+        local = use.touched_bytes / local_bandwidth(profile)
         tensor = tensors[use.tensor]
-        at_least(number, tensor, -local, local + use.other_bytes / profile.hbm_bandwidth)
+        at_least(number, tensor, -local, local + use.other_bytes / local_bandwidth(profile))
         at_least(number, tensor, use.touched_bytes / link.direct_bandwidth, 0.0)
-        at_least(number, tensor, 0.0, use.flops / profile.matmul_flops[use.dtype])
+        at_least(number, tensor, 0.0, use.flops / reached_flops(use, profile))
         if (use.graph, use.op) not in seen:
-            floors += use.calls * profile.operator_floor
+            floors += use.calls * op_floor(use.kind, profile)
         seen.add((use.graph, use.op))
     total = max(sum(spec.nbytes for spec in problem.tensors), 1)
     rows, columns, values = zip(*entries, strict=True) if entries else ((), (), ())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from dak_inductor.cost_model import OpCost, op_cost
+from dak_inductor.cost_model import OpCost, op_cost, op_floor
 from dak_inductor.errors import PlanError
 from dak_inductor.hardware import HardwareProfile, LinkProfile
 from dak_inductor.plan import OpUse, PlanProblem
@@ -68,7 +68,7 @@ def cost_lines(problem: PlanProblem, profile: HardwareProfile, link: LinkProfile
         if not 0 <= use.calls < math.inf:
             raise PlanError(f"operator {use.op} is called {use.calls} times")
         name = (use.graph, use.op)
-        floor = 0.0 if name in seen else profile.operator_floor
+        floor = 0.0 if name in seen else op_floor(use.kind, profile)
         seen.add(name)
         cost, start, kinks = known
         tensor = index[use.tensor]

@@ -5,7 +5,8 @@ flops, with a share x of the tensor remote and read directly, takes
 
     T(x) = max(((1 - x) D + A) / B_local, x D / B_remote, F / P) + floor
 
-because the link, HBM and the tensor cores work side by side. T is convex and piecewise linear in x.
+because the link, HBM and the tensor cores work side by side. B_local and P are what operators reach
+of the profile's peaks, and the floor what they take besides. T is convex and piecewise linear in x.
 Where a share u at the tensor's end is not touched yet (the context still to come of a KV cache),
 the first u of x costs nothing, and T(x) = max(D + A over B_local, y D / B_remote, F / P) with
 y = (x - u) / (1 - u): what HBM gains by remote reads is left out, which keeps T convex.
@@ -22,6 +23,17 @@ from dak_inductor.hardware import HardwareProfile, LinkProfile
 from dak_inductor.plan import OpPlan, OpUse
 
 LIMITS = ("hbm", "link", "compute")
+HBM_SHARE = 0.93
+"""Of the stream that a profile has, what operators reach. Fitted, with the floor, to the decode
+grids of the H200, both tiers (linear.json, linear_peer.json): see `benchmarks/check_cost_model.py`.
+"""
+COMPUTE_SHARE, ATTENTION_COMPUTE_SHARE = 0.95, 0.7
+"""Of the matmul rate that a profile has, what operators reach, likewise; attention's two products
+with a softmax between them."""
+_LOOK_UPS = ("embedding", "gather")
+_KERNEL_FLOORS = 2.65
+"""What other operators take besides their bytes, in floors of the profile: launch, first tiles,
+last sums."""
 
 
 class OpCost(NamedTuple):
@@ -98,17 +110,33 @@ def op_cost(use: OpUse, profile: HardwareProfile, link: LinkProfile) -> OpCost:
             f"operator {use.op}: strategy {use.strategy!r} cannot be planned, only 'direct'"
         )
     return OpCost(
-        use.touched_bytes / profile.hbm_bandwidth,
-        use.other_bytes / profile.hbm_bandwidth,
+        use.touched_bytes / local_bandwidth(profile),
+        use.other_bytes / local_bandwidth(profile),
         use.touched_bytes / link.direct_bandwidth,
-        use.flops / peak_flops(profile, use.dtype) if use.flops else 0.0,
+        use.flops / reached_flops(use, profile) if use.flops else 0.0,
         use.untouched_share,
     )
 
 
 def op_time(use: OpUse, remote_share: float, profile: HardwareProfile, link: LinkProfile) -> float:
     """Seconds of one call with `remote_share` (0 to 1) of the tensor remote, floor included."""
-    return op_cost(use, profile, link).time(remote_share) + profile.operator_floor
+    return op_cost(use, profile, link).time(remote_share) + op_floor(use.kind, profile)
+
+
+def local_bandwidth(profile: HardwareProfile) -> float:
+    """Bytes per second that operators read of HBM."""
+    return HBM_SHARE * profile.hbm_bandwidth
+
+
+def reached_flops(use: OpUse, profile: HardwareProfile) -> float:
+    """Flop per second that an operator reaches."""
+    share = ATTENTION_COMPUTE_SHARE if use.kind == "attention" else COMPUTE_SHARE
+    return share * peak_flops(profile, use.dtype)
+
+
+def op_floor(kind: str, profile: HardwareProfile) -> float:
+    """Seconds of an operator of that kind besides what it reads and computes."""
+    return profile.operator_floor * (1.0 if kind in _LOOK_UPS else _KERNEL_FLOORS)
 
 
 def copy_slowdown(profile: HardwareProfile, link: LinkProfile) -> float:

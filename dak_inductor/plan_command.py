@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dak_inductor import hardware
 from dak_inductor.copied_rows import row_block
-from dak_inductor.cost_model import peak_flops
+from dak_inductor.cost_model import reached_flops
 from dak_inductor.errors import BudgetError, ModelError, OptionError
 from dak_inductor.hardware import HardwareProfile
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
@@ -266,7 +266,7 @@ def plan_model(
         model=inventory.fingerprint,
         ahead=True,
     )
-    compute = {use.op: use.flops / peak_flops(profile, use.dtype) for use in uses if use.flops}
+    compute = {use.op: use.flops / reached_flops(use, profile) for use in uses if use.flops}
     return PlanAnswer(request, memory, make_plan(problem, profile), compute)
 
 

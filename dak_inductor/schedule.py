@@ -8,7 +8,7 @@ from functools import cached_property
 
 from dak_inductor.ahead_placement import MARGIN, PRODUCT_SECONDS, StagedStep, staged_steps
 from dak_inductor.cost_curve import Line
-from dak_inductor.cost_model import step_bound
+from dak_inductor.cost_model import peak_flops, step_bound
 from dak_inductor.hardware import HardwareProfile
 from dak_inductor.plan import OpPlan, Plan, PlanProblem
 from dak_inductor.split_grid import SplitGrid
@@ -90,7 +90,9 @@ class Schedule:
                 )
             )  # fmt: skip
             times.setdefault(use.graph, []).append(seconds)
-            compute[use.graph] = compute.get(use.graph, 0.0) + cost.compute
+            if use.flops:
+                alone = use.flops / peak_flops(self._profile, use.dtype)
+                compute[use.graph] = compute.get(use.graph, 0.0) + alone
         problem = self._problem
         bound = step_bound(ops, compute, self._profile, self._profile.link(problem.remote))
         if self.staged:

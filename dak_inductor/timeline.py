@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dak_inductor.cost_model import local_bandwidth, op_floor
 from dak_inductor.hardware import HardwareProfile
 from dak_inductor.plan import OpPlan, Plan
 
@@ -53,7 +54,7 @@ def timeline(
             took = sum(use.time for use in uses)
             busy = {
                 "operator": took,
-                "local": sum(use.local_bytes for use in uses) / profile.hbm_bandwidth,
+                "local": sum(use.local_bytes for use in uses) / local_bandwidth(profile),
                 "remote": sum(use.remote_bytes for use in uses) / link.direct_bandwidth,
                 "compute": _compute(uses, took, profile, compute),
             }
@@ -79,7 +80,8 @@ def _compute(
 ) -> float:
     if known is not None:
         return known.get(uses[0].op, 0.0)
-    return took - profile.operator_floor if any(u.limit == "compute" for u in uses) else 0.0
+    floor = op_floor(uses[0].kind, profile)
+    return took - floor if any(u.limit == "compute" for u in uses) else 0.0
 
 
 def to_trace(

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from dak_inductor.cost_model import copy_slowdown
+from dak_inductor.cost_model import copy_slowdown, local_bandwidth, op_floor
 from dak_inductor.hardware import HardwareProfile, LinkProfile
 from dak_inductor.lowering.ahead.sequence import StepCall
 from dak_inductor.lowering.ahead.step_op import LinkRates, RowSpan, StepOp
@@ -25,8 +25,6 @@ from dak_inductor.lowering.linear.trials import TRIALS
 from dak_inductor.lowering.linear.ways import ways_of
 from dak_inductor.lowering.refusals import HOPPER, capability
 
-_PRODUCT_SECONDS = 4e-6  # of a stock product in decode besides its bytes, launch included
-_STREAM_SHARE = 0.85  # of HBM bandwidth, assumed of stock products of few tokens
 _PART_FEATURES = 1024  # of a part, for the time of one row of it
 
 
@@ -76,13 +74,14 @@ def _step_op(
     problem = facts.problem
     one = replace(problem, gated=False)
     local = sum(_product_seconds(one, span.start, profile) for span in spans if span.start)
-    row = (_product_seconds(one, _PART_FEATURES, profile) - _PRODUCT_SECONDS) / _PART_FEATURES
+    once = op_floor("linear", profile)
+    row = (_product_seconds(one, _PART_FEATURES, profile) - once) / _PART_FEATURES
     rest = profile.operator_floor  # the count
     rest += profile.operator_floor * sum(span.remote > span.start for span in spans)
     passes = (facts.activation != "none") + problem.gated + facts.residual
-    once = 3 * problem.m * problem.n * ELEMENT_BYTES / profile.hbm_bandwidth
-    rest += passes * (profile.operator_floor + once)
-    return StepOp(direct, link, spans, local, _PRODUCT_SECONDS, row, rest, host=host)
+    results = 3 * problem.m * problem.n * ELEMENT_BYTES / profile.hbm_bandwidth
+    rest += passes * (profile.operator_floor + results)
+    return StepOp(direct, link, spans, local, once, row, rest, host=host)
 
 
 def _direct(facts: CallFacts, profile: HardwareProfile) -> tuple[float, float, float]:
@@ -93,9 +92,9 @@ def _direct(facts: CallFacts, profile: HardwareProfile) -> tuple[float, float, f
     if problem.m <= DECODE_TOKENS:
         rates = profile.matmul_flops
         peak = rates.get(str(problem.dtype).removeprefix("torch."), min(rates.values()))
-        local = (problem.weight_bytes - remote) / profile.hbm_bandwidth
+        local = (problem.weight_bytes - remote) / local_bandwidth(profile)
         busy = remote / link.direct_bandwidth
-        seconds = max(local, busy, problem.flops / peak) + profile.operator_floor
+        seconds = max(local, busy, problem.flops / peak) + op_floor("linear", profile)
         return seconds, busy, DIRECT_SECONDS
     if not _has_ways(facts):
         seconds = ring_plan.estimate(problem, facts.remote_bytes, profile, link)
@@ -119,5 +118,5 @@ def _product_seconds(problem: LinearProblem, features: int, profile: HardwarePro
     """The stock product over that many features of one weight."""
     if problem.m > DECODE_TOKENS:
         return multiply_seconds(problem, features, profile)
-    stream = features * problem.k * ELEMENT_BYTES / (_STREAM_SHARE * profile.hbm_bandwidth)
-    return _PRODUCT_SECONDS + stream
+    stream = features * problem.k * ELEMENT_BYTES / local_bandwidth(profile)
+    return op_floor("linear", profile) + stream

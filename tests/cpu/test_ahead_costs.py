@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dak_inductor import hardware
+from dak_inductor.cost_model import local_bandwidth, op_floor
 from dak_inductor.lowering import host_cost
 from dak_inductor.lowering.ahead.sequence import CallSequence, call_of
 from dak_inductor.lowering.ahead.step_costs import step_ops, tier_of
@@ -51,11 +52,11 @@ def test_a_direct_product_of_few_tokens_is_bound_by_its_slowest_resource() -> No
     n, k = 4096, 1024
     for share, expected in (
         (0.5, n * k / HOST.direct_bandwidth),
-        (0.0, 2 * n * k / H200.hbm_bandwidth),
+        (0.0, 2 * n * k / local_bandwidth(H200)),
     ):
         weight = weight_of(n, k, share)[1]
         (op,) = ops_of(call_of(Layer((weight,)).product(inputs(1, k))))
-        assert op.direct - H200.operator_floor == pytest.approx(expected, rel=1e-3)
+        assert op.direct - op_floor("linear", H200) == pytest.approx(expected, rel=1e-3)
         assert op.link == pytest.approx(share * 2 * n * k / HOST.direct_bandwidth, rel=1e-3)
         assert op.remote_bytes == pytest.approx(share * 2 * n * k, abs=2 * k)
 

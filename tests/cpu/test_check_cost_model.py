@@ -11,10 +11,11 @@ import pytest
 from dak_inductor.benchmarks import check_cost_model
 from dak_inductor.benchmarks.check_cost_model import compare, rows, verdicts
 from dak_inductor.benchmarks.harness.record import project_root
+from dak_inductor.cost_model import HBM_SHARE, op_floor
 
 RESULTS = project_root() / "benchmarks" / "results"
 CEILINGS = {"hbm_stream": 4e12, "link_direct": 5e10, "link_copy": 5.5e10, "matmul_flops": 8e14}
-FLOOR = check_cost_model.profile_of({"ceilings": CEILINGS}).operator_floor
+FLOOR = op_floor("linear", check_cost_model.profile_of({"ceilings": CEILINGS}))
 
 
 def linear(microseconds: float, *, share: float = 0.5, m: int = 1) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def linear(microseconds: float, *, share: float = 0.5, m: int = 1) -> dict[str, 
 
 def test_a_cell_at_its_prediction_has_no_error() -> None:
     link_bound = 0.5 * 2 * 4096 * 4096 / 5e10 + FLOOR
-    hbm_bound = (2 * 4096 * 4096 + 2 * 2 * 4096) / 4e12 + FLOOR
+    hbm_bound = (2 * 4096 * 4096 + 2 * 2 * 4096) / (HBM_SHARE * 4e12) + FLOOR
     cells = [linear(link_bound * 1e6), linear(hbm_bound * 1e6, share=0.0)]
     cells.append({**linear(1.0), "status": "failed"})
     found = compare("linear", {"ceilings": CEILINGS, "cells": cells})

@@ -9,11 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dak_inductor.cost_model import (
+    COMPUTE_SHARE,
+    HBM_SHARE,
     LIMITS,
     OpCost,
+    local_bandwidth,
     op_cost,
+    op_floor,
     op_time,
     peak_flops,
+    reached_flops,
     step_bound,
 )
 from dak_inductor.errors import PlanError
@@ -64,12 +69,13 @@ def scaled(profile: HardwareProfile, factor: float) -> HardwareProfile:
 def test_op_time_is_the_formula(touched: float, other: float, flops: float, share: float) -> None:
     use = OpUse("op", "g", "w", "linear", touched, other, flops, 1.0)
     expected = max(
-        ((1 - share) * touched + other) / H200.hbm_bandwidth,
+        ((1 - share) * touched + other) / (HBM_SHARE * H200.hbm_bandwidth),
         share * touched / HOST.direct_bandwidth,
-        flops / H200.matmul_flops["bfloat16"],
+        flops / (COMPUTE_SHARE * H200.matmul_flops["bfloat16"]),
     )
     time = op_time(use, share, H200, HOST)
-    assert time == pytest.approx(expected + H200.operator_floor, rel=1e-12)
+    assert time == pytest.approx(expected + op_floor("linear", H200), rel=1e-12)
+    assert H200.operator_floor == op_floor("embedding", H200) < op_floor("linear", H200)
 
 
 @given(costs, shares, shares, shares)
@@ -105,7 +111,7 @@ def test_limit_names_the_line_that_is_on_top(cost: OpCost, share: float) -> None
 
 
 def test_a_memory_bound_operator_is_fastest_where_link_and_hbm_end_together() -> None:
-    balance = HOST.direct_bandwidth / (HOST.direct_bandwidth + H200.hbm_bandwidth)
+    balance = HOST.direct_bandwidth / (HOST.direct_bandwidth + local_bandwidth(H200))
     assert 0.010 < balance < 0.012  # 1.1% on an H200 behind PCIe
     use = linear(rows=8)
     best = op_time(use, balance, H200, HOST)
@@ -116,13 +122,13 @@ def test_a_memory_bound_operator_is_fastest_where_link_and_hbm_end_together() ->
 
 def test_a_compute_bound_operator_is_free_up_to_its_kink() -> None:
     use = linear(rows=16384)
-    free = use.flops / H200.matmul_flops["bfloat16"] * HOST.direct_bandwidth / WEIGHT
+    free = use.flops / reached_flops(use, H200) * HOST.direct_bandwidth / WEIGHT
     assert 0.5 < free <= 1 or free > 1
     share = min(free, 1.0)
     resident = op_time(use, 0.0, H200, HOST)
     assert op_time(use, share * 0.999, H200, HOST) == pytest.approx(resident)
     slow = linear(rows=1024)
-    free = slow.flops / H200.matmul_flops["bfloat16"] * HOST.direct_bandwidth / WEIGHT
+    free = slow.flops / reached_flops(slow, H200) * HOST.direct_bandwidth / WEIGHT
     assert op_time(slow, free * 2, H200, HOST) > 1.9 * op_time(slow, free, H200, HOST) - 1e-5
 
 

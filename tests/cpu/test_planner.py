@@ -18,7 +18,7 @@ from dak_inductor.benchmarks.harness.planner_problems import (
     random_problem,
 )
 from dak_inductor.cost_curve import Piece
-from dak_inductor.cost_model import op_time
+from dak_inductor.cost_model import local_bandwidth, op_floor, op_time
 from dak_inductor.errors import BudgetError, PlanError, ProfileError
 from dak_inductor.greedy import Fill, round_splits
 from dak_inductor.hardware import HardwareProfile, load
@@ -93,7 +93,7 @@ def test_the_reported_times_are_those_of_the_reported_splits(seed: int) -> None:
     for use, op in zip(problem.uses, plan.ops, strict=True):
         share = plan.splits[use.tensor] / plan.sizes[use.tensor]
         time = op_time(use, share, profile, link)
-        time -= profile.operator_floor if (use.graph, use.op) in floors else 0.0
+        time -= op_floor(use.kind, profile) if (use.graph, use.op) in floors else 0.0
         floors.add((use.graph, use.op))
         assert op.time == pytest.approx(time, rel=1e-9)
         assert op.local_bytes + op.remote_bytes == pytest.approx(
@@ -241,7 +241,7 @@ def test_bytes_too_many_are_not_taken_from_where_they_save_time() -> None:
     uses = (read(fresh), read(live, calls=0.001))
     plan = make_plan(PlanProblem((fresh, live), uses, 20 * MIB, "cpu"), H200)
     assert plan.splits["live"] == 32 * MIB
-    balance = 51.4e9 / (51.4e9 + H200.hbm_bandwidth)
+    balance = 51.4e9 / (51.4e9 + local_bandwidth(H200))
     assert plan.splits["fresh"] == pytest.approx(balance * fresh.nbytes, rel=0.01)
 
 
@@ -258,7 +258,7 @@ def test_untouched_and_sparsely_touched_tensors_go_before_what_costs() -> None:
         PlanProblem((weight, table, cold), (read(weight), lookup), 512 * MIB, "cpu"), H200
     )
     balance = plan.splits["weight"] / weight.nbytes
-    assert balance == pytest.approx(51.4e9 / (51.4e9 + H200.hbm_bandwidth), rel=0.02)
+    assert balance == pytest.approx(51.4e9 / (51.4e9 + local_bandwidth(H200)), rel=0.02)
     assert plan.splits["cold"] == cold.nbytes
     assert plan.splits["table"] == 512 * MIB - plan.splits["cold"] - plan.splits["weight"]
 
@@ -298,13 +298,13 @@ def test_an_operator_of_two_tensors_has_one_floor() -> None:
         for spec in (keys, values)
     )
     plan = make_plan(PlanProblem((keys, values), uses, 0, "cpu"), H200)
-    assert plan.step_times["decode"] == pytest.approx(H200.operator_floor)
+    assert plan.step_times["decode"] == pytest.approx(op_floor("attention", H200))
 
 
 def test_an_operator_that_reads_no_planned_tensor_costs_time_all_the_same() -> None:
     cache = OpUse("attention", "decode", "", "attention", 4.6e9, 0.0, 0.0, 1.0)
     plan = make_plan(PlanProblem((), (cache,), 0, "cpu"), H200)
-    assert plan.step_times["decode"] == pytest.approx(4.6e9 / H200.hbm_bandwidth, rel=0.01)
+    assert plan.step_times["decode"] == pytest.approx(4.6e9 / local_bandwidth(H200), rel=0.01)
     assert plan.ops[0].remote_bytes == 0
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dak_inductor.benchmarks.harness.planner_problems import on_the_grid, random_problem
-from dak_inductor.cost_model import op_time
+from dak_inductor.cost_model import op_floor, op_time
 from dak_inductor.hardware import HardwareProfile
 from dak_inductor.plan import Plan, PlanProblem
 from dak_inductor.planner import make_plan
@@ -44,7 +44,7 @@ def test_no_placement_is_cheaper_than_the_bound_of_as_many_bytes(seed: int) -> N
     seen, cost = set(), 0.0
     for use in problem.uses:
         time = op_time(use, splits[use.tensor] / plan.sizes[use.tensor], profile, link)
-        time -= profile.operator_floor if (use.graph, use.op) in seen else 0.0
+        time -= op_floor(use.kind, profile) if (use.graph, use.op) in seen else 0.0
         seen.add((use.graph, use.op))
         cost += use.calls * time
     assert cost >= plan.objective_bound * (1 - 1e-9)
