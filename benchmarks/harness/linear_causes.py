@@ -1,0 +1,92 @@
+"""Why a linear is over its bar, as far as its record shows: rules over the cell and its neighbours.
+
+What each cause means, how it was isolated and what was tried against it is docs/measurements.md.
+A cell that no rule explains has the cause NOT_ISOLATED.
+"""
+
+from __future__ import annotations
+
+from dak_inductor.benchmarks.harness.grid_record import GridRecord, Missed
+
+LOCAL_ALONE = "local bytes alone"
+LOCAL_AND_REMOTE = "local bytes, and more beside remote reads"
+BESIDE_REMOTE = "beside remote reads"
+BOTH_TO_THE_END = "both to the end"
+START_AND_END = "start and end"
+REPEATS_APART = "repeats apart"
+COUNT = "count of reads"
+FIXED_PART = "fixed part"
+RESIDENT_TOO = "cuBLAS as well"
+STREAM_RATE = "rate of tensor copies"
+DIVIDED = "divided product"
+LAST_COPY = "behind the last copy"
+STOCK_READS = "stock reads over the link"
+NOT_ISOLATED = "cause not isolated"
+
+BALANCE = 2.0
+"""Near balance neither local nor remote bytes take longer than so many times the other."""
+START_AND_END_MOST = 7.5
+"""Microseconds of T - L that a launch costs at any size; docs/measurements.md has the spread."""
+COUNT_MOST = 3.5
+"""Microseconds: counting a stock operator's reads takes 0.5 to 3.1 behind it."""
+SMALL_WEIGHT = 60e6
+DIVIDED_MOST = 35.0
+"""Microseconds for copies, their events and one product more."""
+PREFILL_START_MOST = 16.0
+ADDED_BY_REMOTE = 4.0
+"""Microseconds over the cell with nothing remote, at most, where the local bytes alone are over."""
+
+
+def cause(grid: GridRecord, over: Missed) -> str:
+    if over.bar.startswith("prefill") or over.cell["M"] > 128:
+        return _prefill(grid, over)
+    if over.cell["fraction"] == 0.0:
+        return _resident(over)
+    return _decode(grid, over)
+
+
+def _decode(grid: GridRecord, over: Missed) -> str:
+    cell = over.cell
+    local, remote = grid.local(cell), grid.remote(cell)
+    if local >= remote:
+        without = grid.without_remote(cell)
+        if max(without, cell["C_microseconds"]) <= over.limit:
+            return BESIDE_REMOTE
+        little = cell["microseconds"] - without <= ADDED_BY_REMOTE
+        return LOCAL_ALONE if little else LOCAL_AND_REMOTE
+    if over.over_bound <= START_AND_END_MOST:
+        return START_AND_END
+    if remote < BALANCE * local:
+        return BOTH_TO_THE_END
+    return REPEATS_APART if over.once_met else NOT_ISOLATED
+
+
+def _resident(over: Missed) -> str:
+    """Nothing remote, decode."""
+    cell = over.cell
+    if "HBM" in over.bar:
+        return RESIDENT_TOO if cell["C_microseconds"] > over.limit else STREAM_RATE
+    if cell["served_by"] == "stock" and over.over_resident <= COUNT_MOST:
+        return COUNT
+    if cell["weight_bytes"] < SMALL_WEIGHT:
+        return FIXED_PART
+    return REPEATS_APART if over.once_met else NOT_ISOLATED
+
+
+def _prefill(grid: GridRecord, over: Missed) -> str:
+    cell = over.cell
+    if cell["fraction"] == 0.0:
+        if over.over_resident <= COUNT_MOST:
+            return COUNT
+        return REPEATS_APART if over.once_met else NOT_ISOLATED
+    least = max(cell["L_microseconds"], cell["C_microseconds"])
+    more = cell["microseconds"] - least
+    if cell["served_by"] == "stock":
+        return COUNT if over.over_resident <= COUNT_MOST else STOCK_READS
+    if over.once_met:
+        return REPEATS_APART
+    if cell["served_by"] == "direct":
+        return START_AND_END if more <= PREFILL_START_MOST else NOT_ISOLATED
+    if more > DIVIDED_MOST:
+        return NOT_ISOLATED
+    return LAST_COPY if grid.remote(cell) > cell["C_microseconds"] else DIVIDED
