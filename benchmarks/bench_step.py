@@ -21,7 +21,7 @@ import torch
 from dak_inductor.benchmarks.harness import ceilings, command_line, step_options
 from dak_inductor.benchmarks.harness.comparison import compare, make_reference
 from dak_inductor.benchmarks.harness.peers import all_providers
-from dak_inductor.benchmarks.harness.record import Record, make_record
+from dak_inductor.benchmarks.harness.record import Record, Verdict, make_record
 from dak_inductor.benchmarks.harness.step_bars import verdicts
 from dak_inductor.benchmarks.harness.timing import rotation_count
 
@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = ceilings.measure(device, arguments.remote, rule, host_memory=arguments.host_memory)
     reference = make_reference(settings[0])
     rows: list[dict[str, object]] = []
+    left: list[str] = []
     notes = ["T/L of a reference is against its own bound, all bytes in HBM"]
     if device.type == "cuda":
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
@@ -79,12 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             notes.append("the weights of a step fit in a few L2 sizes: the cache is measured too")
 
     def record() -> Record:
-        """What there is so far."""
+        """What there is so far. A row that was left out has passed nothing."""
+        made = verdicts(rows, arguments.fractions, on_gpu=device.type == "cuda")
+        made.append(Verdict("rows left out", len(left), 0, "rows", not left, "; ".join(left[:3])))
         return make_record(
             arguments.record,
             arguments=command_line.arguments_dict(arguments),
             cells=[{"note": row.get("reason", ""), **row} for row in rows],
-            verdicts=verdicts(rows, arguments.fractions, on_gpu=device.type == "cuda"),
+            verdicts=made,
             ceilings=found.as_dict(),
             notes=notes,
             commit=arguments.commit,
@@ -95,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if index and providers[name].kind == "reference":
                 continue  # all resident knows no fraction
             if time.perf_counter() > deadline:
-                notes.append(f"time limit: {name} at {setting.fraction} was left out")
+                left.append(f"{name} at {setting.fraction}")
+                notes.append(f"time limit: {left[-1]} was left out")
                 continue
             row = compare(providers[name], setting, reference, found, rule)
             rows.append(row)

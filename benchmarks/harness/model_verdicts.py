@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dak_inductor.benchmarks.harness.model_case import MEASURED
+from dak_inductor.benchmarks.harness.model_run import LEFT_OUT
 from dak_inductor.benchmarks.harness.record import Verdict
 from dak_inductor.plan_report import bytes_text
 
@@ -15,19 +16,27 @@ QUICK_SECONDS = {True: 180.0, False: 300.0}
 Row = Mapping[str, Any]
 
 
-def verdicts(rows: Sequence[Row], *, quick_seconds: float | None, on_gpu: bool) -> list[Verdict]:
-    """`dak` against the fastest real peer of each setting; rows that are no result; the time."""
+def verdicts(
+    rows: Sequence[Row], *, wanted: int, quick_seconds: float | None, on_gpu: bool
+) -> list[Verdict]:
+    """`dak` against the fastest real peer of each setting; rows that are no result; the time.
+
+    wanted: rows that the run was to have. One that was left out, or that is not there since the run
+    was stopped, is a miss: nobody knows what it would have said.
+    """
     made: list[Verdict] = []
     for setting, peers in _settings(rows).items():
         made += _against_peers(setting, peers)
     bad = [row for row in rows if row["status"] in ("failed", "inaccurate")]
     note = "; ".join(str(row["case"]) for row in bad[:3])
     made.append(Verdict("rows failed or inaccurate", len(bad), 0, "rows", not bad, note))
-    left = sum(row["status"] == "left out" for row in rows)
-    made.append(Verdict("rows left out by the time limit", left, 0, "rows", None if left else True))
+    left = wanted - sum(row["status"] != LEFT_OUT for row in rows)
+    advice = f"{left} of {wanted} left out: run again with --resume" if left else ""
+    made.append(Verdict("rows left out", left, 0, "rows", not left, advice))
     if quick_seconds is not None:
-        bar = QUICK_SECONDS[on_gpu]
-        made.append(Verdict("quick run", quick_seconds, bar, "s", quick_seconds <= bar))
+        bar, whole = QUICK_SECONDS[on_gpu], not left
+        made.append(Verdict("quick run, every row", quick_seconds, bar, "s",
+                            whole and quick_seconds <= bar))  # fmt: skip
     return made
 
 
@@ -46,6 +55,7 @@ def _against_peers(setting: str, rows: Sequence[Row]) -> list[Verdict]:
     ours = next((row for row in ok if row["provider"] == "dak"), None)
     if ours is None:
         return [Verdict(f"dak, {setting}", None, BAR_AGAINST_PEERS, "x", False, "no accurate row")]
+    waiting = [str(row["provider"]) for row in rows if row["status"] == LEFT_OUT]
     asked = ours["realised"] / ours["share"]
     made = [
         Verdict(f"dak, {setting}: share realised / asked", asked, BAR_REALISED, "x",
@@ -60,9 +70,11 @@ def _against_peers(setting: str, rows: Sequence[Row]) -> list[Verdict]:
         if metric in ours and peers:
             best = min(peers, key=lambda name: peers[name])
             ratio = ours[metric] / peers[best]
+            passed = False if ratio > BAR_AGAINST_PEERS else None if waiting else True
+            note = f"{best}; not yet run: {', '.join(waiting)}" if waiting else best
             made.append(
                 Verdict(f"dak / fastest real peer, {word}, {setting}", ratio, BAR_AGAINST_PEERS,
-                        "x", ratio <= BAR_AGAINST_PEERS, best)
+                        "x", passed, note)
             )  # fmt: skip
     return made
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from . import profiles  # noqa: F401  (loads the settings of hypothesis)
+from .fake_cuda import FakeCard, install
 
 if TYPE_CHECKING:
     from dak_inductor.cuda_runtime.nvrtc import Cubin, KernelInstance
@@ -66,6 +67,12 @@ def _fresh_compiler() -> Iterator[None]:
     from dak_inductor import budget
 
     budget._budgets.clear()  # a model that a failed test's traceback holds is no one else's burden
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> FakeCard:
+    """A pretended card's streams, events and graphs."""
+    return install(monkeypatch)
 
 
 class Disassembler:

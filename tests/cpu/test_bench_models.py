@@ -67,7 +67,8 @@ def test_without_a_card_nothing_is_called_measured() -> None:
         cases = cases_of(BenchRequest(Path("unused"), quick=quick), on_gpu=False)
         assert {c.figure for c in cases} == {PREDICTION, SIMULATION}
         planned = {c.model: c.layers for c in cases if c.figure == PREDICTION}
-        assert set(planned) == set(MODELS) and planned["opt-30b"] == 48
+        wanted = bench_models.QUICK_PLANNED if quick else MODELS
+        assert set(planned) == set(wanted) and planned["opt-30b"] == 48
     asked = BenchRequest(Path("unused"), models=("opt-30b",), shares=(0.2,), batches=(4,))
     assert {c.model for c in cases_of(asked, on_gpu=False)} == {"opt-30b"}
 
@@ -252,6 +253,71 @@ def test_resume_runs_what_failed_and_keeps_the_rest(tmp_path: Path, faked: Path)
     assert [row["status"] for row in written["cells"]] == ["ok", "ok", "ok"]
 
 
+def test_a_run_that_its_limit_cuts_fails_until_it_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faked: Path
+) -> None:
+    faked.touch()
+    asked = ["bench", "--quick", "--out", str(tmp_path)]
+    monkeypatch.setattr(bench_models, "QUICK_LIMITS", {False: Limits(-1.0, 0.0, 0.0)})
+    cut = CliRunner().invoke(app, asked)
+    assert cut.exit_code == 1
+    assert "3 of 3 left out: run again with --resume" in cut.stdout and "MISS" in cut.stdout
+    monkeypatch.setattr(bench_models, "QUICK_LIMITS", {False: Limits()})
+    whole = CliRunner().invoke(app, [*asked, "--resume"])
+    assert whole.exit_code == 0 and "MISS" not in whole.stdout
+
+
+def test_a_case_that_outlasts_the_run_is_left_out_and_not_failed(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    listener = Listener(lambda key: None, rows.append, lambda found: None)
+    with (tmp_path / "log").open("w") as log:
+        ModelRun([case("hang"), case("next")], {"ceilings": None}, Limits(1.0, 1.5, 60.0), listener,
+                 log, worker=fake_worker(tmp_path / "none")).run()  # fmt: skip
+    assert [row["status"] for row in rows] == ["left out", "left out"]
+    assert rows[0]["reason"] == "stopped at the limit of the run, 2 s"
+    assert rows[1]["reason"] == "time limit: run again with --resume"
+
+
+def test_ceilings_of_a_worker_reach_the_record_and_the_next_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first worker measures them and dies; the second is given them."""
+    code = (
+        (
+            "import json, sys; job = json.load(sys.stdin); key = lambda f: KEY\n"
+            "if job['ceilings'] is None:\n"
+            " print(MARK + json.dumps({'event': 'ceilings', 'ceilings': {'hbm': 5}}), flush=True)\n"
+            ' print(MARK + \'{"event": "begin", "case": "one"}\', flush=True)\n'
+            " sys.exit(9)\n"
+            "assert job['ceilings'] == {'hbm': 5}\n"
+            "for c in job['cases']:\n"
+            " print(MARK + json.dumps({'event': 'row', 'row': {**c, 'case': c['provider'],\n"
+            "       'model_layers': 32, 'status': 'ok', 'kind': 'real peer'}}), flush=True)\n"
+        )
+        .replace("MARK", repr(model_worker.MARK))
+        .replace("KEY", "f['provider']")
+    )
+    monkeypatch.setattr(Case, "key", property(lambda self: self.provider))
+    monkeypatch.setattr(
+        bench_models, "ModelRun",
+        functools.partial(ModelRun, worker=[sys.executable, "-c", code]),
+    )  # fmt: skip
+    monkeypatch.setattr(bench_models, "cases_of", lambda *_, **__: [case("one"), case("two")])
+    record = bench_models.run(BenchRequest(tmp_path), on_gpu=True)
+    assert record.ceilings == {"hbm": 5}
+    assert [row["status"] for row in record.cells] == ["failed", "ok"]
+    assert "exit status 9" in str(record.cells[0]["reason"])
+
+
+def test_a_folder_that_cannot_be_written_is_a_named_error(tmp_path: Path, faked: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OptionError, match="cannot be written"):
+        bench_models.run(BenchRequest(tmp_path / "file" / "out"), on_gpu=False)
+    asked = BenchRequest(tmp_path, limit_seconds=12.0, quick=True)
+    assert bench_models.limits(asked, on_gpu=True) == Limits(12.0)
+    assert bench_models.limits(BenchRequest(tmp_path), on_gpu=True) == Limits()
+
+
 def test_a_record_of_other_sources_is_not_resumed(tmp_path: Path, faked: Path) -> None:
     request = BenchRequest(tmp_path, resume=True)
     bench_models.run(request, on_gpu=False)
@@ -274,14 +340,36 @@ def test_verdicts_compare_with_the_fastest_real_peer() -> None:
     rows = [row("dak", "real peer", 2.0), row("split", "real peer", 2.5),
             row("fast", "oracle", 1.0), row("slow", "real peer", 4.0),
             row("wrong", "real peer", 0.1, status="inaccurate")]  # fmt: skip
-    made = {v.name: v for v in verdicts(rows, quick_seconds=170.0, on_gpu=True)}
+    made = {v.name: v for v in verdicts(rows, wanted=5, quick_seconds=170.0, on_gpu=True)}
     decode = made["dak / fastest real peer, decode, m x2, batch 1, 50%"]
     assert (decode.measured, decode.passed, decode.note) == (0.8, True, "split")
     assert made["rows failed or inaccurate"].passed is False
-    assert made["quick run"].passed is True
+    assert made["quick run, every row"].passed and made["rows left out"].passed
     assert table_rows(rows)[0]["layers"] == "2/4"
-    alone = verdicts(rows[1:], quick_seconds=None, on_gpu=True)
+    alone = verdicts(rows[1:], wanted=4, quick_seconds=None, on_gpu=True)
     assert alone[0].passed is False and alone[0].note == "no accurate row"
+
+
+def test_a_row_that_was_left_out_has_passed_nothing() -> None:
+    def row(provider: str, tpot: float, status: str = "ok") -> dict[str, Any]:
+        return {"case": provider, "figure": "measured", "model": "m", "layers": 2, "batch": 1,
+                "share": 0.5, "provider": provider, "kind": "real peer", "status": status,
+                "realised": 0.5, "tpot_ms": tpot}  # fmt: skip
+
+    def decided(*rows: dict[str, Any], wanted: int) -> dict[str, tuple[bool | None, str]]:
+        made = verdicts(rows, wanted=wanted, quick_seconds=10.0, on_gpu=True)
+        return {
+            v.name.removesuffix(", decode, m x2, batch 1, 50%"): (v.passed, v.note) for v in made
+        }
+
+    late = row("late", 0.0, "left out")
+    found = decided(row("dak", 2.0), row("split", 2.5), late, wanted=3)
+    assert found["dak / fastest real peer"] == (None, "split; not yet run: late")
+    assert found["rows left out"] == (False, "1 of 3 left out: run again with --resume")
+    assert found["quick run, every row"][0] is False, "in time, but not whole"
+    slower = decided(row("dak", 2.0), row("split", 1.5), late, wanted=3)
+    assert slower["dak / fastest real peer"][0] is False, "no later row can mend that"
+    assert decided(row("dak", 2.0), wanted=3)["rows left out"][1].startswith("2 of 3"), "stopped"
 
 
 def test_command_line_reads_lists_and_names_errors(

@@ -1,0 +1,115 @@
+"""The worker of `dak bench`: events, rows of cases, ceilings that an earlier one measured."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from dak_inductor.benchmarks.harness import (
+    ceilings,
+    command_line,
+    model_measure,
+    model_prediction,
+    model_worker,
+)
+from dak_inductor.benchmarks.harness.model_case import MEASURED, PREDICTION, SIMULATION, Case
+from dak_inductor.benchmarks.harness.model_measure import Machine
+from dak_inductor.benchmarks.harness.timing import QUICK
+from dak_inductor.benchmarks.harness.yardstick import Ceilings
+
+FOUND = Ceilings(1e12, 5e10, 5e10, 8e14, methods=(("link_copy", "one copy"),))
+
+
+def case(figure: str, provider: str, model: str = "llama-3-8b") -> Case:
+    return Case(figure, model, provider, 4, 1, 8, 4, 0.3)
+
+
+def events(
+    cases: list[Case],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    **job: Any,
+) -> list[dict[str, Any]]:
+    """What a worker says of a job; other lines than events are dropped."""
+    asked = {"quick": True, "remote": "cpu", "ceilings": None, "host_memory": None, **job}
+    asked["cases"] = [asdict(each) for each in cases]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(asked)))
+    assert model_worker.main() == 0
+    found = [model_worker.parse(line + "\n") for line in capsys.readouterr().out.splitlines()]
+    return [event for event in found if event is not None]
+
+
+@pytest.fixture
+def machines(monkeypatch: pytest.MonkeyPatch) -> list[Machine]:
+    """The machine of each case that ran; nothing is measured."""
+    seen: list[Machine] = []
+
+    def run(case: Case, machine: Machine) -> dict[str, object]:
+        seen.append(machine)
+        print("a library speaks")
+        return {"status": "ok", "error": float("inf")}
+
+    monkeypatch.setattr(model_measure, "run_case", run)
+    return seen
+
+
+def test_each_case_begins_and_ends_with_an_event(
+    machines: list[Machine], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = [case(SIMULATION, "dak"), case(SIMULATION, "split eager")]
+    found = events(cases, monkeypatch, capsys)
+    assert [event["event"] for event in found] == ["begin", "row", "begin", "row", "end"]
+    row = found[1]["row"]
+    assert (row["case"], row["status"], row["model_layers"]) == (cases[0].key, "ok", 32)
+    assert row["error"] == "inf", "JSON has no word for it"
+    first, second = machines
+    assert first is second and first.ceilings is None and not first.cold
+
+
+def test_a_model_that_cannot_be_planned_is_a_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def row(self: Any, case: Case) -> dict[str, object]:
+        if case.model == "opt-30b":
+            raise RuntimeError("cannot be traced")
+        return {"status": "ok", "kind": "prediction"}
+
+    monkeypatch.setattr(model_prediction.Predictor, "row", row)
+    cases = [case(PREDICTION, "dak plan", "opt-30b"), case(PREDICTION, "dak plan")]
+    rows = [e["row"] for e in events(cases, monkeypatch, capsys) if e["event"] == "row"]
+    assert [each["status"] for each in rows] == ["failed", "ok"]
+    assert rows[0]["reason"] == "RuntimeError: cannot be traced"
+
+
+def test_ceilings_are_measured_once_and_handed_on(
+    machines: list[Machine], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    measured: list[tuple[object, ...]] = []
+
+    def measure(*asked: object, host_memory: int | None) -> Ceilings:
+        measured.append((*asked, host_memory))
+        return FOUND
+
+    monkeypatch.setattr(command_line, "default_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(ceilings, "measure", measure)
+    cases = [case(MEASURED, "dak"), case(MEASURED, "split eager")]
+    found = events(cases, monkeypatch, capsys, host_memory=10**9)
+    (told,) = [event["ceilings"] for event in found if event["event"] == "ceilings"]
+    assert measured == [(torch.device("cuda", 0), "cpu", QUICK, 10**9)]
+    events(cases, monkeypatch, capsys, ceilings=told, quick=False)
+    assert len(measured) == 1, "those of the worker before are taken over"
+    assert [machine.ceilings for machine in machines] == [FOUND] * 4
+    assert [machine.cold for machine in machines] == [False, False, True, True]
+
+
+def test_lines_that_are_no_events_are_left_alone() -> None:
+    assert model_worker.parse("a library speaks\n") is None
+    assert model_worker.parse(model_worker.MARK + '{"event": "ro') is None, "cut off"
+    assert model_worker.parse(model_worker.MARK + "[1]") is None
