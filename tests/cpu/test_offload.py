@@ -94,7 +94,9 @@ def test_embeddings_go_first(model):
     record = record_of(model)
     away = {name for name, w in record.weights.items() if w.buffer.bytes_by_tier().remote > 0}
     assert "embedding.weight" in away
-    assert record.weights["embedding.weight"].buffer.bytes_by_tier().remote > 100_000
+    remote = {name: w.buffer.bytes_by_tier().remote for name, w in record.weights.items()}
+    # the others up to where link and HBM end together
+    assert remote["embedding.weight"] > 0.9 * sum(remote.values())
 
 
 @pytest.mark.parametrize("budget", [20_000, 150_000, 400_000, 10**9])
