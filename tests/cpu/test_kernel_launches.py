@@ -230,11 +230,10 @@ def test_words_of_a_gpu_are_never_given_twice(driver: FakeExtension) -> None:
 def test_attention_is_packed_as_its_header_has_it(
     divided: bool, driver: FakeExtension, kernel: FakeKernel, window: Any
 ) -> None:
-    key = torch.zeros(2, 4, 128, 64, dtype=torch.bfloat16)
+    key, value = torch.zeros(2, 2, 4, 128, 64, dtype=torch.bfloat16)  # one memory, in this order
     buffer: Any = SimpleNamespace(device_record=0x900, address=key.data_ptr() - 512, tier="cpu")
     caches = tuple(
-        attention_launch.CachedTensor(each, buffer if divided else None)
-        for each in (key, torch.zeros_like(key))
+        attention_launch.CachedTensor(each, buffer if divided else None) for each in (key, value)
     )
     query = torch.zeros(2, 8, 1, 64, dtype=torch.bfloat16)
     lengths = torch.zeros(2, dtype=torch.int32)
