@@ -18,7 +18,7 @@ import dak_inductor.lowering.ops  # noqa: F401 - registers the operators
 from dak_inductor.benchmarks.harness.linear_case import CallSpec, LinearCase, make_case
 from dak_inductor.benchmarks.harness.timing import CapturedStep, capture
 from dak_inductor.cuda_runtime.tier import Tier
-from dak_inductor.cuda_runtime.window import Window
+from dak_inductor.cuda_runtime.window import Window, default_limits
 
 LINK_SECONDS = 2e-4
 _TOKENS, _DEPTH = 16, 8192
@@ -68,7 +68,7 @@ class Product:
         if setting.mode == "fixed":
             self.window.set(setting.start)
             return capture(self.case.run, warmup=1)
-        wide = (16 * 1024, 16 * self.window.link.window_knee)
+        wide = wide_limits(self.window)
         # under limits with room for the readers of the largest window
         self.window.set_automatic(wide[1], limits=wide)
         step = capture(self.case.run, warmup=1)
@@ -79,7 +79,12 @@ class Product:
 
 def profile_limits(window: Window) -> tuple[int, int]:
     """Floor and knee."""
-    return window.link.window_floor, max(window.link.window_floor, window.link.window_knee)
+    return default_limits(window.link, guessed=False)
+
+
+def wide_limits(window: Window) -> tuple[int, int]:
+    """Limits that say nothing."""
+    return 16 * 1024, 16 * window.link.window_knee
 
 
 def make_products(

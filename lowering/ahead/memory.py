@@ -202,7 +202,11 @@ class StepMemory:
                 self._held = torch.empty(ring_bytes, dtype=torch.uint8, device=device)
             except torch.OutOfMemoryError:
                 return
-            self._grew, self.ring_bytes = True, ring_bytes
+            self._note_ring(ring_bytes)
+
+    def _note_ring(self, ring_bytes: int) -> None:
+        self._grew |= ring_bytes > self.ring_bytes
+        self.ring_bytes = max(self.ring_bytes, ring_bytes)
 
     def _plan(
         self, tokens: Hashable, sequence: CallSequence, index: int, capturing: bool
@@ -250,8 +254,7 @@ class StepMemory:
             if known.derailments >= MOST_DERAILMENTS:
                 self._switch_off(tokens, known, f"its products vary: {step.derailed}")
         elif not step.captured:
-            self._grew |= step.plan.ring_bytes > self.ring_bytes
-            self.ring_bytes = max(self.ring_bytes, step.plan.ring_bytes)
+            self._note_ring(step.plan.ring_bytes)
 
     def _switch_off(self, tokens: Hashable, known: KnownStep, reason: str) -> None:
         known.forget()

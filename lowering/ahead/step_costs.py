@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from dak_inductor.cost_model import copy_slowdown, local_bandwidth, op_floor
+from dak_inductor.cost_model import copy_slowdown, local_bandwidth, op_floor, peak_flops
 from dak_inductor.hardware import HardwareProfile, LinkProfile
 from dak_inductor.lowering.ahead.sequence import StepCall
 from dak_inductor.lowering.ahead.step_op import LinkRates, RowSpan, StepOp
@@ -90,8 +90,7 @@ def _direct(facts: CallFacts, profile: HardwareProfile) -> tuple[float, float, f
     problem, link = facts.problem, profile.link(facts.tier)
     remote = sum(facts.remote_bytes)
     if problem.m <= DECODE_TOKENS:
-        rates = profile.matmul_flops
-        peak = rates.get(str(problem.dtype).removeprefix("torch."), min(rates.values()))
+        peak = peak_flops(profile, str(problem.dtype).removeprefix("torch."))
         local = (problem.weight_bytes - remote) / local_bandwidth(profile)
         busy = remote / link.direct_bandwidth
         seconds = max(local, busy, problem.flops / peak) + op_floor("linear", profile)

@@ -35,10 +35,7 @@ def run(call: AttentionOperands) -> Tensor | None:
     if query.dim() == 4 and query.shape[2] > MAXIMUM_QUERIES:
         from dak_inductor.lowering.attention import staged
 
-        return staged.run(
-            query, key, value, lengths=call.lengths, starts=call.starts, mask=call.mask,
-            scale=call.scale, causal=call.causal, window=call.window, softcap=call.softcap,
-        )  # fmt: skip
+        return staged.run(call)
     masking = call.masking
     reason = (
         _refusal_of_masks(call.mask, masking)

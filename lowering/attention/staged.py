@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dak_inductor.cuda_runtime import address_table
 from dak_inductor.lowering import staging, triton_attention
-from dak_inductor.lowering.attention import operands, staged_plan, stock_forward
+from dak_inductor.lowering.attention import staged_plan, stock_forward
 from dak_inductor.lowering.attention.host_lengths import length_of
+from dak_inductor.lowering.attention.operands import AttentionOperands, refusal
 from dak_inductor.lowering.attention.partial_results import PartialResult, PartialResults
 from dak_inductor.lowering.attention.staged_parts import Forward, Part, Piece, PrefillProblem
 from dak_inductor.lowering.attention.staged_plan import StagedPlan
@@ -52,18 +52,6 @@ class Span:
     plain: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Masks:
-    """What rows see, as the operator has it; lengths and starts in device memory."""
-
-    lengths: Tensor | None
-    starts: Tensor | None
-    scale: float
-    causal: bool
-    window: int
-    softcap: float
-
-
 Slot = tuple[Tensor, Tensor]
 """Flat device memory for keys, and for values."""
 
@@ -75,7 +63,7 @@ class StagedAttention:
     query: Tensor
     keys: StoredTokens
     values: StoredTokens
-    masks: Masks
+    call: AttentionOperands  # what rows see; `query` is its query, aligned
     partials: PartialResults
     partial_dtype: torch.dtype  # of what the Triton forward gives; stock ones give the query's
 
@@ -100,7 +88,7 @@ class StagedAttention:
             if piece.forward == "triton":
                 out, lse = self._masked(rows, *seen, piece)
             else:
-                scale = self.masks.scale
+                scale = self.call.scale
                 out, lse = stock_forward.attend(
                     piece.forward, rows, *seen, causal=piece.causal, scale=scale
                 )
@@ -111,7 +99,7 @@ class StagedAttention:
     ) -> tuple[Tensor, Tensor]:
         from dak_inductor.lowering.triton_attention import forward
 
-        masks = self.masks
+        call = self.call
         return forward.attend(
             rows,
             key,
@@ -121,47 +109,32 @@ class StagedAttention:
             queries=self.query.shape[2],
             first_token=piece.start,
             tokens=self.keys.tokens,
-            lengths=masks.lengths,
-            starts=masks.starts,
-            scale=masks.scale,
-            causal=masks.causal,
-            window=masks.window,
-            softcap=masks.softcap,
+            lengths=call.lengths,
+            starts=call.starts,
+            scale=call.scale,
+            causal=call.causal,
+            window=call.window,
+            softcap=call.softcap,
         )
 
 
 @torch.no_grad()
-def run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    lengths: Tensor | None,
-    starts: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-) -> Tensor | None:
+def run(call: AttentionOperands) -> Tensor | None:
     """Attention as dak::attention has it, [B, Hq, Q, Dv] stored as [B, Q, Hq, Dv].
 
     On the current stream, without waiting for the device. None, with the reason logged once, where
     the stock composition has to serve the call; without a word where nothing is tiered.
 
-    Args:
-        query: [B, Hq, Q, D].
-        key, value: [B, Hkv, S, D] and [B, Hkv, S, Dv], token-major or heads with all their tokens.
-        lengths, starts: int32 [B] on the device, or None. What `host_lengths` has been told of the
-            keys' buffer saves reads past the end, and lets stock forwards serve the call.
+    Keys and values are token-major, or heads with all their tokens. What `host_lengths` has been
+    told of the keys' buffer saves reads past the end, and lets stock forwards serve the call.
 
     Raises DriverError where a copy cannot be queued.
     """
-    buffers = (address_table.lookup(key.data_ptr()), address_table.lookup(value.data_ptr()))
+    query, key, value = call.query, call.key, call.value
+    buffers = call.buffers
     if buffers == (None, None):
         return None
-    masks = Masks(lengths, starts, scale, causal, window, softcap)
-    reason = operands.refusal(query, key, value, mask)
+    reason = refusal(query, key, value, call.mask)
     if reason is not None:
         _log_once(reason)
         return None
@@ -169,35 +142,35 @@ def run(
     if keys is None or values is None:
         _log_once("keys or values are neither token-major nor heads with all their tokens")
         return None
-    span = _span(query, keys, masks)
+    span = _span(call, keys)
     forwards = _forwards(query, key, value, span)
     if not forwards:
         _log_once("no stock forward knows its mask, dtype or head size, and triton is missing")
         return None
-    problem = _problem(query, keys, values, masks, span)
+    problem = _problem(call, keys, values, span)
     local = min(keys.local_tokens(), values.local_tokens())
     same = key.data_ptr() == value.data_ptr()
     count = partial(count_reads, (keys,) if same else (keys, values), span.first, span.stop)
-    if local >= span.stop and forwards[0] != "triton" and (not causal or problem.past == 0):
+    if local >= span.stop and forwards[0] != "triton" and (not call.causal or problem.past == 0):
         with MARKS.of_buffers("stock", buffers):
-            out = _one_call(query, key[:, :, : span.stop], value[:, :, : span.stop], masks)
+            out = _one_call(call, span.stop)
             count()
     else:
         tiers = frozenset(buffer.tier for buffer in buffers if buffer is not None)
         plan = _plan(problem, local, query.device.index, tiers, forwards)
         with MARKS.of_buffers("ring", buffers):
-            out = _run(plan, query, keys, values, masks, count)
+            out = _run(plan, call, keys, values, count)
     return stored(out)
 
 
 def _run(
     plan: StagedPlan,
-    query: Tensor,
+    call: AttentionOperands,
     keys: StoredTokens,
     values: StoredTokens,
-    masks: Masks,
     count: Callable[[], object],
 ) -> Tensor:
+    query = call.query
     partials = PartialResults(query.shape[2], query.dtype)
     widths = (keys.elements, values.elements)
     memory = allocate([tokens * width for tokens in plan.slots for width in widths], query)
@@ -205,41 +178,41 @@ def _run(
     if not _aligned(query):
         query = query.clone(memory_format=torch.contiguous_format)  # once, not in each call
     dtype = torch.float32 if len(plan.pieces) > 1 else query.dtype
-    work = StagedAttention(query, keys, values, masks, partials, dtype)
+    work = StagedAttention(query, keys, values, call, partials, dtype)
     queues = queues_of(query.device)
     staging.issue(plan.parts, work, slots, queues, count, copy_bound=plan.copy_bound)
     return partials.result()
 
 
-def _one_call(query: Tensor, key: Tensor, value: Tensor, masks: Masks) -> Tensor:
+def _one_call(call: AttentionOperands, stop: int) -> Tensor:
     return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        is_causal=masks.causal,
-        scale=masks.scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        call.query,
+        call.key[:, :, :stop],
+        call.value[:, :, :stop],
+        is_causal=call.causal,
+        scale=call.scale,
+        enable_gqa=call.query.shape[1] != call.key.shape[1],
     )
 
 
-def _span(query: Tensor, keys: StoredTokens, masks: Masks) -> Span:
+def _span(call: AttentionOperands, keys: StoredTokens) -> Span:
     """What the host may take for granted, at the time of a call or of all replays of a graph."""
-    buffer = keys.buffer
+    query, buffer = call.query, keys.buffer
     known = None if _capturing(query) else length_of(buffer)
     if known is not None and buffer is not None:
         whole = keys.tensor.data_ptr() == buffer.address  # notes count tokens from there
         if not whole or not query.shape[2] <= known.tokens <= keys.tokens:
             known = None
-    stop, exact = keys.tokens, masks.lengths is None
-    if masks.lengths is not None and known is not None:
+    stop, exact = keys.tokens, call.lengths is None
+    if call.lengths is not None and known is not None:
         stop, exact = known.tokens, known.exact
-    unpadded = masks.starts is None or (known is not None and known.unpadded(masks.starts))
+    unpadded = call.starts is None or (known is not None and known.unpadded(call.starts))
     first = 0
-    if masks.window and exact:
-        first = max(0, stop - query.shape[2] - masks.window + 1)
-    ends_behind = not masks.causal or stop >= query.shape[2]
-    plain = exact and unpadded and ends_behind and not masks.softcap
-    return Span(first, stop, plain and not 0 < masks.window < stop)
+    if call.window and exact:
+        first = max(0, stop - query.shape[2] - call.window + 1)
+    ends_behind = not call.causal or stop >= query.shape[2]
+    plain = exact and unpadded and ends_behind and not call.softcap
+    return Span(first, stop, plain and not 0 < call.window < stop)
 
 
 def _capturing(query: Tensor) -> bool:
@@ -264,9 +237,9 @@ def _forwards(query: Tensor, key: Tensor, value: Tensor, span: Span) -> tuple[Fo
 
 
 def _problem(
-    query: Tensor, keys: StoredTokens, values: StoredTokens, masks: Masks, span: Span
+    call: AttentionOperands, keys: StoredTokens, values: StoredTokens, span: Span
 ) -> PrefillProblem:
-    batch, query_heads, queries, head_dim = query.shape
+    batch, query_heads, queries, head_dim = call.query.shape
     return PrefillProblem(
         batch=batch,
         query_heads=query_heads,
@@ -275,8 +248,8 @@ def _problem(
         tokens=span.stop,
         head_dim=head_dim,
         value_dim=values.tensor.shape[3],
-        dtype=str(query.dtype).removeprefix("torch."),
-        causal=masks.causal,
+        dtype=str(call.query.dtype).removeprefix("torch."),
+        causal=call.causal,
         first=span.first,
     )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.lowering.attention import staged, staged_plan
+from dak_inductor.lowering.attention.operands import AttentionOperands
 from dak_inductor.lowering.attention.partial_results import PartialResult, PartialResults
 from dak_inductor.lowering.attention.stored_tokens import stored_tokens
 from dak_inductor.lowering.triton_attention import forward, launch, merge
@@ -275,7 +276,9 @@ def test_staged_attention_under_masks_of_the_device(monkeypatch: pytest.MonkeyPa
     staged._plan.cache_clear()
     for masks in MASKS:
         call = call_of(queries=20, **masks)
-        result = staged.run(call.query, call.key, call.value, mask=None, **call.masks)
+        result = staged.run(
+            AttentionOperands(call.query, call.key, call.value, mask=None, **call.masks)
+        )
         assert result is not None
         assert_close(result, call.exact())
     staged._plan.cache_clear()

@@ -10,17 +10,26 @@ import random
 from typing import Any
 
 import torch
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.session import SESSION
 
-from .random_programs import TENSORS, Pool, Program, inputs, tier
+from .random_programs import TENSORS, Pool, Program, inputs, programs, tier
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 seeds = st.integers(0, 10**6)
 tokens = st.sampled_from((1, 3, 5))
+any_program = given(
+    programs(),
+    st.sampled_from(DTYPES),
+    seeds,
+    st.tuples(tokens, tokens),
+    st.sampled_from((None, True)),
+)
+"""Program, dtype, seed, token counts of two calls, and the `dynamic` of `torch.compile`."""
 
 
 def shares(seed: int) -> list[float]:

@@ -28,6 +28,7 @@ from dak_inductor.lowering.attention import (
     staged_timing,
     stock_forward,
 )
+from dak_inductor.lowering.attention.operands import AttentionOperands
 from dak_inductor.lowering.attention.partial_results import PartialResult, PartialResults
 from dak_inductor.lowering.attention.staged_parts import Piece, PrefillProblem
 from dak_inductor.lowering.attention.stored_tokens import rectangles, stored_tokens
@@ -123,7 +124,8 @@ class Call:
             "lengths": None, "starts": None, "mask": None, "scale": 0.3, "causal": True,
             "window": 0, "softcap": 0.0,
         }  # fmt: skip
-        return staged.run(self.query, self.key, self.value, **{**asked, **options})
+        asked |= options
+        return staged.run(AttentionOperands(self.query, self.key, self.value, **asked))
 
     def exact(self, *, tokens: int | None = None, causal: bool = True) -> Tensor:
         tokens = tokens or self.key.shape[2]
@@ -464,8 +466,8 @@ def staged_result(seed: int, *, without: str = "") -> tuple[Tensor, Tensor]:
     elif without == "main":
         main.wait = lambda mark: None  # type: ignore[method-assign]
     results = PartialResults(60, torch.float32)
-    masks = staged.Masks(None, None, 0.3, True, 0, 0.0)
-    work = staged.StagedAttention(call.query, keys, values, masks, results, call.query.dtype)
+    asked = AttentionOperands(call.query, call.key, call.value, None, None, None, 0.3, True, 0, 0.0)
+    work = staged.StagedAttention(call.query, keys, values, asked, results, call.query.dtype)
     counted: list[bool] = []
     count = bind(counted.append, True)
     copy_bound = pick.choice([False, True])

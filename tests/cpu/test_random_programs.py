@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import example, given
-from hypothesis import strategies as st
 
 from dak_inductor.backend import compile_graph, dak
 from dak_inductor.lowering import counters
@@ -20,7 +19,7 @@ from dak_inductor.options import BackendOptions
 from dak_inductor.session import CompiledGraph
 
 from .profiles import examples
-from .program_check import DTYPES, check, seeds, tokens
+from .program_check import any_program, check, seeds, tokens
 from .random_programs import TENSORS, Pool, Program, inputs, programs, tier
 
 
@@ -40,13 +39,7 @@ def recording(compiled: list[CompiledGraph]) -> Callable[..., Any]:
 
 # a residual in another memory order than the product
 @example(Program((("left", 0, 0, 0), ("epilogue", 1, 0, 1)), 1), torch.float32, 0, (3, 3), None)
-@given(
-    programs(),
-    st.sampled_from(DTYPES),
-    seeds,
-    st.tuples(tokens, tokens),
-    st.sampled_from((None, True)),
-)
+@any_program
 @examples(30)
 def test_any_program_gives_eagers_values_and_leaves_eagers_memory(
     program: Program, dtype: torch.dtype, seed: int, counts: tuple[int, int], dynamic: bool | None

@@ -104,10 +104,7 @@ def halves(spec: AttentionSpec) -> AttentionSpec:
 
 
 def run_staged(call: AttentionCall) -> Tensor:
-    output = staged.run(
-        call.query, call.key, call.value, lengths=call.lengths, starts=call.starts, mask=None,
-        scale=call.scale, causal=call.causal, window=call.window, softcap=call.softcap,
-    )  # fmt: skip
+    output = staged.run(call.operands())
     assert output is not None, f"declined a query of {tuple(call.query.shape)}"
     return output
 

@@ -26,8 +26,8 @@ from dak_inductor.options import BackendOptions
 from dak_inductor.placement import LAUNCH_LOCK
 
 from ..cpu.profiles import SCALE, examples
-from ..cpu.program_check import DTYPES, check, seeds, tokens
-from ..cpu.random_programs import Program, programs
+from ..cpu.program_check import any_program, check, seeds
+from ..cpu.random_programs import Program
 from .ahead_blocks import offloaded, run, strategies
 
 pytestmark = pytest.mark.usefixtures("no_grad", "compiled_kernels")
@@ -37,13 +37,7 @@ KIB = 1024
 
 
 @pytest.mark.timeout(3600 if SCALE > 1 else 240)
-@given(
-    programs(),
-    st.sampled_from(DTYPES),
-    seeds,
-    st.tuples(tokens, tokens),
-    st.sampled_from((None, True)),
-)
+@any_program
 @examples(25)
 def test_any_program_gives_eagers_values_and_leaves_eagers_memory(
     program: Program, dtype: torch.dtype, seed: int, counts: tuple[int, int], dynamic: bool | None

@@ -13,6 +13,7 @@ from dak_inductor.benchmarks.harness.accuracy import poison
 from dak_inductor.benchmarks.harness.linear_case import CallSpec, LinearCase, make_case
 from dak_inductor.benchmarks.harness.linear_reference import make_reference
 from dak_inductor.benchmarks.harness.timing import CapturedStep, capture
+from dak_inductor.benchmarks.harness.window_case import wide_limits
 from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.window import Window
 
@@ -37,13 +38,8 @@ def remote_bytes(window: Window) -> int:
 
 def captured(case: LinearCase, window: Window) -> CapturedStep:
     """Under control, with room for the readers of the largest window."""
-    window.set_automatic(16 * window.link.window_knee, limits=wide(window))
+    window.set_automatic(16 * window.link.window_knee, limits=wide_limits(window))
     return capture(case.run)
-
-
-def wide(window: Window) -> tuple[int, int]:
-    """Limits that say nothing."""
-    return 16 * 1024, 16 * window.link.window_knee
 
 
 @on_the_host_link
@@ -55,7 +51,7 @@ def test_a_window_is_found_from_a_wrong_start(
     step = captured(case, window)
     floor, knee = window.link.window_floor, window.link.window_knee
     first = floor // 4 if start == "below the floor" else 16 * knee
-    window.set_automatic(first, limits=wide(window))
+    window.set_automatic(first, limits=wide_limits(window))
     for _ in range(LAUNCHES):
         step()
     torch.cuda.synchronize()
@@ -82,7 +78,7 @@ def test_results_are_right_while_the_window_changes(
         seen = set()
         for start in (16 * 1024, 64 * 1024, knee, 16 * knee):
             torch.cuda.synchronize()
-            window.set_automatic(start, limits=wide(window))
+            window.set_automatic(start, limits=wide_limits(window))
             for _ in range(12):
                 poison(step.output)
                 output = step()
@@ -99,11 +95,11 @@ def test_launches_that_overlap_agree_on_their_windows(
     """Products in one graph start before those ahead of them have ended, and the window changes."""
     first, second = case_of(tier, device, NBYTES // 16), case_of(tier, device, NBYTES // 4)
     references = [make_reference(case.resident) for case in (first, second)]
-    window.set_automatic(16 * window.link.window_knee, limits=wide(window))
+    window.set_automatic(16 * window.link.window_knee, limits=wide_limits(window))
     step = capture(lambda: [case.run() for _ in range(8) for case in (first, second)])
     for start in (16 * 1024, 16 * window.link.window_knee) * 3:
         torch.cuda.synchronize()
-        window.set_automatic(start, limits=wide(window))
+        window.set_automatic(start, limits=wide_limits(window))
         assert isinstance(step.output, list)
         for output in step.output:
             poison(output)
@@ -148,7 +144,7 @@ def test_control_can_be_switched_off_and_on_under_a_graph(
 ) -> None:
     case = case_of(tier, device, remote_bytes(window))
     step = captured(case, window)
-    window.set_automatic(limits=wide(window))
+    window.set_automatic(limits=wide_limits(window))
     for _ in range(10):
         step()
     torch.cuda.synchronize()
