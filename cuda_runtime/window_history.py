@@ -13,6 +13,9 @@ Cause = Literal["start", "dip", "law", "hold"]
 _CAUSES: tuple[Cause, ...] = ("start", "dip", "law", "hold")
 _CHANGE = struct.Struct("<QIIfIII")
 MICROSECOND = 1e-6
+_FULL = 3.2
+"""Times the least delay: below, the law takes the link for one with room, and windows grow
+(kernels/window/law.cuh, target / hysteresis)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class WindowHistory:
     def bandwidth(self) -> float | None:
         """Bytes/s that the link brought before the last change with a full link; None: not seen."""
         for change in reversed(self.changes):
-            if change.cause != "dip" and change.delay > 2 * change.least_delay:
+            if change.cause != "dip" and change.delay > _FULL * change.least_delay:
                 return change.in_flight / change.delay
         return None
 

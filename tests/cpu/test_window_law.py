@@ -11,7 +11,7 @@ import itertools
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from .window_library import (
@@ -97,15 +97,20 @@ def test_over_nvlink_the_window_is_above_a_megabyte(library: ctypes.CDLL) -> Non
     assert 1_000_000 <= found.state.window <= 4_000_000, found.windows
 
 
-def test_a_link_that_turns_slow_is_followed_and_back(library: ctypes.CDLL) -> None:
+def test_a_link_that_turns_slow_is_followed_when_it_stays_so_and_back(
+    library: ctypes.CDLL,
+) -> None:
     link = SimulatedLink(noise=0.05)
     found = controller(library, link, 400_000, WIDE)
     found.run(20)
     before = found.state.window
     link.bandwidth /= 2
-    found.run(3)
+    found.run(LIFETIME // 2)
+    assert found.state.window == before
+    found.run(LIFETIME)
     slow = found.state.window
     assert slow < 0.7 * before
+    assert link.rate(slow) >= 0.98 * link.bandwidth
     found.run(100)
     assert changes(found.settled(100)) <= 2, found.windows[-100:]
     link.bandwidth *= 2
@@ -116,22 +121,80 @@ def test_a_link_that_turns_slow_is_followed_and_back(library: ctypes.CDLL) -> No
 
 
 @settings(max_examples=50, deadline=None)
-@given(others=st.floats(50_000, 1_000_000), together=st.floats(0, 1), updates=st.integers(5, 400))
-def test_beside_a_copy_the_link_stays_full_and_reads_go_on(
-    library: ctypes.CDLL, others: float, together: float, updates: int
+@given(
+    others=st.floats(50_000, 1_000_000),
+    in_turn=st.booleans(),
+    together=st.floats(0, 1),
+    updates=st.integers(5, 400),
+    limits=st.sampled_from([(FLOOR, KNEE), WIDE]),
+)
+def test_beside_a_copy_the_window_stays(
+    library: ctypes.CDLL,
+    others: float,
+    in_turn: bool,
+    together: float,
+    updates: int,
+    limits: tuple[int, int],
 ) -> None:
-    link = SimulatedLink(together=together, noise=0.03)
-    found = controller(library, link, 400_000)
+    """So reads have what the link gives to so many bytes beside others, and all of it when those
+    end. A copy of 1 GB takes 180 updates."""
+    link = SimulatedLink(together=together, noise=0.03, in_turn=in_turn)
+    found = controller(library, link, 400_000, limits)
     found.run(20)
+    before = found.state.window
     link.others = others
     found.run(updates)
     window = found.state.window
-    assert FLOOR // 16 * 16 <= window <= KNEE
-    assert (link.in_flight(window) + others) / link.delay(window) >= 0.95 * link.bandwidth
-    assert changes(found.settled(min(updates, 100))) <= 6
+    assert window == before <= limits[1]
+    share = 0.5 if in_turn else link.in_flight(window) / (link.in_flight(window) + others)
+    assert link.rate(window) >= 0.95 * share * link.bandwidth
+    link.others = 0
+    assert link.rate(window) >= 0.98 * link.bandwidth, "at once"
+    found.run(20)  # noise may take a step that was due before
+    assert changes([window, *found.settled(20)]) <= 1
+    assert window <= found.state.window <= min(1.3 * window, limits[1])
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_beside_others_that_stay_reads_go_on(library: ctypes.CDLL, in_turn: bool) -> None:
+    """They cannot be told from a slow link for ever."""
+    link = SimulatedLink(noise=0.03, in_turn=in_turn)
+    found = controller(library, link, 400_000)
+    found.run(20)
+    link.others = 400_000
+    found.run(3 * LIFETIME)
+    windows = found.settled(LIFETIME)
+    assert all(FLOOR <= window <= KNEE for window in windows)
+    assert changes(windows) <= 6
     link.others = 0
     found.run(4)
     assert link.rate(found.state.window) >= 0.98 * link.bandwidth
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    link=links,
+    start=st.integers(FLOOR // 4, 16 * KNEE),
+    factors=st.lists(st.floats(1, 3), min_size=200, max_size=200),
+)
+def test_who_came_late_opens_the_window_and_never_shrinks_it(
+    library: ctypes.CDLL, link: SimulatedLink, start: int, factors: list[float]
+) -> None:
+    """The slowest copies' delays are up to `factors` times the mean's."""
+    found = controller(library, link, start)
+    bounds = Limits(FLOOR, KNEE)
+    for factor in factors:
+        before = found.state.kept or found.state.window
+        seen = link.measured(found.state.window)
+        window = found.step(Measured(seen.delay * factor, seen.least, seen.in_flight, 1))
+        if found.causes[-1] != "dip":
+            assert window >= min(before, bounds.cap) // 16 * 16
+            assert FLOOR <= window <= KNEE
+    found.run(10)
+    product = link.bandwidth * link.latency
+    window = found.state.window
+    full = window >= 2.2 * product or window == KNEE
+    assert full or link.rate(window) >= 0.98 * link.bandwidth, (window, product)
 
 
 def test_two_links_of_one_root_share_it(library: ctypes.CDLL) -> None:
@@ -194,17 +257,23 @@ def test_large_and_small_launches_in_turn_do_not_swing(library: ctypes.CDLL) -> 
     start=st.integers(16, 2**31 - 1),
     limits=st.tuples(st.integers(16, 2**30), st.integers(16, 2**31 - 1)).map(sorted),
     trace=st.lists(
-        st.tuples(st.floats(1, 4e9), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)),
+        st.tuples(
+            st.floats(1, 4e9), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), st.booleans()
+        ),
         min_size=3, max_size=60,
     ),
 )  # fmt: skip
+@example(start=1_048_832, limits=[16, 65_552], trace=[(1.0, 0, 0, False)] * 3)
 def test_whatever_the_delays_it_keeps_its_limits(
-    library: ctypes.CDLL, start: int, limits: list[int], trace: list[tuple[float, int, int]]
+    library: ctypes.CDLL,
+    start: int,
+    limits: list[int],
+    trace: list[tuple[float, int, int, bool]],
 ) -> None:
     found = controller(library, SimulatedLink(), start, (limits[0], limits[1]))
-    for delay, least, in_flight in trace:
+    for delay, least, in_flight, late in trace:
         before = found.state.window
-        window = found.step(Measured(delay, min(least, int(delay)), in_flight))
+        window = found.step(Measured(delay, min(least, int(delay)), in_flight, late))
         assert window > 0 and window % 16 == 0
         if found.causes[-1] == "dip":
             assert window < before

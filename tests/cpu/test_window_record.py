@@ -12,7 +12,15 @@ import pytest
 from dak_inductor.cuda_runtime import window as window_module
 from dak_inductor.cuda_runtime.window_history import HISTORY_LENGTH, read_changes
 
-from .window_library import CYCLES, FLOOR, KNEE, SimulatedLink, window_library
+from .window_library import (
+    CYCLES,
+    FLOOR,
+    KNEE,
+    SimulatedLink,
+    SimulatedWorker,
+    Tile,
+    window_library,
+)
 
 HOST, CONTROLLER, HISTORY = 0, 128, 256
 
@@ -25,10 +33,17 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 class Link:
     """A record in this process's memory, as the host makes it, and launches that read it."""
 
-    def __init__(self, library: ctypes.CDLL, start: int, *, automatic: bool = True) -> None:
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        start: int,
+        *,
+        automatic: bool = True,
+        limits: tuple[int, int] = (FLOOR, KNEE),
+    ) -> None:
         self.library = library
         self.memory = ctypes.create_string_buffer(window_module.RECORD_BYTES)
-        struct.pack_into("<4I", self.memory, HOST, start, automatic, FLOOR, KNEE)
+        struct.pack_into("<4I", self.memory, HOST, start, automatic, *limits)
         struct.pack_into("<I", self.memory, CONTROLLER, start if automatic else 0)
         self.launch = (ctypes.c_uint * 2)()
 
@@ -146,12 +161,91 @@ def test_delays_under_another_window_do_not_count(library: ctypes.CDLL) -> None:
     assert link.updates == 1
 
 
-def test_workers_whose_copies_wait_for_them_say_nothing(library: ctypes.CDLL) -> None:
+def test_workers_whose_copies_wait_for_them_count_a_quarter(library: ctypes.CDLL) -> None:
     link = Link(library, 400_000)
     link.report(400_000, 400_000, [10_000] * 100, missed=100)
+    link.report(400_000, 400_000, [10_000] * 100, missed=1000)
     assert link.updates == 0
+    link.report(400_000, 400_000, [10_000] * 100, missed=100)
+    assert link.updates == 1
+    link = Link(library, 400_000)
     link.report(400_000, 400_000, [10_000] * 100, missed=99)
     assert link.updates == 1
+
+
+def test_they_are_not_heard_beside_others(library: ctypes.CDLL) -> None:
+    """The dip at the start, and the end of it, are due to those who waited."""
+    link = Link(library, 400_000)
+    for _ in range(2):
+        link.report(link.next, 400_000, [10_000] * 60, missed=1000)
+        link.report(link.next, 400_000, [3_000] * 70)
+    found, updates = link.next, link.updates
+    assert updates == 2
+    for _ in range(20):  # three late samples to one
+        link.report(found, found, [9_000] * 210, missed=1000)
+        link.report(found, found, [9_000] * 70)
+    assert link.updates == updates + 20 and link.next == found
+
+
+def test_workers_that_are_always_late_may_open_the_window_and_not_shrink_it(
+    library: ctypes.CDLL,
+) -> None:
+    link = Link(library, 400_000)
+    for delay in (4_000, 3_000, 3_000, 12_000, 40_000, 100_000):
+        before = link.next // 16 * 16
+        for _ in range(4):
+            link.report(link.next, before, [delay] * 70, missed=100)
+    causes = [change.cause for change in link.changes()]
+    assert causes[:2] == ["dip", "law"]
+    assert link.next // 16 * 16 == KNEE
+
+
+def launch_workers(link: Link, work: list[tuple[SimulatedWorker, tuple[Tile, ...]]]) -> None:
+    """Each has 32 KiB in flight, and reports when it has done its tiles."""
+    tagged = link.start_launch()
+    for worker, tiles in work:
+        delays, missed = worker.looks(*tiles)
+        link.report(tagged, len(work) * 32 * 1024, delays, missed=missed)
+
+
+def test_few_remote_bytes_open_a_window_below_the_floor(library: ctypes.CDLL) -> None:
+    """Of 160 remote rows one worker read all: a whole tile, and one of 32 rows in eight copies at a
+    time, each of which was there when it looked. On the H200 that was more than half of its copies,
+    launch for launch, and the window stayed at 50000."""
+    host = SimulatedWorker(latency=1.5e-6, rate=18e9)
+    whole, last = Tile(128, 16 * 1024, 2), Tile(128, 4 * 1024, 8)
+    delays, missed = host.looks(whole, last)
+    assert 0 < len(delays) <= missed
+    link = Link(library, 50_000)
+    for _ in range(12):
+        readers = max(1, link.next // (32 * 1024))
+        if readers == 1:
+            launch_workers(link, [(host, (whole, last))])
+        else:
+            share = Tile(whole.steps // (readers - 1), whole.nbytes, whole.quota)
+            launch_workers(link, [(host, (share,))] * (readers - 1) + [(host, (last,))])
+    assert FLOOR <= link.next // 16 * 16 <= KNEE, [str(change) for change in link.changes()]
+
+
+@pytest.mark.parametrize("start", [250_000, 4_000_000, 150_000_000])
+def test_over_nvlink_copies_arrive_two_at_a_time(library: ctypes.CDLL, start: int) -> None:
+    """A worker's two copies are under way together: it waits for one and finds the other there, so
+    that no more than half were waited for. The bytes in flight end between floor and knee."""
+    floor, knee, bandwidth, nbytes = 1_000_000, 9_400_000, 376e9, 37_600_000
+    one = SimulatedWorker(latency=1.3e-6, rate=80e9)
+    delays, missed = one.looks(Tile(330, 16 * 1024, 2))
+    assert len(delays) == missed
+    link = Link(library, start, limits=(16 * 1024, 16 * knee))
+    readers = 0
+    for _ in range(60):
+        readers = max(1, min(33, link.next // (32 * 1024)))
+        queued = readers * 32 * 1024 / bandwidth
+        worker = SimulatedWorker(max(one.latency, queued), one.rate)
+        steps = nbytes // readers // (16 * 1024) // 2 * 2
+        launch_workers(link, [(worker, (Tile(steps, 16 * 1024, 2),))] * readers)
+    assert link.updates >= 15
+    assert floor // 2 <= readers * 32 * 1024 <= 2 * knee
+    assert link.next >= floor // 2 and len(link.changes()) <= 12
 
 
 def test_nothing_seen_changes_nothing(library: ctypes.CDLL) -> None:

@@ -98,6 +98,8 @@ class State(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_uint) for name in ("window", "least", "age", "kept", "kept_in_flight")),
         ("kept_delay", ctypes.c_float),
+        ("rate", ctypes.c_float),
+        ("slower", ctypes.c_uint),
     )
 
 
@@ -106,6 +108,7 @@ class Measured(ctypes.Structure):
         ("delay", ctypes.c_float),
         ("least", ctypes.c_uint),
         ("in_flight", ctypes.c_uint),
+        ("late", ctypes.c_uint),
     )
 
 
@@ -121,9 +124,11 @@ class SimulatedLink:
     """A link that brings `bandwidth` bytes/s, each copy after `latency` seconds at least.
 
     Readers have `stage` bytes a copy and two copies each, of which an SM has one under way at a
-    time. `others`: bytes that other traffic keeps in flight. `together` is how much of the burst,
-    with which all readers start, the first copy of a launch waits for: 0 where SMs start apart, 1
-    where they start at once. `noise` spreads the mean delays of launches.
+    time. `others`: bytes that other traffic keeps in flight, in one queue with the readers'; where
+    the link serves them `in_turn` the readers have half of it instead, whatever they ask for.
+    `together` is how much of the burst, with which all readers start, the first copy of a launch
+    waits for: 0 where SMs start apart, 1 where they start at once. `noise` spreads the mean delays
+    of launches.
     """
 
     bandwidth: float = 51.4e9
@@ -131,6 +136,7 @@ class SimulatedLink:
     stage: int = 16 * 1024
     most_readers: int = 33
     others: float = 0.0
+    in_turn: bool = False
     together: float = 0.3
     noise: float = 0.0
     random: Random = field(default_factory=lambda: Random(0))
@@ -147,13 +153,18 @@ class SimulatedLink:
     def delay(self, window: int) -> float:
         """Seconds from issue to arrival, in the mean."""
         _, copies = self.readers(window)
-        queued = (self.in_flight(window) + self.others) / self.bandwidth
-        return max(copies * self.latency, queued)
+        return max(copies * self.latency, self._queued(self.in_flight(window)))
 
     def least(self, window: int) -> float:
         readers, _ = self.readers(window)
-        ahead = self.together * (readers * self.stage + self.others) / self.bandwidth
+        ahead = self.together * self._queued(readers * self.stage)
         return min(self.latency + ahead, self.delay(window))
+
+    def _queued(self, nbytes: int) -> float:
+        """Seconds until the link has brought the readers' `nbytes`."""
+        if self.in_turn:
+            return (2 if self.others else 1) * nbytes / self.bandwidth
+        return (nbytes + self.others) / self.bandwidth
 
     def rate(self, window: int) -> float:
         """Bytes/s that the readers get."""
@@ -194,3 +205,49 @@ class Controller:
         """The last windows, dips apart."""
         pairs = zip(self.windows[-last:], self.causes[-last:], strict=True)
         return [window for window, cause in pairs if cause != "dip"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Steps of a worker that bring as many bytes each, so many of them in flight at once."""
+
+    steps: int
+    nbytes: int
+    quota: int
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedWorker:
+    """A worker on a link that nobody else uses: what its thread waits for, and what was there.
+
+    It takes `loop` seconds for a step besides waiting. An SM brings `rate` bytes/s, one copy behind
+    the other, each `latency` seconds after it was asked for at least.
+    """
+
+    latency: float
+    rate: float
+    loop: float = 0.25e-6
+
+    def looks(self, *tiles: Tile) -> tuple[list[int], int]:
+        """Delays of copies that it waited for, cycles, and how many others it asked for in time.
+
+        Copies issued ahead of the first tile's quota are not timed (kernels/linear/producer.cuh).
+        """
+        issued: list[float] = []
+        arrived: list[float] = []
+        delays, missed, now = [], 0, 0.0
+        untimed = tiles[0].quota
+        for tile in tiles:
+            for _ in range(tile.steps):
+                now += self.loop
+                behind = len(issued) - tile.quota
+                if behind >= 0 and arrived[behind] > now:
+                    now = arrived[behind]
+                    if behind >= untimed:
+                        delays.append(round((now - issued[behind]) * CYCLES))
+                elif behind >= untimed:
+                    missed += 1
+                issued.append(now)
+                last = arrived[-1] if arrived else 0.0
+                arrived.append(max(now + self.latency, last + tile.nbytes / self.rate))
+        return delays, missed

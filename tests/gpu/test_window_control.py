@@ -58,7 +58,10 @@ def test_a_window_is_found_from_a_wrong_start(
     history = window.history()
     assert history.updates >= LAUNCHES // 4, "launches report what they see"
     assert 1 <= len(history.changes) <= 20, "it does not swing"
-    assert floor // 2 <= window.nbytes <= 2 * knee, [str(each) for each in history.changes]
+    assert window.nbytes >= floor // 2, [str(each) for each in history.changes]
+    # over NVLink launches never have the knee in flight: nothing says that a window is too large
+    unused = max(each.in_flight for each in history.changes) <= knee
+    assert window.nbytes <= 2 * knee or unused, [str(each) for each in history.changes]
     for before, after in itertools.pairwise(history.changes):
         assert before.seconds <= after.seconds and before.update < after.update
         assert 0 < after.least_delay <= after.delay

@@ -40,9 +40,9 @@ struct Record {
   u32 updates;
   u32 changes;
   State state;
-  u32 unused[2];
   Sums sums[2];  // of windows with even and odd tags
-  u32 more[12];
+  Sums late[2];  // by workers that came late for most copies
+  u32 more[4];
   Change history[history_length];
 };
 static_assert(sizeof(Record) == 128 + 128 + history_length * sizeof(Change));
