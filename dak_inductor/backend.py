@@ -127,14 +127,18 @@ def _inductor(patches: Mapping[str, Any]) -> Executor:
         from torch._inductor.compile_fx import compile_fx
 
         from dak_inductor.lowering import inductor
+        from dak_inductor.lowering.early_start import early_start
 
         inductor.register()
         # Padding a weight would read all of it to write a copy, and the benchmark that decides on
         # padding takes HBM for a full-size copy of each weight.
         chosen = {"shape_padding": False, **patches}
         config: Any = torch.compiler.config
-        with config.patch(cache_key_tag=f"{config.cache_key_tag}{cache_key()}"):
-            compiled: Any = compile_fx(graph, example_inputs, config_patches=chosen)
+        with (
+            config.patch(cache_key_tag=f"{config.cache_key_tag}{cache_key()}"),
+            early_start(patches, example_inputs) as early,
+        ):
+            compiled: Any = compile_fx(graph, example_inputs, config_patches={**chosen, **early})
         return compiled
 
     return executor

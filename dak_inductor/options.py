@@ -60,6 +60,12 @@ def environment(name: str) -> str | None:
     return os.environ.get(f"DAK_{name.upper()}")
 
 
+def inductor_variable(name: str) -> str | None:
+    """The value of Inductor's variable `TORCHINDUCTOR_<NAME>`, or None: its configuration does not
+    tell what a variable says from what is so by default."""
+    return os.environ.get(f"TORCHINDUCTOR_{name}")
+
+
 def cache_folder() -> Path:
     """Where probed profiles and compiled kernels are kept: $DAK_CACHE, else the XDG cache
     folder."""

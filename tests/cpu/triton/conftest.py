@@ -64,14 +64,24 @@ def compile_kernel(tmp_path: Path) -> Callable[..., Compiled]:
     from triton.compiler import ASTSource
 
     def compile_it(
-        kernel: Any, signature: dict[str, str], *, architecture: int, warps: int, stages: int
+        kernel: Any,
+        signature: dict[str, str],
+        *,
+        architecture: int,
+        warps: int,
+        stages: int,
+        constants: dict[str, int] | None = None,
     ) -> Compiled:
         aligned = [["tt.divisibility", 16]]
         source = ASTSource(
             fn=kernel,
             signature=signature,
-            constexprs={},
-            attrs={(index,): aligned for index in range(len(signature))},
+            constexprs=constants or {},
+            attrs={
+                (index,): aligned
+                for index, kind in enumerate(signature.values())
+                if kind != "constexpr"
+            },
         )
         target = GPUTarget("cuda", architecture, 32)
         options = {"num_warps": warps, "num_stages": stages}
@@ -96,8 +106,8 @@ def _resources(cubin: Path) -> dict[str, int]:
 
 
 @pytest.fixture(scope="session")
-def generated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The code that Inductor generates for each case of `generate.py`, by name."""
+def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library with a no-op device guard for CUDA."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
@@ -108,9 +118,26 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     build = [compiler, "-std=c++20", "-shared", "-fPIC", "-w", str(folder / "guard.cpp")]
     build += [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lc10", "-o", str(library)]
     subprocess.run([*build, f"-Wl,-rpath,{root / 'lib'}"], check=True)
+    return library
+
+
+@pytest.fixture(scope="session")
+def generated(guard: Path) -> dict[str, str]:
+    """The code that Inductor generates for each case of `generate.py`, by name."""
+    code: dict[str, str] = _run("generate.py", guard)
+    return code
+
+
+@pytest.fixture(scope="session")
+def generated_early(guard: Path) -> dict[str, dict[str, str]]:
+    """The code of `generate_early.py`, by how it was compiled and by case."""
+    code: dict[str, dict[str, str]] = _run("generate_early.py", guard)
+    return code
+
+
+def _run(script: str, guard: Path) -> Any:
     done = subprocess.run(
-        [sys.executable, str(FOLDER / "generate.py"), str(library)], capture_output=True, text=True
+        [sys.executable, str(FOLDER / script), str(guard)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    code: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
-    return code
+    return json.loads(done.stdout.splitlines()[-1])
