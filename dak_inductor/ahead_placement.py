@@ -14,22 +14,28 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dak_inductor.cost_curve import Line, Piece
-from dak_inductor.cost_model import copy_slowdown
+from dak_inductor.cost_model import FEW_TOKENS, copy_slowdown
 from dak_inductor.hardware import HardwareProfile, LinkProfile
-from dak_inductor.plan import PlanProblem
+from dak_inductor.plan import OpUse, PlanProblem
 from dak_inductor.split_grid import SplitGrid
 from dak_inductor.tensor_names import natural, role
 
-PRODUCT_SECONDS = 10e-6
+_PARTS_SECONDS = 10e-6
 """What a product takes longer whose remote rows are copied ahead: a product and a sum over them of
 their own. Measured on the H200 in a decode step of Llama-3-8B's layers."""
-MARGIN = 0.03
+_LAUNCH_SECONDS = 5e-6
+"""The same of few tokens: one launch, which starts when all of its rows are there, and not before
+the work ahead of it has ended."""
+MARGIN = 0.02
 """What copies ahead must save, as a share of the step."""
 
 _ENDS_SECONDS = 10e-6  # of a step with copies: they start and are joined
-_LEAST_COPY = 16 * 2**20
+_LEAST_COPY = 8 * 2**20
 """Bytes of a tensor that are copied ahead, where there are as many: each product with copies pays
-for them, and half of the ring bridges the way to the next."""
+for them, and two of them are what the ring has to hold."""
+_BLOCKS = 8
+"""Of a tensor's row blocks, whose multiples are copied ahead where a tensor has as many: that is 64
+rows, of which a kernel's tiles have an even number or half."""
 _FEW = 4  # tensors: so few do not lie all over a model
 
 
@@ -61,7 +67,7 @@ def staged_steps(
         graph, took = use.graph, seconds
         if line.copied and share > 0:
             copied[graph] = copied.get(graph, 0.0) + share * use.touched_bytes
-            took = line.alone + PRODUCT_SECONDS
+            took = line.alone + product_seconds(use)
         elif share > 0:
             far = line.cost.touched(share) * use.touched_bytes
             read[graph] = read.get(graph, 0.0) + far
@@ -76,6 +82,11 @@ def staged_steps(
         seconds = max(slowed, busy) + _ENDS_SECONDS
         steps[graph] = StagedStep(seconds, seconds - alone, nbytes)
     return steps
+
+
+def product_seconds(use: OpUse) -> float:
+    """What a product takes longer whose remote rows are copied ahead."""
+    return _LAUNCH_SECONDS if 0 < use.m <= FEW_TOKENS else _PARTS_SECONDS
 
 
 def placement(
@@ -184,6 +195,8 @@ def _level(
         spec, grid = problem.tensors[tensor], grids[tensor]
         share = math.ceil(missing / (count - place))
         block = spec.row_block
+        if share >= _BLOCKS * block:
+            block *= _BLOCKS
         wanted = min(rounded[tensor] + -(-share // block) * block, rounded[tensor] + missing)
         before, rounded[tensor] = rounded[tensor], grid.at_least(wanted)
         missing -= rounded[tensor] - before

@@ -56,11 +56,11 @@ def make_plan(
         ahead = Schedule(problem, profile, lines, grids, spread)
         # also where both take as long: the ring of copies does not reach from one whole tensor to
         # the next
-        if ahead.staged and ahead.objective <= best.objective * (1 + move_tolerance):
+        if ahead.staged and ahead.expected <= best.expected * (1 + move_tolerance):
             best = ahead
     if _is_allowed(problem, grids, asked):
         now = Schedule(problem, profile, lines, grids, current)
-        if now.objective <= best.objective * (1 + move_tolerance):
+        if now.expected <= best.expected * (1 + move_tolerance):
             best = now
     return best.plan(objective_bound)
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 
-from dak_inductor.ahead_placement import MARGIN, PRODUCT_SECONDS, StagedStep, staged_steps
+from dak_inductor.ahead_placement import MARGIN, StagedStep, product_seconds, staged_steps
 from dak_inductor.cost_curve import Line
-from dak_inductor.cost_model import peak_flops, step_bound
+from dak_inductor.cost_model import alone_seconds, peak_flops, step_bound
 from dak_inductor.hardware import HardwareProfile
 from dak_inductor.plan import OpPlan, Plan, PlanProblem
 from dak_inductor.split_grid import SplitGrid
@@ -40,7 +40,8 @@ class Schedule:
             return {}
         direct: dict[str, float] = {}
         for line, seconds in zip(self._lines, self._direct, strict=True):
-            direct[line.use.graph] = direct.get(line.use.graph, 0.0) + seconds
+            took = seconds + self._alone(line)
+            direct[line.use.graph] = direct.get(line.use.graph, 0.0) + took
         link = self._profile.link(self._problem.remote)
         steps = staged_steps(self._lines, self._shares, self._direct, self._profile, link)
         return {
@@ -61,8 +62,20 @@ class Schedule:
                 step = self.staged[line.use.graph]
                 copied = self._shares[line.tensor] * line.use.touched_bytes
                 own = step.besides * copied / step.copied
-                times[number] = line.alone + PRODUCT_SECONDS + own
+                times[number] = line.alone + product_seconds(line.use) + own
         return times
+
+    @cached_property
+    def expected(self) -> float:
+        """The objective and what products take longer in a step that read both memories themselves.
+        That is no part of their convex cost, so the greedy fill does not see it."""
+        return self.objective + math.fsum(
+            line.use.calls * self._alone(line) for line in self._lines if not self._is_staged(line)
+        )
+
+    def _alone(self, line: Line) -> float:
+        both = line.copied and 0 < self._shares[line.tensor] < 1
+        return alone_seconds(line.use.m, self._profile) if both else 0.0
 
     @cached_property
     def objective(self) -> float:

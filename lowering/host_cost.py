@@ -12,8 +12,10 @@ STOCK_SECONDS = 75e-6
 """Of a stock product with its count."""
 DIRECT_SECONDS = 80e-6
 """Of one that the kernel serves, the look at the step's plan included."""
+COPY_SECONDS = 15e-6
+"""Of each copy ahead for a product that is one launch, besides the launch."""
 STAGED_SECONDS = 330e-6
-"""Of one with a single part copied ahead."""
+"""Of a product in parts, with a single one copied ahead."""
 PART_SECONDS = 15e-6
 """Of each further part."""
 

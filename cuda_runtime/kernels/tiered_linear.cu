@@ -6,7 +6,8 @@
 // weight tile is read once and multicast.
 //
 // Which part is remote is read from device memory when the kernel starts, and so is the window that
-// bounds the remote bytes in flight: a captured launch serves every residency.
+// bounds the remote bytes in flight: a captured launch serves every residency. Rows that were copied
+// ahead lie in a ring in device memory: they are read there, by tensor maps of their own.
 #include "linear/arguments.cuh"
 #include "linear/consumer.cuh"
 #include "linear/layout.cuh"
@@ -48,10 +49,10 @@ __device__ __forceinline__ void synchronize() {
 
 template <TieredLinearConfiguration configuration>
 __global__ void __launch_bounds__(linear::threads, configuration.ctas_per_sm)
-    tiered_linear(const __grid_constant__ ptx::TensorMap first_weight,
-                  const __grid_constant__ ptx::TensorMap second_weight,
-                  const __grid_constant__ linear::RowMaps first_few_rows,
-                  const __grid_constant__ linear::RowMaps second_few_rows,
+    tiered_linear(const __grid_constant__ linear::RowMaps first_weight,
+                  const __grid_constant__ linear::RowMaps second_weight,
+                  const __grid_constant__ ptx::TensorMap first_in_ring,
+                  const __grid_constant__ ptx::TensorMap second_in_ring,
                   const __grid_constant__ ptx::TensorMap tokens,
                   const __grid_constant__ linear::Arguments arguments) {
   extern __shared__ __align__(1024) u8 shared[];
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(linear::threads, configuration.ctas_per_sm)
   if (threadIdx.x == 0) linear::plan<configuration>(arguments, workers, head);
   if (threadIdx.x == 32) linear::initialise_barriers<configuration>(head, ctas);
   if (threadIdx.x == 64) {
-    ptx::prefetch_tensor_map(&first_weight);
+    ptx::prefetch_tensor_map(&first_weight.tile);
     ptx::prefetch_tensor_map(&tokens);
     if (arguments.launch == nullptr) ptx::launch_dependents();
   }
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(linear::threads, configuration.ctas_per_sm)
     if constexpr (configuration.ctas_per_sm == 1) ptx::release_registers<104>();
     if (threadIdx.x % 128 == 0) {
       const linear::TensorMaps maps{
-          {&first_weight, &second_weight}, {&first_few_rows, &second_few_rows}, &tokens};
+          {&first_weight, &second_weight}, {&first_in_ring, &second_in_ring}, &tokens};
       linear::Producer<configuration> producer(arguments, maps, head, stages, rank, ctas);
       producer.run(assignment);
     } else if (arguments.launch != nullptr && threadIdx.x % 128 == 32) {

@@ -19,6 +19,7 @@ from dak_inductor.lowering.ahead.prepared_plan import Copy, CountedRead, Prepare
 from dak_inductor.lowering.ahead.timeline import LOCAL
 from dak_inductor.lowering.linear import ring
 from dak_inductor.lowering.linear.copy_engine import copy_bytes
+from dak_inductor.lowering.linear.launch import CopiedRows
 from dak_inductor.lowering.linear.problem import ELEMENT_BYTES
 from dak_inductor.lowering.linear.product import Product
 from dak_inductor.lowering.linear.queues import Queue, Queues
@@ -72,13 +73,36 @@ class Player:
 
         Raises DriverError where a copy cannot be queued.
         """
+        serve = self._in_one if self._prepared.plan.ops[number].launched else self._in_parts
         with MARKS.of_buffers("staged", product.buffers):
             if not torch.is_grad_enabled():
-                return self._run(number, product)
+                return serve(number, product)
             with torch.no_grad():
-                return self._run(number, product)
+                return serve(number, product)
 
-    def _run(self, number: int, product: Product) -> Tensor:
+    def _in_one(self, number: int, product: Product) -> Tensor:
+        """By one launch of the kernel behind all copies for it; it counts what it reads."""
+        main, prepared = self._queues.main, self._prepared
+        parts = tuple([rows for (rows,) in prepared.orders[number]])
+        last = parts[-1].part
+        self._fetch(last + 1 - len(self._copied))
+        main.wait(self._copied[last])
+        x, n = product.x, product.weights[0].shape[0]
+        out = x.new_empty((x.numel() // x.shape[-1], n))
+        main.run(partial(self._launch, number, product, parts, out))
+        for rows in parts:
+            self._has_read(rows.part)
+        self._fetch(_MORE)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
+
+    def _launch(self, number: int, product: Product, parts: tuple[Rows, ...], out: Tensor) -> None:
+        copied: list[CopiedRows | None] = [None] * len(product.weights)
+        for rows in parts:
+            copied[rows.weight] = CopiedRows(rows.start, self._rows(rows, product))
+        product.launch_into(out, *self._prepared.launch(number, product), copied)
+
+    def _in_parts(self, number: int, product: Product) -> Tensor:
+        """By stock operators, part by part."""
         x = ring.token_rows(product.x)
         n = product.weights[0].shape[0]
         outputs = tuple([x.new_empty((x.shape[0], n)) for _ in product.weights])
@@ -93,12 +117,16 @@ class Player:
             self._fetch(part + 1 - len(self._copied))
             main.wait(self._copied[part])
             main.run(partial(self._in_ring, rows[0], x, product, outputs))
-            awaited = part in prepared.awaited
-            self._read.append(_mark(main, prepared.read, part) if awaited else None)
+            self._has_read(part)
         self._fetch(_MORE)
-        self._joined = len(self._read) == len(prepared.copies)
         main.run(partial(ring.finish, outputs, product.activation, product.residual))
         return outputs[0] if product.x.dim() == 2 else outputs[0].view(*product.x.shape[:-1], n)
+
+    def _has_read(self, part: int) -> None:
+        prepared = self._prepared
+        awaited = part in prepared.awaited
+        self._read.append(_mark(self._queues.main, prepared.read, part) if awaited else None)
+        self._joined = len(self._read) == len(prepared.copies)
 
     def _take(self) -> None:
         ring_bytes = self._prepared.plan.ring_bytes
@@ -132,6 +160,10 @@ class Player:
     def _in_ring(
         self, rows: Rows, x: Tensor, product: Product, outputs: tuple[Tensor, ...]
     ) -> None:
+        _multiply(rows, x, self._rows(rows, product).t(), product, outputs)
+
+    def _rows(self, rows: Rows, product: Product) -> Tensor:
+        """They, [rows, K], in the ring, those few that no copy brings among them."""
         weight = product.weights[rows.weight]
         if self._elements is None or self._elements.dtype != weight.dtype:
             assert self._memory is not None
@@ -141,8 +173,7 @@ class Player:
         if rows.few:
             held = elements.as_strided((rows.few, k), (k, 1), rows.at)
             _copy_by_kernel(held, weight[rows.start : rows.start + rows.few])
-        factor = elements.as_strided((k, rows.stop - rows.start), (1, k), rows.at)
-        _multiply(rows, x, factor, product, outputs)
+        return elements.as_strided((rows.stop - rows.start, k), (k, 1), rows.at)
 
 
 def _mark(queue: Queue, marks: list[Any], part: int) -> Any:

@@ -23,8 +23,10 @@ from dak_inductor.lowering.ahead.sequence import BufferReference, StepCall
 from dak_inductor.lowering.ahead.step_plan import StepPlan
 from dak_inductor.lowering.ahead.timeline import LOCAL
 from dak_inductor.lowering.linear import ring
-from dak_inductor.lowering.linear.problem import ELEMENT_BYTES
+from dak_inductor.lowering.linear.launch import LinearLaunch
+from dak_inductor.lowering.linear.problem import ELEMENT_BYTES, LinearProblem
 from dak_inductor.lowering.linear.product import Product
+from dak_inductor.lowering.linear.ways import ways_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,24 @@ class PreparedPlan:
         self.copied: list[Any] = [None] * len(plan.parts)
         self.read: list[Any] = [None] * len(plan.parts)
         self._counts: dict[int, tuple[CountedRead, ...]] = {}
+        self._launches: dict[int, tuple[LinearProblem, LinearLaunch]] = {}
+
+    def launch(self, number: int, product: Product) -> tuple[LinearProblem, LinearLaunch]:
+        """What launches the product, as one with nothing remote. Calls with one key launch alike.
+
+        Raises CompilationError, DriverError.
+        """
+        found = self._launches.get(number)
+        if found is None or not found[1].holds:
+            facts = product.facts()
+            none = (0,) * len(facts.remote_bytes)
+            ways = ways_of(facts.problem, none, facts.tier, facts.device_index)
+            configuration = next(way.configuration for way in ways if way.name == "direct")
+            assert configuration is not None
+            found = facts.problem, product.launch(facts.problem, configuration)
+            if product.may_launch_again:
+                self._launches[number] = found
+        return found
 
     def counted(self, number: int, product: Product) -> tuple[CountedRead, ...]:
         """What the product reads. Calls with one key read the same."""

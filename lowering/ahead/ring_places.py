@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 ALIGNMENT = 256
@@ -20,30 +20,39 @@ class Place:
     after: int
 
 
-def places(sizes: Iterable[int], ring_bytes: int) -> list[Place]:
-    """Where each part goes. Parts are read in their order, so what lay in a place is gone once the
-    last part that it overlaps has been read; `after` never falls.
+def places(groups: Iterable[Sequence[int]], ring_bytes: int) -> list[Place]:
+    """Where each part goes, by groups of sizes: parts of one group are read at once.
 
-    Each size is at most `ring_bytes`.
+    Parts are read in their order, so what lay in a place is gone once the last part that it
+    overlaps has been read; `after` never falls, and is never a part of the own group.
+
+    The `side_by_side` of each group is at most `ring_bytes`.
     """
     found: list[Place] = []
     held: deque[tuple[int, int, int]] = deque()  # start, end, part: those not overwritten yet
     head, after = 0, -1
-    for part, size in enumerate(sizes):
-        if head + size > ring_bytes:
+    for group in groups:
+        if head + side_by_side(group) > ring_bytes:
             head = 0
-        end = head + size
-        for start, stop, earlier in held:
-            if start < end and head < stop:
-                after = earlier
+        start, first = head, len(found)
+        for size in group:
+            end = head + size
+            for begin, stop, earlier in held:
+                if begin < end and head < stop:
+                    after = max(after, earlier)
+            found.append(Place(head, size, after))
+            head = _aligned(end)
         while held and held[0][2] <= after:
             held.popleft()
-        found.append(Place(head, size, after))
-        held.append((head, end, part))
-        head = -(-end // ALIGNMENT) * ALIGNMENT
+        if group:
+            held.append((start, head, first + len(group) - 1))
     return found
 
 
-def ring_bytes_for(sizes: Iterable[int], most: int) -> int:
-    """Bytes of a ring for parts of these sizes: all side by side where `most` holds them."""
-    return min(most, sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes))
+def side_by_side(sizes: Iterable[int]) -> int:
+    """Bytes of a ring that holds parts of these sizes at once."""
+    return sum(map(_aligned, sizes))
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -11,6 +11,8 @@ from torch import Tensor
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.lowering.ahead.step_op import RowSpan
 from dak_inductor.lowering.linear.call_facts import CallFacts
+from dak_inductor.lowering.linear.configuration import DECODE_TOKENS
+from dak_inductor.lowering.linear.dispatch import kernel_refusal
 from dak_inductor.lowering.linear.product import Product
 from dak_inductor.lowering.linear.ring_plan import LEAST_FEATURES
 
@@ -50,12 +52,14 @@ class StepCall:
         key: what a later call must equal to be taken for the same.
         facts: None of what no kernel of ours takes.
         refusal: why it cannot be staged; "" where it can.
+        by_kernel: whether one launch of the kernel takes it.
     """
 
     key: Hashable
     facts: CallFacts | None
     weights: tuple[StoredWeight, ...]
     refusal: str
+    by_kernel: bool = False
 
     def splits(self) -> tuple[int | None, ...]:
         """Of the buffers of its weights, None of one that is gone."""
@@ -81,7 +85,9 @@ def call_of(product: Product, written: Collection[TieredBuffer] = ()) -> StepCal
     if unfit is not None:
         return StepCall(product.key, None, (), unfit)
     stored = tuple(map(_stored, product.weights, product.buffers))
-    return StepCall(product.key, product.facts(), stored, _refusal(product, written))
+    facts, refusal = product.facts(), _refusal(product, written)
+    by_kernel = not refusal and facts.problem.m <= DECODE_TOKENS and kernel_refusal(product) is None
+    return StepCall(product.key, facts, stored, refusal, by_kernel)
 
 
 def _stored(weight: Tensor, buffer: TieredBuffer | None) -> StoredWeight:

@@ -9,7 +9,13 @@ from functools import lru_cache
 
 import torch
 
-from dak_inductor.cost_model import copy_slowdown, local_bandwidth, op_floor, peak_flops
+from dak_inductor.cost_model import (
+    alone_seconds,
+    copy_slowdown,
+    local_bandwidth,
+    op_floor,
+    peak_flops,
+)
 from dak_inductor.hardware import HardwareProfile, LinkProfile
 from dak_inductor.lowering.ahead.sequence import StepCall
 from dak_inductor.lowering.ahead.step_op import LinkRates, RowSpan, StepOp
@@ -59,13 +65,17 @@ def step_ops(calls: Sequence[StepCall], tier: str, device_index: int) -> tuple[S
         facts = call.facts
         if not refusal:
             facts = replace(facts, remote_bytes=tuple(span.remote_bytes for span in present))
-        found.append(_step_op(facts, present, refusal, device_index))
+        found.append(_step_op(facts, present, refusal, call.by_kernel, device_index))
     return tuple(found)
 
 
 @lru_cache(maxsize=4096)
 def _step_op(
-    facts: CallFacts, spans: tuple[RowSpan, ...], refusal: str, device_index: int
+    facts: CallFacts,
+    spans: tuple[RowSpan, ...],
+    refusal: str,
+    by_kernel: bool,
+    device_index: int,
 ) -> StepOp:
     profile = profile_of(device_index)
     direct, link, host = _direct(facts, profile)
@@ -76,12 +86,16 @@ def _step_op(
     local = sum(_product_seconds(one, span.start, profile) for span in spans if span.start)
     once = op_floor("linear", profile)
     row = (_product_seconds(one, _PART_FEATURES, profile) - once) / _PART_FEATURES
-    rest = profile.operator_floor  # the count
-    rest += profile.operator_floor * sum(span.remote > span.start for span in spans)
+    cut = profile.operator_floor * sum(span.remote > span.start for span in spans)
+    launch = 0.0
+    if by_kernel:
+        all_local = replace(facts, remote_bytes=(0,) * len(facts.remote_bytes))
+        launch = _direct(all_local, profile)[0] + cut
+    rest = profile.operator_floor + cut  # the count
     passes = (facts.activation != "none") + problem.gated + facts.residual
     results = 3 * problem.m * problem.n * ELEMENT_BYTES / profile.hbm_bandwidth
     rest += passes * (profile.operator_floor + results)
-    return StepOp(direct, link, spans, local, once, row, rest, host=host)
+    return StepOp(direct, link, spans, local, once, row, rest, launch, host=host)
 
 
 def _direct(facts: CallFacts, profile: HardwareProfile) -> tuple[float, float, float]:
@@ -94,6 +108,8 @@ def _direct(facts: CallFacts, profile: HardwareProfile) -> tuple[float, float, f
         local = (problem.weight_bytes - remote) / local_bandwidth(profile)
         busy = remote / link.direct_bandwidth
         seconds = max(local, busy, problem.flops / peak) + op_floor("linear", profile)
+        if 0 < remote < problem.weight_bytes:
+            seconds += alone_seconds(problem.m, profile)
         return seconds, busy, DIRECT_SECONDS
     if not _has_ways(facts):
         seconds = ring_plan.estimate(problem, facts.remote_bytes, profile, link)

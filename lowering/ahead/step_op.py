@@ -38,6 +38,8 @@ class StepOp:
         part: of one product in the ring besides its rows.
         row: of one row of it.
         rest: what staging takes besides: activation, gate, residual, count.
+        launch: of one launch of the kernel that reads rows in the ring; 0 where it does not take
+            the product.
         host: what the host takes for it without copies ahead, outside of CUDA graphs.
     """
 
@@ -48,6 +50,7 @@ class StepOp:
     part: float = 0.0
     row: float = 0.0
     rest: float = 0.0
+    launch: float = 0.0
     refusal: str = ""
     host: float = 0.0
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
-from dak_inductor.lowering.ahead.ring_places import Place, places, ring_bytes_for
+from dak_inductor.lowering.ahead.ring_places import Place, places, side_by_side
 from dak_inductor.lowering.ahead.step_op import LinkRates, RowSpan, StepOp
 from dak_inductor.lowering.ahead.timeline import Part, simulate
-from dak_inductor.lowering.host_cost import staged_seconds
+from dak_inductor.lowering.host_cost import COPY_SECONDS, staged_seconds
 from dak_inductor.options import Strategy
 
 RING_BYTES = 32 * 2**20
@@ -22,8 +23,12 @@ LEAST_REMOTE_BYTES = 128 * 2**10
 """Of a product that `auto` may stage: less is read directly while a copy would start."""
 
 _IN_RING = 3  # of the largest parts: one is copied, one is read, one lies ready
+_LAUNCHES_IN_RING = 2
+"""Of products that are one launch each: one is copied, one is read. A launch takes a tenth of the
+time of its copies."""
 _ROWS = 8
-_MARGIN = 0.03  # what staging must save
+_MARGIN = 0.02  # what staging must save
+_STAGED = "its remote rows are copied ahead"
 _FEW_BYTES = 2 * 2**20
 """Of products that `auto` also tries to leave direct: what an own copy costs is what it saves."""
 
@@ -33,11 +38,13 @@ class OpStep:
     """How one product runs, and why.
 
     order: parts and `timeline.LOCAL`; () for a direct one.
+    launched: one launch of the kernel reads all parts in the ring and the other rows in place.
     """
 
     strategy: Literal["direct", "staged"]
     reason: str
     order: tuple[int, ...] = ()
+    launched: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +112,12 @@ def choose(
         reason = "no room for a ring"
     else:
         for chosen, why in _candidates(ops, strategy):
-            for size in _ring_sizes(most, charged):
-                plan = _planned(ops, chosen, why, rates, size)
-                if plan is not None:
-                    found.append(plan)
-    price = 1 / rates.copy if charged else 0.0
+            for size in _ring_sizes(most, charged, [ops[number] for number in chosen]):
+                for in_parts in ((), chosen[-1:]):
+                    plan = _planned(ops, chosen, why, rates, size, in_parts)
+                    if plan is not None:
+                        found.append(plan)
+    price = partial(_paid, ops, rates) if charged else _seconds
     least = _MARGIN if strategy == "auto" else None
     return StepPlans(
         captured=_best(ops, found, reason, price, least),
@@ -117,11 +125,23 @@ def choose(
     )
 
 
+def _seconds(plan: StepPlan) -> float:
+    return plan.seconds
+
+
+def _paid(ops: Sequence[StepOp], rates: LinkRates, plan: StepPlan) -> float:
+    """Seconds of a plan for whose ring weights make room: its bytes of them come over the link as
+    well, which may have time for it."""
+    copies = sum(rates.copy_seconds(part.copied) for part in plan.parts)
+    read = sum(op.link for op, step in zip(ops, plan.ops, strict=True) if step.strategy == "direct")
+    return max(plan.seconds, copies + read + plan.ring_bytes / rates.copy)
+
+
 def _best(
     ops: Sequence[StepOp],
     found: Sequence[StepPlan],
     reason: str,
-    price: float,
+    price: Callable[[StepPlan], float],
     least: float | None,
     *,
     host: bool = False,
@@ -130,13 +150,13 @@ def _best(
     than a share of `least`.
 
     Args:
-        price: seconds for each byte of the ring.
+        price: the seconds by which plans are compared.
         host: outside of CUDA graphs.
     """
     if found:
         plans = [_with_host(plan, ops) for plan in found] if host else found
-        best = min(plans, key=lambda plan: plan.seconds + price * plan.ring_bytes)
-        seconds = best.seconds + price * best.ring_bytes
+        best = min(plans, key=lambda plan: (price(plan), plan.ring_bytes))
+        seconds = price(best)
         if least is None or seconds <= (1 - least) * best.direct_seconds:
             return best
         whose = " of the host" if best.waits_for_host else ""
@@ -150,10 +170,12 @@ def _best(
 def _with_host(plan: StepPlan, ops: Sequence[StepOp]) -> StepPlan:
     """Outside of CUDA graphs: the GPU waits for the host, or the host for nothing."""
     parts = Counter(part.op for part in plan.parts)
-    host = sum(
-        staged_seconds(parts[number]) if number in parts else op.host
-        for number, op in enumerate(ops)
-    )
+    host = 0.0
+    for number, (op, step) in enumerate(zip(ops, plan.ops, strict=True)):
+        if step.launched:
+            host += op.host + parts[number] * COPY_SECONDS
+        else:
+            host += staged_seconds(parts[number]) if number in parts else op.host
     return replace(
         plan,
         seconds=max(plan.seconds, host),
@@ -162,11 +184,30 @@ def _with_host(plan: StepPlan, ops: Sequence[StepOp]) -> StepPlan:
     )
 
 
-def _ring_sizes(most: int, charged: bool) -> Iterator[int]:
-    """To try: the largest, and halves of it where each byte has its price."""
+def _ring_sizes(most: int, charged: bool, staged: Sequence[StepOp]) -> Iterator[int]:
+    """To try: the largest; where each byte has its price, halves of it as well, and what the
+    largest product needs that is one launch."""
     yield most
-    while charged and (most := most // 2) >= LEAST_RING_BYTES:
+    if not charged:
+        return
+    launches = [_ring_bytes(op) for op in staged if _may_launch(op, most)]
+    enough = _LAUNCHES_IN_RING * max(launches, default=0)
+    if LEAST_RING_BYTES <= enough < most:
+        yield enough
+    while (most := most // 2) >= LEAST_RING_BYTES:
         yield most
+
+
+def _may_launch(op: StepOp, most: int) -> bool:
+    """Whether one launch reads it through a ring of so many bytes: both of its weights in the ring
+    from the same row on, where both are."""
+    starts = {span.start for span in op.weights if span.start < span.rows}
+    return op.launch > 0 and len(starts) == 1 and _LAUNCHES_IN_RING * _ring_bytes(op) <= most
+
+
+def _ring_bytes(op: StepOp) -> int:
+    """Of all of its parts."""
+    return side_by_side((span.rows - span.start) * span.row_bytes for span in op.weights)
 
 
 def _candidates(ops: Sequence[StepOp], strategy: Strategy) -> Iterator[tuple[tuple[int, ...], str]]:
@@ -196,28 +237,41 @@ def _planned(
     reason: str,
     rates: LinkRates,
     most: int,
+    in_parts: tuple[int, ...],
 ) -> StepPlan | None:
-    """None where no row of a product fits the ring."""
-    largest = most // _IN_RING
-    parts: list[Part] = []
-    staged = set()
+    """None where no row of a product fits the ring.
+
+    Those `in_parts` are not one launch. So the last product may read its local rows while the link
+    still copies, and what shows behind the last copy is a part.
+    """
+    groups: list[list[Part]] = []
+    staged, launched = set(), set()
     for number in chosen:
-        cut = [
-            list(_parts(number, weight, span, largest))
-            for weight, span in enumerate(ops[number].weights)
+        op = ops[number]
+        whole = _may_launch(op, most) and number not in in_parts
+        largest = most if whole else most // _IN_RING
+        parts = [
+            part
+            for weight, span in enumerate(op.weights)
+            for part in _parts(number, weight, span, largest)
         ]
-        if any(part.size > largest for each in cut for part in each):
+        if any(part.size > largest for part in parts):
             continue
         staged.add(number)
-        parts.extend(part for each in cut for part in each)
-    if not parts:
+        if whole:
+            launched.add(number)
+            groups.append(parts)
+        else:
+            groups += [[part] for part in parts]
+    if not groups:
         return None
-    sizes = [part.size for part in parts]
-    ring_bytes = ring_bytes_for(sizes, most)
+    parts = [part for group in groups for part in group]
+    sizes = [[part.size for part in group] for group in groups]
+    ring_bytes = min(most, sum(map(side_by_side, sizes)))
     at = places(sizes, ring_bytes)
-    timeline = simulate(ops, parts, at, rates)
+    timeline = simulate(ops, parts, at, rates, launched)
     steps = tuple(
-        OpStep("staged", "its remote rows are copied ahead", timeline.orders[number])
+        OpStep("staged", _STAGED, timeline.orders[number], number in launched)
         if number in staged
         else OpStep("direct", op.refusal or reason)
         for number, op in enumerate(ops)

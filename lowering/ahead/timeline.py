@@ -8,7 +8,7 @@ not under way yet are that much later.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from dak_inductor.lowering.ahead.ring_places import Place
@@ -50,12 +50,16 @@ class Timeline:
 
 
 def simulate(
-    ops: Sequence[StepOp], parts: Sequence[Part], at: Sequence[Place], rates: LinkRates
+    ops: Sequence[StepOp],
+    parts: Sequence[Part],
+    at: Sequence[Place],
+    rates: LinkRates,
+    launched: Collection[int] = (),
 ) -> Timeline:
     """The step with these parts staged, each at its place; products without parts run as they are.
 
     A product first does the parts that are there, which makes room in the ring, then its rows in
-    place, then the other parts.
+    place, then the other parts. Those of `launched` are one launch behind all of their parts.
     """
     of_op: dict[int, list[int]] = {}
     for number, part in enumerate(parts):
@@ -68,6 +72,11 @@ def simulate(
         mine = of_op.get(number)
         if mine is None:
             now += link.shared(now, op)
+            continue
+        if number in launched:
+            now = max(now, *(link.arrived[each] for each in mine)) + op.launch * rates.slowdown
+            link.read += [now] * len(mine)
+            orders[number] = tuple(mine)
             continue
         order: list[int] = []
         waiting = any(span.start for span in op.weights)

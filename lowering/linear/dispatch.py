@@ -64,7 +64,7 @@ def run(
         return _by(route.way, product, route.problem, route.launch)
     if x.dim() and x.numel() > MAXIMUM_TOKENS * x.shape[-1]:
         return None if _is_refused(product.ring_refusal()) else product.staged()
-    if _is_refused(_refusal(product)):
+    if _is_refused(kernel_refusal(product)):
         return None
     return _fastest(product, stock, measures=step is None or step.measures)
 
@@ -104,7 +104,7 @@ def way_of(product: Product) -> WayName:
     """What serves such a call as things are: a trial's choice, else the estimates'."""
     facts = product.facts()
     ways = ways_of(facts.problem, facts.remote_bytes, facts.tier, facts.device_index)
-    reason = None if facts.problem.m > MAXIMUM_TOKENS else _refusal(product)
+    reason = None if facts.problem.m > MAXIMUM_TOKENS else kernel_refusal(product)
     if reason is None and any(way.name == "ring" for way in ways):
         reason = product.ring_refusal()
     return TRIALS.current(facts, ways).name if reason is None else "stock"
@@ -133,7 +133,7 @@ def _is_refused(reason: str | None) -> bool:
     return reason is not None
 
 
-def _refusal(product: Product) -> str | None:
+def kernel_refusal(product: Product) -> str | None:
     """Why no way but the stock operator takes this call of few enough tokens."""
     x, weights = product.x, product.weights
     buffers = [buffer for buffer in product.buffers if buffer is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -34,7 +35,8 @@ from dak_inductor.lowering.linear.tail import tail_rule
 from dak_inductor.lowering.linear.tensor_maps import matrix_map
 
 _WEIGHT = struct.Struct("<4Q")
-_REST = struct.Struct("<4Q2Q3Q7I3fI4I4x")
+_REST = struct.Struct("<4Q2Q3Q7I3fI4I2I4x")
+_MAP_BYTES = 128
 _CLAIM_WORDS = 32  # the word that all CTAs add to has a line of L2 to itself
 
 
@@ -53,6 +55,15 @@ class Operand:
             self.tensor.stride(0) * self.tensor.element_size(),
             0 if self.bias is None else self.bias.data_ptr(),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedRows:
+    """Rows [first, N) of a weight, copied ahead: `tensor` is [N - first, K], contiguous, in device
+    memory. `first` is a multiple of 8, the same for gate and up where both have such rows."""
+
+    first: int
+    tensor: Tensor
 
 
 class LinearLaunch:
@@ -113,9 +124,9 @@ class LinearLaunch:
             tail.least,
             tail.spared,
         )
-        self._maps = (
-            *(_weight_map(operand.tensor, configuration) for operand in (operands[0], second)),
-            *(_row_maps(operand.tensor) for operand in (operands[0], second)),
+        self._configuration, self._n = configuration, problem.n
+        self._maps = tuple(
+            _weight_maps(operand.tensor, configuration) for operand in (operands[0], second)
         )
         self._grid = (workers * configuration.cluster, 1, 1)
         self._cluster = (configuration.cluster, 1, 1)
@@ -129,12 +140,20 @@ class LinearLaunch:
         """
         return self._window.most == self._most_in_flight
 
-    def __call__(self, x: Tensor, residual: Tensor | None, out: Tensor) -> None:
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        out: Tensor,
+        copied: Sequence[CopiedRows | None] = (),
+    ) -> None:
         """Queue y = f(x W^T) on torch's current stream.
 
         Args:
             x: [M, K], rows contiguous.
             residual, out: [M, N], rows contiguous.
+            copied: of each weight, [N, K], the rows that are read there. All of the weights is then
+                taken for local: their other rows should be.
 
         Raises DriverError.
         """
@@ -143,6 +162,7 @@ class LinearLaunch:
         words = words_for(self._index, self._words, stream)
         window = self._window
         agreed = launch_window(words, window.number) if window.automatic and self._agrees else 0
+        in_ring = (*copied, None, None)[:2]
         arguments = self._weights + _REST.pack(
             window.address,
             agreed,
@@ -154,15 +174,24 @@ class LinearLaunch:
             words + 4 * _CLAIM_WORDS,
             words,
             *self._constants,
+            *[self._n if rows is None else rows.first for rows in in_ring],
         )
+        ring_maps = [
+            self._maps[0][:_MAP_BYTES]
+            if rows is None
+            else _tile_map(rows.tensor, self._configuration)
+            for rows in in_ring
+        ]
         self._kernel.launch(
             grid=self._grid,
             block=(THREADS, 1, 1),
-            arguments=(*self._maps, _map(x, self._cta_tokens), arguments),
+            arguments=(*self._maps, *ring_maps, _map(x, self._cta_tokens), arguments),
             shared_bytes=self._shared_bytes,
             cluster=self._cluster,
             stream=stream,
-            overlap=True,
+            # the kernel asks for weights before it waits for the work ahead of it, which for copied
+            # rows is the copy
+            overlap=not copied,
         )
 
 
@@ -185,15 +214,17 @@ def profile_of(device_index: int) -> hardware.HardwareProfile:
     return hardware.current(device_index)
 
 
-def _weight_map(weight: Tensor, configuration: LinearConfiguration) -> bytes:
+def _weight_maps(weight: Tensor, configuration: LinearConfiguration) -> bytes:
+    """RowMaps of kernels/linear/producer.cuh."""
+    tile = _tile_map(weight, configuration)
+    return b"".join([tile, *(_map(weight, rows) for rows in FEW_ROWS)])
+
+
+def _tile_map(weight: Tensor, configuration: LinearConfiguration) -> bytes:
     if configuration.in_out:
         return _map(weight, DEPTH)
     alone = configuration.cluster == 1 and not configuration.paired
     return _map(weight, configuration.features, wide=not alone)
-
-
-def _row_maps(weight: Tensor) -> bytes:
-    return b"".join(_map(weight, rows) for rows in FEW_ROWS)
 
 
 def _map(matrix: Tensor, box_rows: int, *, wide: bool = True) -> bytes:

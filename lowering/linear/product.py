@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,7 @@ from dak_inductor.lowering import reads
 from dak_inductor.lowering.linear import ring, tensor_maps
 from dak_inductor.lowering.linear.call_facts import CallFacts
 from dak_inductor.lowering.linear.configuration import LinearConfiguration
-from dak_inductor.lowering.linear.launch import LinearLaunch, Operand
+from dak_inductor.lowering.linear.launch import CopiedRows, LinearLaunch, Operand
 from dak_inductor.lowering.linear.problem import Activation, LinearProblem
 from dak_inductor.lowering.marks import MARKS
 
@@ -111,14 +111,24 @@ class Product:
 
     def direct(self, problem: LinearProblem, launch: LinearLaunch) -> Tensor:
         """By the kernel."""
+        out = torch.empty((problem.m, problem.n), dtype=problem.dtype, device=self.x.device)
+        with MARKS.of_buffers("direct", self.buffers):
+            self.launch_into(out, problem, launch)
+        return out.view(*self.x.shape[:-1], problem.n)
+
+    def launch_into(
+        self,
+        out: Tensor,
+        problem: LinearProblem,
+        launch: LinearLaunch,
+        copied: Sequence[CopiedRows | None] = (),
+    ) -> None:
+        """Into [M, N] with contiguous rows; `copied` as of a `LinearLaunch`."""
         rows = self.x.reshape(-1, problem.k)
         if tensor_maps.refusal(rows) is not None:
             rows = rows.contiguous()
-        out = torch.empty((problem.m, problem.n), dtype=problem.dtype, device=self.x.device)
         added = None if self.residual is None else _vectors(self.residual.reshape(-1, problem.n))
-        with MARKS.of_buffers("direct", self.buffers):
-            launch(rows, added, out)
-        return out.view(*self.x.shape[:-1], problem.n)
+        launch(rows, added, out, copied)
 
     def staged(self) -> Tensor:
         """Through the ring, which takes any number of tokens."""

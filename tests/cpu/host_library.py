@@ -9,6 +9,28 @@ from pathlib import Path
 
 from dak_inductor.cuda_runtime.nvrtc import KERNELS
 
+PRELUDE = """
+#include <algorithm>
+#include <cmath>
+#include <vector>
+#define __device__
+#define __forceinline__ inline
+#define __fdividef(a, b) ((a) / (b))
+#define __cvta_generic_to_shared(pointer) 0
+using std::max;
+using std::min;
+using std::sqrt;
+template <class T> T __ldcg(const T* address) { return *address; }
+template <class T> void __stcg(T* address, T value) { *address = value; }
+static void __threadfence() {}
+static unsigned atomicInc(unsigned* word, unsigned last) {
+  const unsigned before = *word;
+  *word = before >= last ? 0 : before + 1;
+  return before;
+}
+"""
+"""What device code asks of its compiler, for one thread: headers follow."""
+
 
 def compile_for_host(source: str, folder: Path, *options: str) -> ctypes.CDLL:
     """A library of `source`, which may include headers of `cuda_runtime/kernels`."""

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dak_inductor.benchmarks.harness.planner_problems import PAGE, on_the_grid, random_problem
+from dak_inductor.cost_model import alone_seconds
 from dak_inductor.hardware import load
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
 from dak_inductor.planner import make_plan, seconds_of
@@ -52,18 +53,28 @@ def test_deep_in_the_links_region_one_matrix_of_every_layer_is_remote_in_equal_p
     plan = make_plan(problem, H200)
     assert set(staged(plan)) == {f"layers.{layer}.down" for layer in range(LAYERS)}
     parts = [plan.splits[name] for name in staged(plan)]
-    block = 8 * 14336 * 2
+    block = 64 * 14336 * 2
     assert max(parts) - min(parts) <= 2 * block
     assert sum(part % block > 0 for part in parts) <= 1  # the last takes what is left
     assert plan.splits["embed"] == plan.sizes["embed"]  # read least, so it goes first
     assert problem.remote_bytes <= plan.remote_bytes < problem.remote_bytes + 256
 
 
-@pytest.mark.parametrize("share", [0.0, 0.005, 0.01])
-def test_few_remote_bytes_are_read_directly(share: float) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.0005])
+def test_hardly_any_remote_bytes_are_read_directly(share: float) -> None:
     plan = make_plan(decoder(share), H200)
     assert plan.splits == make_plan(decoder(share, ahead=False), H200).splits
     assert not staged(plan)
+
+
+@pytest.mark.parametrize(("share", "products"), [(0.005, 2), (0.01, 4)])
+def test_few_remote_bytes_lie_in_few_products(share: float, products: int) -> None:
+    """Read directly by half of all products, each near its balance, they took 60 us of 1.3 ms."""
+    plan = make_plan(decoder(share), H200)
+    assert len(staged(plan)) == products
+    direct = make_plan(decoder(share, ahead=False), H200)
+    assert sum(0 < op.remote_share < 1 for op in direct.ops) > 5 * products
+    assert plan.objective > direct.objective, "their sums of convex costs say otherwise"
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 1.0])
@@ -99,12 +110,12 @@ def test_products_of_one_size_in_a_block_do_not_share_its_remote_bytes() -> None
 
 
 @pytest.mark.parametrize(
-    ("mebibytes", "layers"), [(69, (1, 3, 5, 7)), (48, (1, 4, 7)), (33, (3, 7)), (20, (7,))]
+    ("mebibytes", "layers"), [(39, (1, 3, 5, 7)), (24, (1, 4, 7)), (20, (3, 7)), (12, (7,))]
 )
 def test_few_bytes_lie_in_every_second_third_or_fourth_layer(
     mebibytes: int, layers: tuple[int, ...]
 ) -> None:
-    """Each product with copies pays for them, so it has 16 MiB where there are as many."""
+    """Each product with copies pays for them, so it has 8 MiB where there are as many."""
     slow = replace(H200, hbm_bandwidth=H200.hbm_bandwidth * 20)  # so that few bytes are many
     problem = decoder(0.02)
     problem = replace(problem, remote_bytes=problem.tensors[0].nbytes + mebibytes * 2**20)
@@ -145,7 +156,10 @@ def test_copies_ahead_never_cost_more_nor_break_a_budget(seed: int) -> None:
     problem = on_the_grid(replace(problem, tensors=blocks))
     direct = make_plan(problem, profile)
     plan = make_plan(replace(problem, ahead=True), profile)
-    assert plan.objective <= direct.objective * (1 + 2e-3)
+    alone = sum(
+        op.calls * alone_seconds(op.m, profile) for op in direct.ops if 0 < op.remote_share < 1
+    )
+    assert plan.objective <= (direct.objective + alone) * (1 + 2e-3)
     assert plan.objective_bound <= plan.objective * (1 + 1e-6)  # splits are rounded
     assert plan.remote_bytes >= plan.asked_bytes
     for spec in problem.tensors:

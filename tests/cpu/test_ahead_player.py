@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from dak_inductor import hardware
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
-from dak_inductor.lowering import counters
+from dak_inductor.lowering import counters, reads
+from dak_inductor.lowering.ahead import sequence
 from dak_inductor.lowering.ahead.player import Player
 from dak_inductor.lowering.ahead.prepared_plan import PreparedPlan
 from dak_inductor.lowering.ahead.sequence import CallSequence, call_of
 from dak_inductor.lowering.ahead.step import PlayedStep
 from dak_inductor.lowering.ahead.step_costs import link_rates, step_ops
 from dak_inductor.lowering.ahead.step_plan import StepPlan, choose
+from dak_inductor.lowering.linear.product import Product
 from dak_inductor.lowering.linear.queues import Queues
 
 from .ahead_model import BF16, ROOM, Layer, assert_close, shrink, weight_of
@@ -26,9 +29,41 @@ RATES = link_rates(H200, H200.link("cpu"))
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch):
+@dataclass(frozen=True)
+class FakeLaunch:
+    """A launch of the kernel, by torch: rows that were copied are read in the ring alone. It counts
+    what it reads."""
+
+    product: Product
+    holds = True
+
+    def __call__(self, x, residual, out, copied) -> None:
+        product = self.product
+        reads.count_dense("linear", *product.weights)
+        results = []
+        for weight, rows in zip(product.weights, copied, strict=True):
+            whole = weight.float()
+            if rows is not None:
+                assert rows.first % 8 == 0 and rows.first + len(rows.tensor) == len(weight)
+                whole = torch.cat([whole[: rows.first], rows.tensor.float()])
+            results.append(x.float() @ whole.t())
+        result = results[0]
+        if product.activation == "silu":
+            result = torch.nn.functional.silu(result)
+        result = result * results[1] if len(results) == 2 else result
+        out.copy_(result if residual is None else result + residual.float())
+
+
+def fake_launch(self: PreparedPlan, number: int, product: Product):
+    return product.facts().problem, FakeLaunch(product)
+
+
+@pytest.fixture(autouse=True, params=["parts", "launches"])
+def _small(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest):
     shrink(monkeypatch)
+    if request.param == "launches":
+        monkeypatch.setattr(sequence, "kernel_refusal", lambda product: None)
+        monkeypatch.setattr(PreparedPlan, "launch", fake_launch)
     counters.reset()
     yield
     counters.reset()
@@ -197,10 +232,10 @@ def test_a_derailed_step_is_joined_at_once(at: int) -> None:
         plan, calls = planned(made, inputs)
         main, side = scheduler.queue(), scheduler.queue()
         player = Poisoned(PreparedPlan(plan, calls), Queues(main, side), CPU)
-        sequence = CallSequence(tuple(calls))
-        splits = sequence.splits()
+        learned = CallSequence(tuple(calls))
+        splits = learned.splits()
         assert splits is not None
-        step = PlayedStep(sequence, splits, plan, player, CPU)
+        step = PlayedStep(learned, splits, plan, player, CPU)
         results = [step.serve(made[n].product(inputs[n])) for n in range(at)]
         assert step.serve(made[at].product(inputs_of(made, 4)[at])) is None and step.derailed
         joined: list[bool] = []

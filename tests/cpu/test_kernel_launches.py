@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,13 +25,15 @@ from dak_inductor.lowering.attention.problem import AttentionMasking, AttentionP
 from dak_inductor.lowering.linear import launch as linear_launch
 from dak_inductor.lowering.linear import tensor_maps
 from dak_inductor.lowering.linear.configuration import LinearConfiguration, configurations
-from dak_inductor.lowering.linear.launch import LinearLaunch, Operand
+from dak_inductor.lowering.linear.launch import CopiedRows, LinearLaunch, Operand
 from dak_inductor.lowering.linear.problem import Activation, LinearProblem
+
+from .host_library import PRELUDE, compile_for_host
 
 CARD = torch.device("cpu", 0)  # has an index, and its tensors can be made here
 H200 = hardware.load("h200")
 SMS = 132
-LINEAR = struct.Struct("<" + 2 * "4Q" + "4Q2Q3Q7I3fI4I4x")
+LINEAR = struct.Struct("<" + 2 * "4Q" + "4Q2Q3Q7I3fI4I2I4x")
 ATTENTION = struct.Struct("<" + 2 * "5Q2I" + "8Q3Q8I2f2I2f2I4I")
 
 
@@ -133,7 +137,8 @@ def test_a_product_is_packed_as_its_header_has_it(
     assert asked["grid"] == (SMS, 1, 1) and asked["cluster"] == (1, 1, 1)
     assert asked["stream"] == 7 and asked["overlap"] is True
     *maps, packed = asked["arguments"]
-    assert len(maps) == 5, "of each weight one of tiles and one of few rows, and of the tokens"
+    assert len(maps) == 5, "of each weight, of its rows in the ring, and of the tokens"
+    assert [len(each) for each in maps] == [5 * 128] * 2 + [128] * 3
     words = LINEAR.unpack(packed)
     assert words[:4] == (0x100, 256, 128 * 2, gate.bias.data_ptr() if gate.bias is not None else 0)
     assert words[4:8] == (0x200, 256, 128 * 2, 0)
@@ -143,6 +148,47 @@ def test_a_product_is_packed_as_its_header_has_it(
     assert flags - claims == 4 * 32, "claims have a line of L2 to themselves"
     assert words[17:22] == (16, 16, 256, 128, int(Activation.SILU))
     assert 1 <= words[22] <= SMS
+
+
+HEADER = (
+    PRELUDE
+    + """
+#include "linear/arguments.cuh"
+using dak::linear::Arguments;
+
+extern "C" void numbers(const Arguments* of, unsigned* found) {
+  const unsigned all[] = {of->tokens, of->cta_tokens, of->features, of->depth,
+                          static_cast<unsigned>(of->activation), of->maximum_remote_workers,
+                          of->worker_bytes, of->late_steps, of->tail.share, of->tail.pieces,
+                          of->tail.least, of->tail.spared, of->copied[0], of->copied[1]};
+  for (unsigned i = 0; i < sizeof(all) / sizeof(*all); ++i) found[i] = all[i];
+}
+"""
+)
+
+
+@pytest.mark.parametrize("rows", [None, 96])
+def test_the_header_finds_each_number_where_it_was_packed(
+    driver: FakeExtension, kernel: FakeKernel, window: Any, tmp_path: Path, rows: int | None
+) -> None:
+    problem, configuration = linear(gated=True)
+    gate, up = operand(256, 128, 0x100, bias=True), operand(256, 128, 0x200, bias=False)
+    launch = LinearLaunch(problem, configuration, (gate, up), Activation.SILU, CARD)
+    ring = None if rows is None else torch.zeros(rows, 128, dtype=torch.bfloat16)
+    copied = () if ring is None else (None, CopiedRows(256 - 96, ring))
+    launch(torch.zeros(16, 128).bfloat16(), None, torch.zeros(16, 256), copied)
+    (asked,) = kernel.launches
+    assert asked["overlap"] is (rows is None), "nothing is asked for before the copies are there"
+    *maps, packed = asked["arguments"]
+    assert (maps[3] == maps[2]) is (rows is None) and maps[2] == maps[0][:128]
+    if ring is not None:
+        (made,) = [made for made in driver.maps if made["address"] == ring.data_ptr()]
+        assert made["shape"] == [128, 96] and made["box"][1] == configuration.features
+    found = (ctypes.c_uint * 14)()
+    compile_for_host(HEADER, tmp_path).numbers(packed, found)
+    words = LINEAR.unpack(packed)
+    assert list(found) == [*words[17:24], *words[27:34]]
+    assert words[-2:] == (256, 256 if rows is None else 160)
 
 
 def test_a_residual_has_its_own_pitch_and_words_are_used_again(

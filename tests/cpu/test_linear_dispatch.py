@@ -39,7 +39,7 @@ def asked(**changes: Any) -> str | None:
         **changes,
     }
     call["tensors"] = [call["x"], *call["weights"], *call["more"]]
-    return dispatch._refusal(SimpleNamespace(**call))  # type: ignore[arg-type]
+    return dispatch.kernel_refusal(SimpleNamespace(**call))  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_a_product_is_launched_on_vectors_that_the_kernel_can_read(
     plain = Product(x, (weight,), (buffer,), (torch.zeros(32, dtype=BF16),), None, "none", "out_in")
     assert plain.may_launch_again
 
-    def launch(rows: torch.Tensor, added: torch.Tensor, out: torch.Tensor) -> None:
+    def launch(rows: torch.Tensor, added: torch.Tensor, out: torch.Tensor, copied: object) -> None:
         assert rows.shape == (6, 64) and torch.equal(added, residual.reshape(6, 32))
         assert all(stride % 8 == 0 for stride in added.stride()[:-1])
         out.copy_(added)

@@ -17,27 +17,11 @@ from hypothesis import strategies as st
 from dak_inductor.lowering.linear.configuration import DEPTH
 from dak_inductor.lowering.linear.tail import TailRule
 
-from .host_library import compile_for_host
+from .host_library import PRELUDE, compile_for_host
 
-SOURCE = """
-#include <algorithm>
-#include <cmath>
-#include <vector>
-#define __device__
-#define __forceinline__ inline
-#define __fdividef(a, b) ((a) / (b))
-#define __cvta_generic_to_shared(pointer) 0
-using std::max;
-using std::min;
-using std::sqrt;
-template <class T> T __ldcg(const T* address) { return *address; }
-template <class T> void __stcg(T* address, T value) { *address = value; }
-static void __threadfence() {}
-static unsigned atomicInc(unsigned* word, unsigned last) {
-  const unsigned before = *word;
-  *word = before >= last ? 0 : before + 1;
-  return before;
-}
+SOURCE = (
+    PRELUDE
+    + """
 #include "linear/claims.cuh"
 #include "linear/plan.cuh"
 #include "linear/walk.cuh"
@@ -49,6 +33,7 @@ struct Sizes {
   u32 features, depth, workers, maximum_remote, worker_bytes, window, late, seed;
   float link_steps, reader_steps, piece_steps;
   schedule::TailRule tail;
+  u32 copied[2];
   u64 splits[2];
 };
 
@@ -90,6 +75,7 @@ u32 divide_work(const Sizes& sizes, Found* found, u32 most, Totals& totals) {
   arguments.piece_steps = sizes.piece_steps;
   arguments.late_steps = sizes.late;
   arguments.tail = sizes.tail;
+  for (u32 i = 0; i < 2; ++i) arguments.copied[i] = sizes.copied[i];
   Head head{};
   plan<configuration>(arguments, sizes.workers, head);
   totals = {head.local.long_runs + head.local.short_runs, head.tail.tiles, head.spared, 0};
@@ -150,6 +136,7 @@ extern "C" u32 divide_in_out(const Sizes* sizes, Found* found, u32 most, Totals*
       *sizes, found, most, *totals);
 }
 """
+)
 
 FEATURES = 128  # of a tile, in all three
 NOTHING = 2**32 - 1
@@ -164,13 +151,15 @@ class Sizes(ctypes.Structure):
         )),
         *((name, ctypes.c_float) for name in ("link_steps", "reader_steps", "piece_steps")),
         *((name, ctypes.c_uint) for name in ("share", "pieces", "least", "spared")),
+        ("copied", ctypes.c_uint * 2),
         ("splits", ctypes.c_uint64 * 2),
     )  # fmt: skip
 
     def __repr__(self) -> str:
         values = ((name, getattr(self, name)) for name, _ in self._fields_)
         return ", ".join(
-            f"{name}={list(value) if name == 'splits' else value}" for name, value in values
+            f"{name}={list(value) if name in ('copied', 'splits') else value}"
+            for name, value in values
         )
 
 
@@ -227,6 +216,7 @@ def sizes(draw: st.DrawFn, kind: str) -> Sizes:
     window = draw(st.sampled_from([64, 384, 2048])) * 1024
     byte = draw(st.sampled_from([1e-3, 1.2e-3 / 8])) / 16
     workers = draw(st.integers(1, 132))
+    first = draw(st.sampled_from([features, 8 * draw(st.integers(0, features // 8))]))
     return Sizes(
         features=features,
         depth=depth,
@@ -243,6 +233,7 @@ def sizes(draw: st.DrawFn, kind: str) -> Sizes:
         pieces=draw(st.integers(1, steps)),
         least=draw(st.integers(1, 100)),
         spared=draw(st.sampled_from([0, 4])),
+        copied=(first, draw(st.sampled_from([first, features]))),
         splits=splits,
     )
 
@@ -263,6 +254,16 @@ def test_each_step_is_done_once(library: ctypes.CDLL, kind: str, data: st.DataOb
     assert tiles[-1] < given_sizes.features <= tiles[-1] + FEATURES
     if kind == "in_out":
         assert division.totals.tail_tiles == 0
+    rows, width = given_sizes.features, given_sizes.depth
+    if kind == "in_out":
+        rows, width = width, rows
+    splits = list(given_sizes.splits)[: 2 if kind == "gated" else 1]
+    in_place = kind == "in_out" or min(given_sizes.copied) >= given_sizes.features
+    any_remote = any(split < rows * width * 2 for split in splits)
+    assert any(step.remote for step in division.steps) == (any_remote and in_place)
+    if not in_place:
+        first = min(given_sizes.copied)
+        assert all(not tile < first < tile + FEATURES for tile in tiles)
 
 
 @pytest.mark.parametrize("kind", ["out_in", "gated"])

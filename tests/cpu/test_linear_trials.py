@@ -336,7 +336,7 @@ def tried(h200: None, monkeypatch: pytest.MonkeyPatch):
         count(*arguments)
 
     monkeypatch.setattr(ops_linear.reads, "count_dense", counted)
-    monkeypatch.setattr(dispatch, "_refusal", lambda _: None)
+    monkeypatch.setattr(dispatch, "kernel_refusal", lambda _: None)
     monkeypatch.setattr(dispatch, "TRIALS", chooser)
     monkeypatch.setattr(trials, "SURE", 0.0)  # of so small a weight the ring's estimate is far
     monkeypatch.setattr(stopwatch, "seconds_of", seconds_of)
@@ -387,7 +387,7 @@ def test_without_a_stock_operator_it_is_not_tried(tried: SimpleNamespace) -> Non
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by one at each call that is looked at in whole."""
     looked: list[str] = []
-    monkeypatch.setattr(dispatch, "_refusal", lambda _: looked.append(""))
+    monkeypatch.setattr(dispatch, "kernel_refusal", lambda _: looked.append(""))
     return looked
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 import dak_inductor as dak
 from dak_inductor.benchmarks.harness.accuracy import poison
 from dak_inductor.benchmarks.harness.linear_reference import poison_free_memory
-from dak_inductor.benchmarks.harness.timing import capture
+from dak_inductor.benchmarks.harness.timing import CapturedStep, capture
 from dak_inductor.lowering.ahead import step_plan
 from dak_inductor.options import Strategy
 
@@ -93,8 +93,15 @@ def test_two_graphs_share_a_device(device: torch.device) -> None:
     for _ in range(4):
         for (model, judge_), x in zip(pairs, inputs, strict=True):
             judge_.check(run(model, x), x)
-    captured = [capture(lambda m=m, x=x: m(x)) for (m, _), x in zip(pairs, inputs, strict=True)]  # type: ignore[misc]
+    # torch captures on one stream by default, and cuBLAS's workspace belongs to the stream
     streams = [torch.cuda.Stream() for _ in pairs]
+    captured = []
+    for (model, _), x, stream in zip(pairs, inputs, streams, strict=True):
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            output = model(x)
+        captured.append(CapturedStep(graph, output))
     for _ in range(10):
         torch.cuda.synchronize()
         for step, stream in zip(captured, streams, strict=True):

@@ -18,6 +18,8 @@ struct Weight {
 
 enum class Activation : u32 { none, silu, gelu, gelu_tanh };
 
+// Rows copied ahead, by copy engine into a ring in device memory, are read there. Then nothing is
+// read from the remote tier, but for what has become remote since the launch was captured.
 struct Arguments {
   Weight weights[2];  // gate and up; the first alone where the product is not gated
   window::Record* link;  // bytes that may be in flight from the remote tier
@@ -41,7 +43,8 @@ struct Arguments {
   float piece_steps;   // local steps that adding up a piece of a tile takes
   u32 late_steps;      // that the worker started last is behind
   schedule::TailRule tail;  // of the local line
+  u32 copied[2];  // of each weight the first feature that lies in the ring, of both the same; N: none
 };
-static_assert(sizeof(Weight) == 32 && sizeof(Arguments) == 200);
+static_assert(sizeof(Weight) == 32 && sizeof(Arguments) == 208);
 
 }  // namespace dak::linear

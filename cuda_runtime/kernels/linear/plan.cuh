@@ -41,6 +41,15 @@ __device__ __forceinline__ Boundary boundary(const Weight& weight, u64 split, u3
   return {grains / row_grains, grains % row_grains * (grain / element_bytes)};
 }
 
+// Whether rows of a weight are read in the ring. All is one line of work then, the local one. Its tiles
+// are laid from the first of those rows both ways, so that none has rows of either place: its boxes
+// would be more and smaller, and took a product of 4096 x 14336 from 33 to 64 us.
+template <TieredLinearConfiguration configuration>
+__device__ __forceinline__ bool copied_ahead(const Arguments& arguments) {
+  if constexpr (configuration.in_out) return false;
+  return min(arguments.copied[0], arguments.copied[1]) < arguments.features;
+}
+
 // Remote elements of the box [row, row_end) x [column, column_end) of a weight.
 __device__ __forceinline__ u32 remote_elements(const Boundary& boundary, u32 row, u32 row_end,
                                                u32 column, u32 column_end) {
@@ -87,14 +96,15 @@ __device__ __forceinline__ void lay_lines(const Arguments& arguments, const Resi
     remote = {.tiles = tiles, .first_step = local_steps, .steps = steps - local_steps};
   } else {
     constexpr u32 grain = 8;  // features that the epilogue writes at once
-    const u32 boundary = first_row / grain * grain;
+    const bool copied = copied_ahead<configuration>(arguments);
+    const u32 boundary =
+        copied ? min(arguments.copied[0], arguments.copied[1]) : first_row / grain * grain;
     const u32 tiles = divide_up(boundary, L::features);
+    const u32 behind = divide_up(arguments.features - boundary, L::features);
     local = {.origin = static_cast<int>(boundary) - static_cast<int>(tiles * L::features),
-             .tiles = tiles,
+             .tiles = copied ? tiles + behind : tiles,
              .steps = steps};
-    remote = {.origin = static_cast<int>(boundary),
-              .tiles = divide_up(arguments.features - boundary, L::features),
-              .steps = steps};
+    remote = {.origin = static_cast<int>(boundary), .tiles = copied ? 0 : behind, .steps = steps};
   }
   local.last_cost = schedule::unit;
 }
