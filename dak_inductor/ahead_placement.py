@@ -3,8 +3,9 @@
 Copies ahead keep the link busy through a whole step, so what counts is the step's sum of remote
 bytes, and that the next of them are never further away than the ring of copies reaches. The remote
 bytes then lie in few products, since each that is copied for pays for it once, in equal parts all
-over the model: the last matrix of every block, say. Direct reads are better where little is remote:
-there each product hides its own remote bytes behind its local ones.
+over the model: the last matrix of every block, say. Direct reads are better where a product reads
+more than the ring holds while the link idles ahead of it, as over NVLink: there each hides its own
+remote bytes behind its local ones.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dak_inductor.cost_curve import Line, Piece
-from dak_inductor.cost_model import FEW_TOKENS, copy_slowdown
+from dak_inductor.cost_model import FEW_TOKENS, RING_BYTES, copy_slowdown
 from dak_inductor.hardware import HardwareProfile, LinkProfile
 from dak_inductor.plan import OpUse, PlanProblem
 from dak_inductor.split_grid import SplitGrid
@@ -26,6 +27,8 @@ their own. Measured on the H200 in a decode step of Llama-3-8B's layers."""
 _LAUNCH_SECONDS = 5e-6
 """The same of few tokens: one launch, which starts when all of its rows are there, and not before
 the work ahead of it has ended."""
+_FURTHER_SECONDS = 5e-6
+"""Of each further part, of which the ring holds three: a product of its own (`op_floor`)."""
 MARGIN = 0.02
 """What copies ahead must save, as a share of the step."""
 
@@ -62,31 +65,46 @@ def staged_steps(
     copied: dict[str, float] = {}
     products: dict[str, float] = {}
     read: dict[str, float] = {}
+    arriving: dict[tuple[str, str], float] = {}
+    own: dict[tuple[str, str], float] = {}
     for line, seconds in zip(lines, direct, strict=True):
         use, share = line.use, shares[line.tensor]
         graph, took = use.graph, seconds
         if line.copied and share > 0:
-            copied[graph] = copied.get(graph, 0.0) + share * use.touched_bytes
-            took = line.alone + product_seconds(use)
+            far = share * use.touched_bytes
+            copied[graph] = copied.get(graph, 0.0) + far
+            took = line.alone + product_seconds(use, far)
+            product = (graph, use.op)
+            arriving[product] = arriving.get(product, 0.0) + far
+            own[product] = own.get(product, 0.0) + took
         elif share > 0:
             far = line.cost.touched(share) * use.touched_bytes
             read[graph] = read.get(graph, 0.0) + far
         products[graph] = products.get(graph, 0.0) + took
+    # The link stands still once the ring is full: what a product reads beyond that comes while it
+    # runs. Over an NVLink that is most of its bytes, since the ring bridges 80 us there.
+    waits: dict[str, float] = {}
+    for (graph, op), nbytes in arriving.items():
+        late = (nbytes - RING_BYTES) / link.copy_bandwidth - own[graph, op]
+        waits[graph] = waits.get(graph, 0.0) + max(0.0, late)
     slower = copy_slowdown(profile, link) - 1
     steps = {}
     for graph, nbytes in copied.items():
         copies = nbytes / link.copy_bandwidth
         alone = products[graph]
-        slowed = alone + slower * min(alone, copies)
+        slowed = alone + slower * min(alone, copies) + waits[graph]
         busy = copies + read.get(graph, 0.0) / link.direct_bandwidth
         seconds = max(slowed, busy) + _ENDS_SECONDS
         steps[graph] = StagedStep(seconds, seconds - alone, nbytes)
     return steps
 
 
-def product_seconds(use: OpUse) -> float:
-    """What a product takes longer whose remote rows are copied ahead."""
-    return _LAUNCH_SECONDS if 0 < use.m <= FEW_TOKENS else _PARTS_SECONDS
+def product_seconds(use: OpUse, copied: float) -> float:
+    """What a product takes longer with so many bytes copied ahead. One launch reads them where the
+    ring holds twice as many."""
+    if 0 < use.m <= FEW_TOKENS and 2 * copied <= RING_BYTES:
+        return _LAUNCH_SECONDS
+    return _PARTS_SECONDS + (math.ceil(3 * copied / RING_BYTES) - 1) * _FURTHER_SECONDS
 
 
 def placement(
@@ -124,7 +142,7 @@ def placement(
             break
         if isinstance(part, Piece):
             tensor = part.tensor
-            wanted = grids[tensor].at_least(math.ceil(min(part.stop, part.start + missing)))
+            wanted = grids[tensor].at_least(math.ceil(min(part.stop, rounded[tensor] + missing)))
             missing -= wanted - rounded[tensor]
             rounded[tensor] = wanted
         else:

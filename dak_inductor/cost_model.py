@@ -33,6 +33,10 @@ with a softmax between them."""
 _LOOK_UPS = ("embedding", "gather")
 FEW_TOKENS = 128
 """Products of up to so many are one launch of the kernel."""
+RING_BYTES = 32 * 2**20
+"""Device memory of the ring of copies ahead at most: it bridges 0.6 ms of work without a copy on a
+PCIe link, and each of its bytes is one of weights that is remote instead where `gpu_memory` is what
+binds."""
 _ALONE_FLOORS = 2.5
 """What such a product takes longer in a step, in floors of the profile, once it reads the link
 itself: with nothing remote its start and its end lie beside its neighbours. Measured on the H200 in

@@ -62,7 +62,7 @@ class Schedule:
                 step = self.staged[line.use.graph]
                 copied = self._shares[line.tensor] * line.use.touched_bytes
                 own = step.besides * copied / step.copied
-                times[number] = line.alone + product_seconds(line.use) + own
+                times[number] = line.alone + product_seconds(line.use, copied) + own
         return times
 
     @cached_property

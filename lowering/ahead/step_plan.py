@@ -9,15 +9,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+from dak_inductor.cost_model import RING_BYTES
 from dak_inductor.lowering.ahead.ring_places import Place, places, side_by_side
 from dak_inductor.lowering.ahead.step_op import LinkRates, RowSpan, StepOp
 from dak_inductor.lowering.ahead.timeline import Part, simulate
 from dak_inductor.lowering.host_cost import COPY_SECONDS, staged_seconds
 from dak_inductor.options import Strategy
 
-RING_BYTES = 32 * 2**20
-"""Device memory of the ring at most: it bridges 0.6 ms of work without a copy on a PCIe link, and
-each of its bytes is one of weights that is remote instead where `gpu_memory` is what binds."""
 LEAST_RING_BYTES = 4 * 2**20
 LEAST_REMOTE_BYTES = 128 * 2**10
 """Of a product that `auto` may stage: less is read directly while a copy would start."""

@@ -42,11 +42,15 @@ _CLAIM_WORDS = 32  # the word that all CTAs add to has a line of L2 to itself
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A weight as stored, [N, K] or [K, N], with its bias, and the buffer that holds it."""
+    """A weight as stored, [N, K] or [K, N], with its bias, and the buffer that holds it.
+
+    owns_bias: it is a copy that nobody else keeps.
+    """
 
     tensor: Tensor
     bias: Tensor | None
     buffer: TieredBuffer
+    owns_bias: bool = False
 
     def packed(self) -> bytes:
         return _WEIGHT.pack(
@@ -70,7 +74,8 @@ class LinearLaunch:
     """Launches of one product with the same weights: all that does not change is packed once.
 
     Args:
-        operands: one, or gate and up; their tensors and buffers must outlive the launches.
+        operands: one, or gate and up; their tensors and buffers must outlive the launches, but for
+            a bias that is the operand's own.
         bounded_waits: end with an error that names the barrier where one never completes.
 
     Raises CompilationError, DriverError.
@@ -105,6 +110,8 @@ class LinearLaunch:
         self._partial_bytes = slots * configuration.partial_bytes
         self._words = _CLAIM_WORDS + slots * configuration.cluster * CONSUMER_WARPGROUPS
         second = operands[-1]
+        # else a launch's own partial sums could lie where they are
+        self._copies = [operand.bias for operand in operands if operand.owns_bias]
         self._weights = operands[0].packed() + second.packed()
         self._cta_tokens = math.ceil(problem.m / configuration.cluster)
         self._constants = (

@@ -96,9 +96,12 @@ class Product:
 
     def launch(self, problem: LinearProblem, configuration: LinearConfiguration) -> LinearLaunch:
         """The kernel, ready for calls with this one's key. All weights are in buffers."""
+        biases = [None if bias is None else _vectors(bias) for bias in self.biases]
         operands = tuple(
-            Operand(weight, None if bias is None else _vectors(bias), buffer)
-            for weight, bias, buffer in zip(self.weights, self.biases, self.buffers, strict=True)
+            Operand(weight, bias, buffer, owns_bias=bias is not given)
+            for weight, given, bias, buffer in zip(
+                self.weights, self.biases, biases, self.buffers, strict=True
+            )
             if buffer is not None
         )
         activation = _ACTIVATIONS[self.activation]
@@ -126,7 +129,7 @@ class Product:
         """Into [M, N] with contiguous rows; `copied` as of a `LinearLaunch`."""
         rows = self.x.reshape(-1, problem.k)
         if tensor_maps.refusal(rows) is not None:
-            rows = rows.contiguous()
+            rows = rows.clone(memory_format=torch.contiguous_format)
         added = None if self.residual is None else _vectors(self.residual.reshape(-1, problem.n))
         launch(rows, added, out, copied)
 

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dak_inductor.ahead_placement import staged_steps
 from dak_inductor.benchmarks.harness.planner_problems import PAGE, on_the_grid, random_problem
-from dak_inductor.cost_model import alone_seconds
+from dak_inductor.cost_curve import cost_lines
+from dak_inductor.cost_model import RING_BYTES, alone_seconds
 from dak_inductor.hardware import load
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
 from dak_inductor.planner import make_plan, seconds_of
@@ -62,9 +64,19 @@ def test_deep_in_the_links_region_one_matrix_of_every_layer_is_remote_in_equal_p
 
 @pytest.mark.parametrize("share", [0.0, 0.0005])
 def test_hardly_any_remote_bytes_are_read_directly(share: float) -> None:
-    plan = make_plan(decoder(share), H200)
-    assert plan.splits == make_plan(decoder(share, ahead=False), H200).splits
-    assert not staged(plan)
+    assert not staged(make_plan(decoder(share), H200))
+
+
+@pytest.mark.parametrize("remote", ["cpu", "peer"])
+@pytest.mark.parametrize("share", [-0.02, 0.0, 0.0005])
+def test_products_are_left_alone_while_the_embedding_has_bytes_to_give(
+    share: float, remote: str
+) -> None:
+    """Each at its balance they would gain 1% (8 over NVLink), and lose 26 by two memories."""
+    plan = make_plan(decoder(share, remote=remote), H200)
+    assert sum(op.remote_share > 0 for op in plan.ops if op.kind == "linear") == (share > 0)
+    greedy = make_plan(decoder(share, ahead=False, remote=remote), H200)
+    assert sum(op.remote_share > 0 for op in greedy.ops) > 6 * LAYERS
 
 
 @pytest.mark.parametrize(("share", "products"), [(0.005, 2), (0.01, 4)])
@@ -75,6 +87,36 @@ def test_few_remote_bytes_lie_in_few_products(share: float, products: int) -> No
     direct = make_plan(decoder(share, ahead=False), H200)
     assert sum(0 < op.remote_share < 1 for op in direct.ops) > 5 * products
     assert plan.objective > direct.objective, "their sums of convex costs say otherwise"
+
+
+@pytest.mark.parametrize("share", [0.07, 0.075, 0.08])
+def test_over_a_fast_link_a_product_with_more_than_half_of_the_ring_is_no_launch(
+    share: float,
+) -> None:
+    """As launches these would look 1 to 9% faster than direct reads; in parts they are slower."""
+    whole = decoder(share, remote="peer")
+    asked = whole.remote_bytes - whole.tensors[0].nbytes
+    problem = replace(whole, tensors=whole.tensors[1:], uses=whole.uses[1:], remote_bytes=asked)
+    plan = make_plan(problem, H200)
+    assert not staged(plan)
+    assert plan.splits == make_plan(replace(problem, ahead=False), H200).splits
+
+
+def test_what_the_ring_does_not_hold_is_waited_for() -> None:
+    """The link works ahead of a product by a ring and no further."""
+    link, nbytes = H200.link("peer"), 12 * RING_BYTES
+    use = OpUse("one", "decode", "one", "linear", nbytes, 0.0, 0.0, 1.0, m=1)
+    other = OpUse("other", "decode", "other", "linear", nbytes, 0.0, 0.0, 9.0, m=1)
+    specs = tuple(TensorSpec(name, nbytes, row_block=1024) for name in ("one", "other"))
+    lines = cost_lines(PlanProblem(specs, (use, other), 0, "peer", ahead=True), H200, link)
+
+    def seconds(share: float) -> float:
+        steps = staged_steps(lines, [share, 0.0], [0.0, lines[1].alone], H200, link)
+        return steps["decode"].seconds
+
+    rings = [seconds(number / 12) for number in (1, 6, 9)]
+    assert rings[0] < lines[0].alone + lines[1].alone + 60e-6, "all of it is hidden"
+    assert rings[2] - rings[1] > 2.9 * RING_BYTES / link.copy_bandwidth
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 1.0])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import itertools
 import struct
+import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -209,6 +210,22 @@ def test_a_residual_has_its_own_pitch_and_words_are_used_again(
     launch(torch.zeros(16, 128).bfloat16(), None, torch.zeros(16, 256))
     third = LINEAR.unpack(kernel.launches[-1]["arguments"][-1])
     assert third[15] != first[15], "replays may run beside launches of that stream"
+
+
+def test_a_bias_that_was_copied_for_a_launch_lives_as_long(
+    driver: FakeExtension, kernel: FakeKernel, window: Any
+) -> None:
+    """Else its memory would be the next that is asked for: the launch's own partial sums."""
+    problem, configuration = linear()
+    for owns_bias in (True, False):
+        made = replace(operand(256, 128, 1, bias=True), owns_bias=owns_bias)
+        assert made.bias is not None
+        bias, tensor = weakref.ref(made.bias), made.tensor
+        launch = LinearLaunch(problem, configuration, (made,), Activation.NONE, CARD)
+        del made
+        assert (bias() is not None) is owns_bias and tensor is not None
+        del launch
+        assert bias() is None
 
 
 def test_launches_agree_on_a_window_that_kernels_change(

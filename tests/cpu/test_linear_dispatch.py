@@ -91,6 +91,7 @@ def test_a_product_is_launched_on_vectors_that_the_kernel_can_read(
     ((_, _, (operand,), activation, _),) = made
     assert activation is Activation.GELU and operand.tensor is weight
     assert operand.bias.data_ptr() % 16 == 0 and torch.equal(operand.bias, odd)
+    assert operand.owns_bias, "nobody else keeps it"
     assert not call.may_launch_again, "the copy of its bias is this call's alone"
     plain = Product(x, (weight,), (buffer,), (torch.zeros(32, dtype=BF16),), None, "none", "out_in")
     assert plain.may_launch_again
@@ -105,8 +106,13 @@ def test_a_product_is_launched_on_vectors_that_the_kernel_can_read(
     assert torch.equal(result, residual)
 
 
-def test_rows_that_the_kernel_cannot_read_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_rows_that_the_kernel_cannot_read_are_copied(
+    monkeypatch: pytest.MonkeyPatch, contiguous: bool
+) -> None:
     x = torch.randn(4, 72).to(BF16)[:, 1:65]
+    if contiguous:
+        x = torch.randn(4 * 64 + 1).to(BF16)[1:].view(4, 64)
     call = Product(
         x, (torch.zeros(32, 64, dtype=BF16),), (held(),), (None,), None, "none", "out_in"
     )
@@ -114,6 +120,7 @@ def test_rows_that_the_kernel_cannot_read_are_copied(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(product.MARKS, "of_buffers", lambda *_: contextlib.nullcontext())
     call.direct(LinearProblem(4, 32, 64, BF16), lambda x, *_: rows.append(x))  # type: ignore[arg-type]
     assert rows[0].is_contiguous() and torch.equal(rows[0], x)
+    assert product.tensor_maps.refusal(rows[0]) is None
 
 
 def test_a_record_on_a_card_is_a_view_of_its_buffers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,8 +144,7 @@ def everything_local(chain: nn.Module) -> None:
 
 
 def check(model: Chain, xs: torch.Tensor, scales: torch.Tensor, got: list[torch.Tensor]) -> None:
-    """Against eager. Roundings make 0.2 at most and 0.01 on average, a value of another replay 1 on
-    average."""
+    """Against eager. Roundings make 0.2 at most, a value of another replay 1 on average."""
     for index, (x, scale) in enumerate(zip(xs, scales, strict=True)):
         for kept, expected in zip(got, model(x, scale), strict=True):
             error = (kept[index] - expected.float()).abs()
