@@ -14,8 +14,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dak_inductor.copy_ring import LAUNCHES_IN_RING, PARTS_IN_RING, RING_BYTES
 from dak_inductor.cost_curve import Line, Piece
-from dak_inductor.cost_model import FEW_TOKENS, RING_BYTES, copy_slowdown
+from dak_inductor.cost_model import FEW_TOKENS, copy_slowdown
 from dak_inductor.hardware import HardwareProfile, LinkProfile
 from dak_inductor.plan import OpUse, PlanProblem
 from dak_inductor.split_grid import SplitGrid
@@ -28,9 +29,7 @@ _LAUNCH_SECONDS = 5e-6
 """The same of few tokens: one launch, which starts when all of its rows are there, and not before
 the work ahead of it has ended."""
 _FURTHER_SECONDS = 5e-6
-"""Of each further part, of which the ring holds three: a product of its own (`op_floor`)."""
-MARGIN = 0.02
-"""What copies ahead must save, as a share of the step."""
+"""Of each further part: a product of its own (`op_floor`)."""
 
 _ENDS_SECONDS = 10e-6  # of a step with copies: they start and are joined
 _LEAST_COPY = 8 * 2**20
@@ -102,9 +101,9 @@ def staged_steps(
 def product_seconds(use: OpUse, copied: float) -> float:
     """What a product takes longer with so many bytes copied ahead. One launch reads them where the
     ring holds twice as many."""
-    if 0 < use.m <= FEW_TOKENS and 2 * copied <= RING_BYTES:
+    if 0 < use.m <= FEW_TOKENS and LAUNCHES_IN_RING * copied <= RING_BYTES:
         return _LAUNCH_SECONDS
-    return _PARTS_SECONDS + (math.ceil(3 * copied / RING_BYTES) - 1) * _FURTHER_SECONDS
+    return _PARTS_SECONDS + (math.ceil(PARTS_IN_RING * copied / RING_BYTES) - 1) * _FURTHER_SECONDS
 
 
 def placement(

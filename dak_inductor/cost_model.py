@@ -33,10 +33,6 @@ with a softmax between them."""
 _LOOK_UPS = ("embedding", "gather")
 FEW_TOKENS = 128
 """Products of up to so many are one launch of the kernel."""
-RING_BYTES = 32 * 2**20
-"""Device memory of the ring of copies ahead at most: it bridges 0.6 ms of work without a copy on a
-PCIe link, and each of its bytes is one of weights that is remote instead where `gpu_memory` is what
-binds."""
 _ALONE_FLOORS = 2.5
 """What such a product takes longer in a step, in floors of the profile, once it reads the link
 itself: with nothing remote its start and its end lie beside its neighbours. Measured on the H200 in
@@ -150,9 +146,12 @@ def op_floor(kind: str, profile: HardwareProfile) -> float:
     return profile.operator_floor * (1.0 if kind in _LOOK_UPS else _KERNEL_FLOORS)
 
 
-def alone_seconds(m: int, profile: HardwareProfile) -> float:
-    """What a product of `m` tokens takes longer in a step that reads both memories itself."""
-    return _ALONE_FLOORS * profile.operator_floor if 0 < m <= FEW_TOKENS else 0.0
+def alone_seconds(m: int, share: float, profile: HardwareProfile) -> float:
+    """What a product of `m` tokens takes longer in a step that reads both memories itself; `share`
+    is what is remote of its weight."""
+    if 0 < m <= FEW_TOKENS and 0 < share < 1:
+        return _ALONE_FLOORS * profile.operator_floor
+    return 0.0
 
 
 def copy_slowdown(profile: HardwareProfile, link: LinkProfile) -> float:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dak_inductor import ahead_placement
+from dak_inductor.copy_ring import MARGIN
 from dak_inductor.cost_curve import Line, cost_lines, cost_pieces, objective
 from dak_inductor.errors import BudgetError, PlanError
 from dak_inductor.greedy import fill, round_splits, steepest_slope
@@ -59,7 +60,7 @@ def make_plan(
         even = ahead.staged and ahead.expected <= best.expected * (1 + move_tolerance)
         # bytes that an embedding gives for nothing need not make every product read both memories
         fewer = _of_products(lines, spread) < _of_products(lines, rounded)
-        if even or (fewer and ahead.expected < best.expected * (1 - ahead_placement.MARGIN)):
+        if even or (fewer and ahead.expected < best.expected * (1 - MARGIN)):
             best = ahead
     if _is_allowed(problem, grids, asked):
         now = Schedule(problem, profile, lines, grids, current)

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 
-from dak_inductor.ahead_placement import MARGIN, StagedStep, product_seconds, staged_steps
+from dak_inductor.ahead_placement import StagedStep, product_seconds, staged_steps
+from dak_inductor.copy_ring import MARGIN
 from dak_inductor.cost_curve import Line
 from dak_inductor.cost_model import alone_seconds, peak_flops, step_bound
 from dak_inductor.hardware import HardwareProfile
@@ -74,8 +75,9 @@ class Schedule:
         )
 
     def _alone(self, line: Line) -> float:
-        both = line.copied and 0 < self._shares[line.tensor] < 1
-        return alone_seconds(line.use.m, self._profile) if both else 0.0
+        if not line.copied:
+            return 0.0
+        return alone_seconds(line.use.m, self._shares[line.tensor], self._profile)
 
     @cached_property
     def objective(self) -> float:

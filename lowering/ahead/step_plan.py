@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from dak_inductor.cost_model import RING_BYTES
+from dak_inductor.copy_ring import LAUNCHES_IN_RING, MARGIN, PARTS_IN_RING, RING_BYTES
 from dak_inductor.lowering.ahead.ring_places import Place, places, side_by_side
 from dak_inductor.lowering.ahead.step_op import LinkRates, RowSpan, StepOp
 from dak_inductor.lowering.ahead.timeline import Part, simulate
@@ -20,12 +20,7 @@ LEAST_RING_BYTES = 4 * 2**20
 LEAST_REMOTE_BYTES = 128 * 2**10
 """Of a product that `auto` may stage: less is read directly while a copy would start."""
 
-_IN_RING = 3  # of the largest parts: one is copied, one is read, one lies ready
-_LAUNCHES_IN_RING = 2
-"""Of products that are one launch each: one is copied, one is read. A launch takes a tenth of the
-time of its copies."""
 _ROWS = 8
-_MARGIN = 0.02  # what staging must save
 _STAGED = "its remote rows are copied ahead"
 _FEW_BYTES = 2 * 2**20
 """Of products that `auto` also tries to leave direct: what an own copy costs is what it saves."""
@@ -111,12 +106,13 @@ def choose(
     else:
         for chosen, why in _candidates(ops, strategy):
             for size in _ring_sizes(most, charged, [ops[number] for number in chosen]):
-                for in_parts in ((), chosen[-1:]):
+                last = chosen[-1:] if _may_launch(ops[chosen[-1]], size) else ()
+                for in_parts in dict.fromkeys(((), last)):
                     plan = _planned(ops, chosen, why, rates, size, in_parts)
                     if plan is not None:
                         found.append(plan)
     price = partial(_paid, ops, rates) if charged else _seconds
-    least = _MARGIN if strategy == "auto" else None
+    least = MARGIN if strategy == "auto" else None
     return StepPlans(
         captured=_best(ops, found, reason, price, least),
         eager=_best(ops, found, reason, price, least, host=True),
@@ -189,7 +185,7 @@ def _ring_sizes(most: int, charged: bool, staged: Sequence[StepOp]) -> Iterator[
     if not charged:
         return
     launches = [_ring_bytes(op) for op in staged if _may_launch(op, most)]
-    enough = _LAUNCHES_IN_RING * max(launches, default=0)
+    enough = LAUNCHES_IN_RING * max(launches, default=0)
     if LEAST_RING_BYTES <= enough < most:
         yield enough
     while (most := most // 2) >= LEAST_RING_BYTES:
@@ -200,7 +196,7 @@ def _may_launch(op: StepOp, most: int) -> bool:
     """Whether one launch reads it through a ring of so many bytes: both of its weights in the ring
     from the same row on, where both are."""
     starts = {span.start for span in op.weights if span.start < span.rows}
-    return op.launch > 0 and len(starts) == 1 and _LAUNCHES_IN_RING * _ring_bytes(op) <= most
+    return op.launch > 0 and len(starts) == 1 and LAUNCHES_IN_RING * _ring_bytes(op) <= most
 
 
 def _ring_bytes(op: StepOp) -> int:
@@ -247,7 +243,7 @@ def _planned(
     for number in chosen:
         op = ops[number]
         whole = _may_launch(op, most) and number not in in_parts
-        largest = most if whole else most // _IN_RING
+        largest = most if whole else most // PARTS_IN_RING
         parts = [
             part
             for weight, span in enumerate(op.weights)

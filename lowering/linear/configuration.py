@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dak_inductor.cost_model import FEW_TOKENS
 from dak_inductor.cuda_runtime.nvrtc import KernelInstance, instance
 from dak_inductor.hardware import HardwareProfile, LinkProfile
 from dak_inductor.lowering.linear.problem import LinearProblem
@@ -30,7 +31,7 @@ TURN_PITCH = 68
 TOKEN_TILES = (8, 16, 32, 64, 128, 256)
 MAXIMUM_CLUSTER = 16
 MAXIMUM_TOKENS = MAXIMUM_CLUSTER * TOKEN_TILES[-1]
-DECODE_TOKENS = 128
+DECODE_TOKENS = FEW_TOKENS
 """Up to this many tokens one CTA holds all of them."""
 WORKER_BYTES = 32 * 1024
 """That a remote worker wants to have on their way. An SM has no more than 16 KiB of a host's memory
