@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dak_inductor.copy_ring import LAUNCHES_IN_RING, PARTS_IN_RING, RING_BYTES
+from dak_inductor.copy_ring import LAUNCHES_IN_RING, PARTS_IN_RING
 from dak_inductor.cost_curve import Line, Piece
 from dak_inductor.cost_model import FEW_TOKENS, copy_slowdown
 from dak_inductor.hardware import HardwareProfile, LinkProfile
@@ -56,6 +56,7 @@ def staged_steps(
     direct: Sequence[float],
     profile: HardwareProfile,
     link: LinkProfile,
+    ring_bytes: int,
 ) -> dict[str, StagedStep]:
     """By graph that has products with remote rows that can be copied ahead.
 
@@ -72,7 +73,7 @@ def staged_steps(
         if line.copied and share > 0:
             far = share * use.touched_bytes
             copied[graph] = copied.get(graph, 0.0) + far
-            took = line.alone + product_seconds(use, far)
+            took = line.alone + product_seconds(use, far, ring_bytes)
             product = (graph, use.op)
             arriving[product] = arriving.get(product, 0.0) + far
             own[product] = own.get(product, 0.0) + took
@@ -84,7 +85,7 @@ def staged_steps(
     # runs. Over an NVLink that is most of its bytes, since the ring bridges 80 us there.
     waits: dict[str, float] = {}
     for (graph, op), nbytes in arriving.items():
-        late = (nbytes - RING_BYTES) / link.copy_bandwidth - own[graph, op]
+        late = (nbytes - ring_bytes) / link.copy_bandwidth - own[graph, op]
         waits[graph] = waits.get(graph, 0.0) + max(0.0, late)
     slower = copy_slowdown(profile, link) - 1
     steps = {}
@@ -98,12 +99,12 @@ def staged_steps(
     return steps
 
 
-def product_seconds(use: OpUse, copied: float) -> float:
+def product_seconds(use: OpUse, copied: float, ring_bytes: int) -> float:
     """What a product takes longer with so many bytes copied ahead. One launch reads them where the
     ring holds twice as many."""
-    if 0 < use.m <= FEW_TOKENS and LAUNCHES_IN_RING * copied <= RING_BYTES:
+    if 0 < use.m <= FEW_TOKENS and LAUNCHES_IN_RING * copied <= ring_bytes:
         return _LAUNCH_SECONDS
-    return _PARTS_SECONDS + (math.ceil(PARTS_IN_RING * copied / RING_BYTES) - 1) * _FURTHER_SECONDS
+    return _PARTS_SECONDS + (math.ceil(PARTS_IN_RING * copied / ring_bytes) - 1) * _FURTHER_SECONDS
 
 
 def placement(

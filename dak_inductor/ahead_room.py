@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
+from dak_inductor.budget import DeviceBudget
+from dak_inductor.copy_ring import RING_SHARE, expected_ring_bytes
 from dak_inductor.lowering.ahead.memory import Room
 from dak_inductor.offloaded import OffloadedModel
 from dak_inductor.options import copies_ahead_by_default
 
 DEVICES = ("cuda",)
 """Where copies ahead are of use: on the simulated tier of the CPU nothing is faster or slower."""
-LARGEST_SHARE = 1 / 64
-"""Of the budget."""
 
 
 def copies_help(device: torch.device) -> bool:
@@ -21,9 +21,14 @@ def copies_help(device: torch.device) -> bool:
     return device.type in DEVICES
 
 
-def may_copy_ahead(device: torch.device) -> bool:
-    """Whether to place for copies ahead a model on `device` that no graph was compiled for yet."""
-    return copies_help(device) and copies_ahead_by_default()
+def expected_ring(budget: DeviceBudget) -> int:
+    """Bytes of the ring of a model that no graph was compiled for yet; 0 where it will have none.
+
+    Activations have more of the budget kept for them than this.
+    """
+    if not (copies_help(budget.device) and copies_ahead_by_default()):
+        return 0
+    return expected_ring_bytes(budget.limit)
 
 
 def ring_room(device: torch.device, models: Sequence[OffloadedModel]) -> Room:
@@ -40,4 +45,4 @@ def ring_room(device: torch.device, models: Sequence[OffloadedModel]) -> Room:
     free, card = torch.cuda.mem_get_info(device)
     limit = min(limits, default=card)
     left = min(free, limit - (card - free))
-    return Room(max(0, min(left, int(LARGEST_SHARE * limit))), charged)
+    return Room(max(0, min(left, int(RING_SHARE * limit))), charged)

@@ -73,7 +73,7 @@ def cost_lines(problem: PlanProblem, profile: HardwareProfile, link: LinkProfile
         cost, start, kinks = known
         tensor = index[use.tensor]
         copied = (
-            problem.ahead
+            problem.ring_bytes > 0
             and tensor >= 0
             and use.kind in _PRODUCTS
             and problem.tensors[tensor].row_block > 0

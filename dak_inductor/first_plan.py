@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dak_inductor import hardware
-from dak_inductor.ahead_room import may_copy_ahead
+from dak_inductor.ahead_room import expected_ring
 from dak_inductor.budget import BudgetTerms, DeviceBudget
 from dak_inductor.copied_rows import row_block
 from dak_inductor.cuda_runtime.tier import Tier
@@ -63,7 +63,7 @@ def make_first_plan(
         remote=request.remote,
         refusals=tuple(inventory.refusals),
         model=inventory.fingerprint,
-        ahead=may_copy_ahead(budget.device),
+        ring_bytes=expected_ring(budget),
     )
     if request.plan is not None:
         sizes = {spec.name: spec.nbytes for spec in specs.values()}

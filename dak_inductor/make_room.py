@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from dak_inductor import hardware, placement
-from dak_inductor.ahead_room import may_copy_ahead
+from dak_inductor.ahead_room import expected_ring
 from dak_inductor.budget import DeviceBudget
 from dak_inductor.first_plan import budget_terms
 from dak_inductor.inventory import Inventory
@@ -58,7 +58,7 @@ def give_way(model: OffloadedModel, nbytes: int) -> int:
         remote=model.remote,
         refusals=model.refusals,
         model=model.fingerprint,
-        ahead=may_copy_ahead(model.device),
+        ring_bytes=expected_ring(model.budget),
     )
     plan = make_plan(problem, hardware.current(model.device))
     placement.apply(plan, model)

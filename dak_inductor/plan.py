@@ -68,7 +68,8 @@ class OpUse:
 class PlanProblem:
     """`remote_bytes` of the `tensors` have to be remote; which bytes is the planner's to say.
 
-    ahead: the link may copy remote rows ahead of the products that read them.
+    ring_bytes: device memory through which the link may copy remote rows ahead of the products that
+        read them; 0: it copies none.
     """
 
     tensors: tuple[TensorSpec, ...]
@@ -77,7 +78,7 @@ class PlanProblem:
     remote: str
     refusals: tuple[Refusal, ...] = ()
     model: str = ""  # fingerprint
-    ahead: bool = False
+    ring_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dak_inductor import hardware
 from dak_inductor.copied_rows import row_block
+from dak_inductor.copy_ring import expected_ring_bytes
 from dak_inductor.cost_model import reached_flops
 from dak_inductor.errors import BudgetError, ModelError, OptionError
 from dak_inductor.hardware import HardwareProfile
@@ -264,7 +265,7 @@ def plan_model(
         remote=request.remote,
         refusals=(*inventory.refusals, *refusals),
         model=inventory.fingerprint,
-        ahead=True,
+        ring_bytes=expected_ring_bytes(budget),
     )
     compute = {use.op: use.flops / reached_flops(use, profile) for use in uses if use.flops}
     return PlanAnswer(request, memory, make_plan(problem, profile), compute)

@@ -51,7 +51,7 @@ def make_plan(
         relaxed = fill(pieces, grids, asked, rank, current, price)
     rounded = round_splits(relaxed, pieces, grids, current, asked)
     best = Schedule(problem, profile, lines, grids, rounded)
-    if problem.ahead and (
+    if problem.ring_bytes and (
         spread := ahead_placement.placement(problem, lines, pieces, grids, asked, link)
     ):
         ahead = Schedule(problem, profile, lines, grids, spread)

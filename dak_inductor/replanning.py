@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from dak_inductor import hardware, placement
-from dak_inductor.ahead_room import copies_help, may_copy_ahead
+from dak_inductor.ahead_room import copies_help, expected_ring
 from dak_inductor.binding import Binding
+from dak_inductor.copy_ring import expected_ring_bytes, ring_within
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.default_plan import default_uses
 from dak_inductor.hardware import HardwareProfile
@@ -76,13 +77,13 @@ def problem_of(model: OffloadedModel, bindings: Iterable[Binding]) -> PlanProble
         remote=model.remote,
         refusals=(*model.refusals, *refusals.values()),
         model=model.fingerprint,
-        ahead=copies_ahead(model, bindings),
+        ring_bytes=ring_bytes(model, bindings),
     )
 
 
-def copies_ahead(model: OffloadedModel, bindings: Iterable[Binding]) -> bool:
-    """Whether copies ahead may serve this model: no graph of it was called that has none. Before
-    the first call the environment says so, afterwards the options of its graphs do."""
+def ring_bytes(model: OffloadedModel, bindings: Iterable[Binding]) -> int:
+    """Of the ring of copies ahead that serves this model; 0 where a graph of it that was called has
+    none. Before the first call the environment says so, afterwards the options of its graphs do."""
     own = model.buffer_ids()
     called = [
         binding.ahead
@@ -91,8 +92,11 @@ def copies_ahead(model: OffloadedModel, bindings: Iterable[Binding]) -> bool:
         and any(id(buffer) in own for buffer in binding.live_buffers().values())
     ]
     if not called:
-        return may_copy_ahead(model.device)
-    return copies_help(model.device) and not any(steps.never for steps in called)
+        return expected_ring(model.budget)
+    if not copies_help(model.device) or any(steps.never for steps in called):
+        return 0
+    rooms = [steps.least_room for steps in called if steps.least_room is not None]
+    return ring_within(min(rooms, default=expected_ring_bytes(model.budget.limit)))
 
 
 def replan(

@@ -37,14 +37,20 @@ class Schedule:
     @cached_property
     def staged(self) -> dict[str, StagedStep]:
         """Graphs whose remote rows are copied ahead, since that is predicted to be faster."""
-        if not self._problem.ahead:
+        if not self._problem.ring_bytes:
             return {}
         direct: dict[str, float] = {}
         for line, seconds in zip(self._lines, self._direct, strict=True):
             took = seconds + self._alone(line)
             direct[line.use.graph] = direct.get(line.use.graph, 0.0) + took
-        link = self._profile.link(self._problem.remote)
-        steps = staged_steps(self._lines, self._shares, self._direct, self._profile, link)
+        steps = staged_steps(
+            self._lines,
+            self._shares,
+            self._direct,
+            self._profile,
+            self._profile.link(self._problem.remote),
+            self._problem.ring_bytes,
+        )
         return {
             graph: step
             for graph, step in steps.items()
@@ -57,13 +63,13 @@ class Schedule:
         that are copied for, by their bytes."""
         if not self.staged:
             return self._direct
-        times = list(self._direct)
+        times, ring_bytes = list(self._direct), self._problem.ring_bytes
         for number, line in enumerate(self._lines):
             if self._is_staged(line):
                 step = self.staged[line.use.graph]
                 copied = self._shares[line.tensor] * line.use.touched_bytes
                 own = step.besides * copied / step.copied
-                times[number] = line.alone + product_seconds(line.use, copied) + own
+                times[number] = line.alone + product_seconds(line.use, copied, ring_bytes) + own
         return times
 
     @cached_property

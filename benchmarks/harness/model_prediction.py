@@ -8,6 +8,7 @@ from typing import Any
 from dak_inductor import hardware
 from dak_inductor.benchmarks.harness.model_case import Case
 from dak_inductor.copied_rows import row_block
+from dak_inductor.copy_ring import RING_BYTES
 from dak_inductor.inventory import take_inventory
 from dak_inductor.plan import Plan, PlanProblem, TensorSpec
 from dak_inductor.plan_command import REMOTE_PAGE, build_model, graphs_for
@@ -85,6 +86,6 @@ class Predictor:
             remote=case.remote,
             refusals=(*inventory.refusals, *refusals),
             model=inventory.fingerprint,
-            ahead=True,
+            ring_bytes=RING_BYTES,
         )
         return replace(make_plan(problem, profile), model=case.model)

@@ -17,6 +17,7 @@ import torch
 
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.errors import ProfileError
+from dak_inductor.lowering.ahead.plan_choice import choose
 from dak_inductor.lowering.ahead.player import Player
 from dak_inductor.lowering.ahead.prepared_plan import PreparedPlan
 from dak_inductor.lowering.ahead.sequence import CallSequence, Splits
@@ -26,7 +27,7 @@ from dak_inductor.lowering.ahead.step import (
     place_of,
 )
 from dak_inductor.lowering.ahead.step_costs import link_rates, step_ops, tier_of
-from dak_inductor.lowering.ahead.step_plan import StepPlans, choose
+from dak_inductor.lowering.ahead.step_plan import StepPlans
 from dak_inductor.lowering.linear.launch import profile_of
 from dak_inductor.lowering.linear.open_step import OutsideStep, current, enter
 from dak_inductor.lowering.linear.queues import queues_of
@@ -97,6 +98,9 @@ class StepMemory:
         self._held: torch.Tensor | None = None
         self._ask_room = room
         self._room: Room | None = None
+        self.least_room: int | None = None
+        """Bytes that a ring could have whenever a step was planned. It only falls, so that what is
+        placed by it does not move back and forth."""
         self._steps: OrderedDict[Hashable, KnownStep] = OrderedDict()
 
     def ring_grew(self) -> bool:
@@ -222,11 +226,13 @@ class StepMemory:
         ops = step_ops(calls, tier, index)
         if ops is None:
             return None
+        room = max(self._room.nbytes, self.ring_bytes)
+        self.least_room = room if self.least_room is None else min(room, self.least_room)
         plans = choose(
             ops,
             link_rates(profile, profile.link(tier)),
             strategy=self.strategy,
-            room=max(self._room.nbytes, self.ring_bytes),
+            room=room,
             charged=self._room.charged,
         )
         plan, eager = plans.captured, plans.eager

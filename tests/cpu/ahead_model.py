@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dak_inductor import copy_ring
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
-from dak_inductor.lowering.ahead import step_plan
+from dak_inductor.lowering.ahead import staged_plans
 from dak_inductor.lowering.linear import dispatch
 from dak_inductor.lowering.linear.product import Product
 
@@ -20,9 +21,9 @@ BF16 = torch.bfloat16
 
 def shrink(monkeypatch) -> None:
     """Rings so small that little weights take many turns."""
-    monkeypatch.setattr(step_plan, "LEAST_RING_BYTES", 1024)
-    monkeypatch.setattr(step_plan, "RING_BYTES", ROOM)
-    monkeypatch.setattr(step_plan, "LEAST_REMOTE_BYTES", 0)
+    monkeypatch.setattr(copy_ring, "LEAST_RING_BYTES", 1024)
+    monkeypatch.setattr(copy_ring, "RING_BYTES", ROOM)
+    monkeypatch.setattr(staged_plans, "LEAST_REMOTE_BYTES", 0)
 
 
 def weight_of(n: int, k: int, remote_share: float, label: str = "w") -> tuple[TieredBuffer, Tensor]:

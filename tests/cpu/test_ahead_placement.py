@@ -25,7 +25,7 @@ SIZES = {
 LAYERS = 8
 
 
-def decoder(share: float, *, ahead: bool = True, remote: str = "cpu") -> PlanProblem:
+def decoder(share: float, *, ring: int = RING_BYTES, remote: str = "cpu") -> PlanProblem:
     """Layers of Llama-3-8B with an embedding, of which a step reads one row."""
     specs = [TensorSpec("embed", 128256 * 4096 * 2, row_block=8 * 4096 * 2)]
     uses = [OpUse("embed", "decode", "embed", "embedding", 8192.0, 8192.0, 0.0, 16.0, m=1)]
@@ -41,7 +41,7 @@ def decoder(share: float, *, ahead: bool = True, remote: str = "cpu") -> PlanPro
             )  # fmt: skip
     weights = sum(spec.nbytes for spec in specs[1:])
     asked = specs[0].nbytes + round(share * weights)
-    return PlanProblem(tuple(specs), tuple(uses), asked, remote, ahead=ahead)
+    return PlanProblem(tuple(specs), tuple(uses), asked, remote, ring_bytes=ring)
 
 
 def staged(plan: Plan) -> dict[str, float]:
@@ -76,7 +76,7 @@ def test_products_are_left_alone_while_the_embedding_has_bytes_to_give(
     """Each at its balance they would gain 1% (8 over NVLink), and lose 26 by two memories."""
     plan = make_plan(decoder(share, remote=remote), H200)
     assert sum(op.remote_share > 0 for op in plan.ops if op.kind == "linear") == (share > 0)
-    greedy = make_plan(decoder(share, ahead=False, remote=remote), H200)
+    greedy = make_plan(decoder(share, ring=0, remote=remote), H200)
     assert sum(op.remote_share > 0 for op in greedy.ops) > 6 * LAYERS
 
 
@@ -85,7 +85,7 @@ def test_few_remote_bytes_lie_in_few_products(share: float, products: int) -> No
     """Read directly by half of all products, each near its balance, they took 60 us of 1.3 ms."""
     plan = make_plan(decoder(share), H200)
     assert len(staged(plan)) == products
-    direct = make_plan(decoder(share, ahead=False), H200)
+    direct = make_plan(decoder(share, ring=0), H200)
     assert sum(0 < op.remote_share < 1 for op in direct.ops) > 5 * products
     assert plan.objective > direct.objective, "their sums of convex costs say otherwise"
 
@@ -95,12 +95,12 @@ def test_over_a_fast_link_a_product_with_more_than_half_of_the_ring_is_no_launch
     share: float,
 ) -> None:
     """As launches these would look 1 to 9% faster than direct reads; in parts they are slower."""
-    whole = decoder(share, remote="peer")
+    whole = decoder(share, ring=32 * 2**20, remote="peer")
     asked = whole.remote_bytes - whole.tensors[0].nbytes
     problem = replace(whole, tensors=whole.tensors[1:], uses=whole.uses[1:], remote_bytes=asked)
     plan = make_plan(problem, H200)
     assert not staged(plan)
-    assert plan.splits == make_plan(replace(problem, ahead=False), H200).splits
+    assert plan.splits == make_plan(replace(problem, ring_bytes=0), H200).splits
 
 
 def test_what_the_ring_does_not_hold_is_waited_for() -> None:
@@ -109,10 +109,12 @@ def test_what_the_ring_does_not_hold_is_waited_for() -> None:
     use = OpUse("one", "decode", "one", "linear", nbytes, 0.0, 0.0, 1.0, m=1)
     other = OpUse("other", "decode", "other", "linear", nbytes, 0.0, 0.0, 9.0, m=1)
     specs = tuple(TensorSpec(name, nbytes, row_block=1024) for name in ("one", "other"))
-    lines = cost_lines(PlanProblem(specs, (use, other), 0, "peer", ahead=True), H200, link)
+    lines = cost_lines(
+        PlanProblem(specs, (use, other), 0, "peer", ring_bytes=RING_BYTES), H200, link
+    )
 
     def seconds(share: float) -> float:
-        steps = staged_steps(lines, [share, 0.0], [0.0, lines[1].alone], H200, link)
+        steps = staged_steps(lines, [share, 0.0], [0.0, lines[1].alone], H200, link, RING_BYTES)
         return steps["decode"].seconds
 
     rings = [seconds(number / 12) for number in (1, 6, 9)]
@@ -123,7 +125,7 @@ def test_what_the_ring_does_not_hold_is_waited_for() -> None:
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 1.0])
 def test_a_staged_step_is_predicted_between_its_bound_and_direct_reads(share: float) -> None:
     plan = make_plan(decoder(share), H200)
-    direct = make_plan(decoder(share, ahead=False), H200)
+    direct = make_plan(decoder(share, ring=0), H200)
     assert plan.bound["decode"] <= plan.step_times["decode"] < 0.97 * direct.step_times["decode"]
     assert plan.objective_bound <= plan.objective < direct.objective
     assert plan.step_times["decode"] == pytest.approx(sum(op.time for op in plan.ops))
@@ -148,7 +150,9 @@ def test_products_of_one_size_in_a_block_do_not_share_its_remote_bytes() -> None
             specs.append(TensorSpec(tensor, nbytes, row_block=8 * 4096 * 2))
             uses.append(OpUse(tensor, "decode", tensor, "linear", nbytes, 4e4, nbytes, 16.0, m=1))
     asked = LAYERS * nbytes // 5
-    plan = make_plan(PlanProblem(tuple(specs), tuple(uses), asked, "cpu", ahead=True), H200)
+    plan = make_plan(
+        PlanProblem(tuple(specs), tuple(uses), asked, "cpu", ring_bytes=RING_BYTES), H200
+    )
     assert set(staged(plan)) == {f"decoder.layers.{layer}.fc1.weight" for layer in range(LAYERS)}
 
 
@@ -188,7 +192,7 @@ def test_what_no_copy_can_serve_is_planned_for_direct_reads() -> None:
     none = tuple(replace(spec, row_block=0) for spec in problem.tensors)
     plan = make_plan(replace(problem, tensors=none), H200)
     assert not staged(plan)
-    assert plan.splits == make_plan(decoder(0.1, ahead=False), H200).splits
+    assert plan.splits == make_plan(decoder(0.1, ring=0), H200).splits
 
 
 @given(st.integers(0, 10**6))
@@ -198,7 +202,7 @@ def test_copies_ahead_never_cost_more_nor_break_a_budget(seed: int) -> None:
     blocks = tuple(replace(spec, row_block=256 * 8) for spec in problem.tensors)
     problem = on_the_grid(replace(problem, tensors=blocks))
     direct = make_plan(problem, profile)
-    plan = make_plan(replace(problem, ahead=True), profile)
+    plan = make_plan(replace(problem, ring_bytes=RING_BYTES), profile)
     alone = sum(op.calls * alone_seconds(op.m, op.remote_share, profile) for op in direct.ops)
     assert plan.objective <= (direct.objective + alone) * (1 + 2e-3)
     assert plan.objective_bound <= plan.objective * (1 + 1e-6)  # splits are rounded

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dak_inductor import hardware
+from dak_inductor.copy_ring import LEAST_RING_BYTES, RING_BYTES
 from dak_inductor.cost_model import HBM_SHARE
-from dak_inductor.lowering.ahead import step_plan
+from dak_inductor.lowering.ahead import plan_choice
 from dak_inductor.lowering.ahead.ring_places import ALIGNMENT, places, side_by_side
 from dak_inductor.lowering.ahead.step_costs import link_rates
 from dak_inductor.lowering.ahead.step_op import RowSpan, StepOp
-from dak_inductor.lowering.ahead.step_plan import LEAST_RING_BYTES, StepPlan, StepPlans
+from dak_inductor.lowering.ahead.step_plan import StepPlan, StepPlans
 from dak_inductor.lowering.ahead.timeline import LOCAL
 from dak_inductor.lowering.host_cost import (
     COPY_SECONDS,
@@ -33,7 +34,7 @@ MIB = 1 << 20
 
 def choose(*args, **options) -> StepPlan:
     """The plan for CUDA graphs, where only the GPU takes time."""
-    return step_plan.choose(*args, **options).captured
+    return plan_choice.choose(*args, **options).captured
 
 
 def op_of(
@@ -141,7 +142,7 @@ def host_seconds(ops: Sequence[StepOp], plan: StepPlan) -> float:
 @settings(deadline=None, max_examples=80)
 @given(steps(), st.sampled_from([4, 5, 16, 64]), st.sampled_from(["auto", "staged"]))
 def test_every_plan_holds(ops: list[StepOp], room: int, strategy: str) -> None:
-    plans = step_plan.choose(ops, RATES, strategy=strategy, room=room * MIB)  # type: ignore[arg-type]
+    plans = plan_choice.choose(ops, RATES, strategy=strategy, room=room * MIB)  # type: ignore[arg-type]
     for plan in (plans.captured, plans.eager):
         check(ops, plan, room * MIB)
         if strategy == "auto":
@@ -197,7 +198,7 @@ def test_auto_stages_where_most_of_the_time_is_the_links() -> None:
 
 
 def plans_of(ops: Sequence[StepOp]) -> StepPlans:
-    return step_plan.choose(ops, RATES, strategy="auto", room=256 * MIB)
+    return plan_choice.choose(ops, RATES, strategy="auto", room=256 * MIB)
 
 
 def test_outside_of_cuda_graphs_the_host_decides_where_it_takes_longer() -> None:
@@ -209,7 +210,7 @@ def test_outside_of_cuda_graphs_the_host_decides_where_it_takes_longer() -> None
     assert eager.staged == 0 and eager.waits_for_host
     assert eager.seconds == eager.direct_seconds == pytest.approx(32 * DIRECT_SECONDS)
     assert "ms of the host, direct 2.560 ms" in eager.ops[0].reason
-    asked = step_plan.choose(ops, RATES, strategy="staged", room=256 * MIB).eager
+    asked = plan_choice.choose(ops, RATES, strategy="staged", room=256 * MIB).eager
     assert asked.staged == 32 and asked.seconds == pytest.approx(
         32 * STAGED_SECONDS + 8 * PART_SECONDS
     ), "gate and up are two parts"
@@ -258,8 +259,24 @@ def test_a_product_is_one_launch_where_two_of_its_kind_fit_the_ring() -> None:
         [replace(op, launch=0.0) for op in few] * 8, RATES, strategy="staged", room=64 * MIB
     )
     assert plan.seconds <= in_parts.seconds
-    many = [op_of(4096, 8192, 0.6, launch=True)]  # 20 MB of a ring of 32
-    assert not choose(many, RATES, strategy="staged", room=64 * MIB).ops[0].launched
+    large = [op_of(4096, 8192, 0.6, launch=True)] * 8  # 20 MiB each
+    for room in (32, 64):
+        plan = choose(large, RATES, strategy="staged", room=room * MIB)
+        assert all(op.launched for op in plan.ops) is (room == 64)
+
+
+def test_the_ring_is_the_smallest_that_is_as_fast() -> None:
+    """Where the link has time to wait it holds one product, though two would fit, and one third of
+    what is remote."""
+    plain = [op_of(14336, 8192, 0.0)] * 6
+    few = choose(
+        [*plain, op_of(4096, 14336, 0.075, launch=True)] * 3, RATES, strategy="auto", room=64 * MIB
+    )
+    assert few.staged == 3 and few.ring_bytes == few.parts[0].size
+    deep = choose(llama(1.0), RATES, strategy="auto", room=64 * MIB)
+    assert deep.ring_bytes == 64 * MIB, "larger parts, fewer gaps between copies"
+    half = choose(llama(1.0), RATES, strategy="auto", room=32 * MIB)
+    assert deep.seconds < half.seconds
 
 
 def test_a_ring_that_is_paid_for_holds_two_of_the_largest_launches() -> None:
@@ -292,9 +309,7 @@ def test_refusals_keep_their_reason() -> None:
 def test_the_ring_is_no_larger_than_its_parts() -> None:
     plan = choose([op_of(4096, 8192, 0.1)], RATES, strategy="staged", room=64 * MIB)
     assert plan.ring_bytes < 5 * MIB and len(plan.parts) == 1
-    assert choose(llama(1.0), RATES, strategy="staged", room=1 << 40).ring_bytes <= (
-        step_plan.RING_BYTES
-    )
+    assert choose(llama(1.0), RATES, strategy="staged", room=1 << 40).ring_bytes <= (RING_BYTES)
 
 
 def test_copies_slow_down_what_reads_hbm_as_the_profile_says() -> None:
@@ -312,5 +327,5 @@ def test_a_step_is_planned_in_milliseconds() -> None:
         begun = time.perf_counter()
         choose(ops, RATES, strategy="auto", room=64 * MIB)
         seconds.append(time.perf_counter() - begun)
-    assert min(seconds) < 0.02  # 5 ms alone; other processes share the machine
+    assert min(seconds) < 0.05  # 10 ms alone; other processes share the machine
     print(f"{min(seconds) * 1e3:.2f} ms for {len(ops)} products")

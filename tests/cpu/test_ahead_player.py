@@ -12,12 +12,13 @@ from dak_inductor import hardware
 from dak_inductor.cuda_runtime.tier_buffer import TierBytes
 from dak_inductor.lowering import counters, reads
 from dak_inductor.lowering.ahead import sequence
+from dak_inductor.lowering.ahead.plan_choice import choose
 from dak_inductor.lowering.ahead.player import Player
 from dak_inductor.lowering.ahead.prepared_plan import PreparedPlan
 from dak_inductor.lowering.ahead.sequence import CallSequence, call_of
 from dak_inductor.lowering.ahead.step import PlayedStep
 from dak_inductor.lowering.ahead.step_costs import link_rates, step_ops
-from dak_inductor.lowering.ahead.step_plan import StepPlan, choose
+from dak_inductor.lowering.ahead.step_plan import StepPlan
 from dak_inductor.lowering.linear.product import Product
 from dak_inductor.lowering.linear.queues import Queues
 

@@ -112,7 +112,7 @@ def test_plans_before_the_first_graph_follow_the_environment(
     """Also the plan by which a model gives way to another one."""
     monkeypatch.setenv("DAK_STRATEGY", strategy)
     _, record = offloaded()
-    assert replanning.copies_ahead(record, []) is ahead
+    assert bool(replanning.ring_bytes(record, [])) is ahead
     give_way(record, 1)
     assert record.plan is not None
     assert any(op.strategy == "staged" for op in record.plan.ops) is ahead
@@ -126,7 +126,7 @@ def test_a_graphs_option_wins_over_the_environment(
     model, record = offloaded()
     called(model, strategy)
     monkeypatch.setenv("DAK_STRATEGY", "direct" if ahead else "auto")
-    assert replanning.copies_ahead(record, SESSION.bindings()) is ahead
+    assert bool(replanning.ring_bytes(record, SESSION.bindings())) is ahead
 
 
 @torch.no_grad()
@@ -136,9 +136,9 @@ def test_direct_reads_have_a_placement_of_their_own() -> None:
     called(model, "auto")
     binding = SESSION.bindings()[-1]
     binding.ahead = StepMemory("graph", "direct", lambda: Room(0))
-    assert not replanning.copies_ahead(record, [binding])
+    assert replanning.ring_bytes(record, [binding]) == 0
     problem = replanning.problem_of(record, [binding])
-    assert not problem.ahead
+    assert problem.ring_bytes == 0
     plan = replanning.make_plan(problem, hardware.current(record.device))
     assert not any(op.strategy == "staged" for op in plan.ops)
     assert dict(plan.splits) != before

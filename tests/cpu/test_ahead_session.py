@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import dak_inductor as dak
-from dak_inductor import ahead_room, session
+from dak_inductor import ahead_room, copy_ring, session
 from dak_inductor.ahead_room import ring_room
 from dak_inductor.backend import compile_graph
 from dak_inductor.lowering.ahead import memory, step_plan
@@ -44,7 +44,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch):
     SESSION.reset()
     dak.stats(reset=True)
     monkeypatch.setattr(ahead_room, "DEVICES", ("cpu",))
-    monkeypatch.setattr(step_plan, "LEAST_RING_BYTES", 256)
+    monkeypatch.setattr(copy_ring, "LEAST_RING_BYTES", 256)
     yield
     SESSION.reset()
 

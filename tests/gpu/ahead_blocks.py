@@ -12,7 +12,7 @@ import dak_inductor as dak
 from dak_inductor.ahead_report import StepStrategy
 from dak_inductor.benchmarks.harness.accuracy import errors, judge
 from dak_inductor.benchmarks.harness.linear_reference import poison_free_memory
-from dak_inductor.lowering.ahead import step_plan
+from dak_inductor.copy_ring import RING_BYTES
 from dak_inductor.offloaded import record_of
 from dak_inductor.options import Strategy
 from dak_inductor.placement import LAUNCH_LOCK
@@ -99,7 +99,7 @@ def expect(model: nn.Module, strategy: Strategy) -> None:
 
 def run(model: nn.Module, x: Tensor) -> Tensor:
     """A call whose ring and outputs hold NaN before it."""
-    poison_free_memory(step_plan.RING_BYTES, x.device, blocks=2)
+    poison_free_memory(RING_BYTES, x.device, blocks=2)
     poison_free_memory(x.numel() * 2, x.device)
     output = model(x)
     assert isinstance(output, Tensor)

@@ -10,7 +10,7 @@ import dak_inductor as dak
 from dak_inductor.benchmarks.harness.accuracy import poison
 from dak_inductor.benchmarks.harness.linear_reference import poison_free_memory
 from dak_inductor.benchmarks.harness.timing import CapturedStep, capture
-from dak_inductor.lowering.ahead import step_plan
+from dak_inductor.copy_ring import RING_BYTES
 from dak_inductor.options import Strategy
 
 from .ahead_blocks import (
@@ -46,7 +46,7 @@ def test_captured_graphs_survive_moved_splits(
     x = expected.inputs(tokens)
     for _ in range(3):
         model(x)
-    poison_free_memory(step_plan.RING_BYTES, device)
+    poison_free_memory(RING_BYTES, device)
     step = capture(lambda: model(x))
     expect(model, strategy)
     for share in (RATIO, 1.0, 0.0, 0.05, 0.7):

@@ -1,0 +1,112 @@
+"""The plan that a step follows: the fastest predicted, what its ring costs included."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+from dak_inductor.copy_ring import MARGIN, ring_within
+from dak_inductor.lowering.ahead.staged_plans import EVEN, staged_plans
+from dak_inductor.lowering.ahead.step_op import LinkRates, StepOp
+from dak_inductor.lowering.ahead.step_plan import OpStep, StepPlan, StepPlans
+from dak_inductor.lowering.host_cost import COPY_SECONDS, staged_seconds
+from dak_inductor.options import Strategy
+
+
+def choose(
+    ops: Sequence[StepOp],
+    rates: LinkRates,
+    *,
+    strategy: Strategy,
+    room: int,
+    charged: bool = False,
+) -> StepPlans:
+    """For "staged" every product that can be, for "auto" what is predicted to be faster than direct
+    reads by a margin.
+
+    Args:
+        room: bytes of device memory that the ring may have.
+        charged: they are taken from weights, which are remote for it.
+    """
+    most = ring_within(room)
+    price = partial(_paid, ops, rates) if charged else _seconds
+    found: list[StepPlan] = []
+    reason = "little or nothing of it is remote"
+    if strategy == "direct":
+        reason = "asked for"
+    elif not most:
+        reason = "no room for a ring"
+    else:
+        found = staged_plans(ops, rates, strategy, most, price)
+    least = MARGIN if strategy == "auto" else None
+    return StepPlans(
+        captured=_best(ops, found, reason, price, least),
+        eager=_best(ops, found, reason, price, least, host=True),
+    )
+
+
+def _seconds(plan: StepPlan) -> float:
+    return plan.seconds
+
+
+def _paid(ops: Sequence[StepOp], rates: LinkRates, plan: StepPlan) -> float:
+    """Seconds of a plan for whose ring weights make room: its bytes of them come over the link as
+    well, which may have time for it."""
+    copies = sum(rates.copy_seconds(part.copied) for part in plan.parts)
+    read = sum(op.link for op, step in zip(ops, plan.ops, strict=True) if step.strategy == "direct")
+    return max(plan.seconds, copies + read + plan.ring_bytes / rates.copy)
+
+
+def _best(
+    ops: Sequence[StepOp],
+    found: Sequence[StepPlan],
+    reason: str,
+    price: Callable[[StepPlan], float],
+    least: float | None,
+    *,
+    host: bool = False,
+) -> StepPlan:
+    """The fastest of `found`, of even ones that with the smallest ring; all direct where there is
+    none, for `reason`, or where it saves less than a share of `least`.
+
+    Args:
+        price: the seconds by which plans are compared.
+        host: outside of CUDA graphs.
+    """
+    if found:
+        plans = [_with_host(plan, ops) for plan in found] if host else found
+        seconds, best = _smallest_ring([(price(plan), plan) for plan in plans])
+        if least is None or seconds <= (1 - least) * best.direct_seconds:
+            return best
+        whose = " of the host" if best.waits_for_host else ""
+        reason = f"staged {seconds * 1e3:.3f} ms{whose}, direct {best.direct_seconds * 1e3:.3f} ms"
+    seconds = sum(op.direct for op in ops)
+    steps = tuple(OpStep("direct", op.refusal or reason) for op in ops)
+    direct = StepPlan(steps, (), (), 0, seconds, seconds)
+    return _with_host(direct, ops) if host else direct
+
+
+def _smallest_ring(plans: Sequence[tuple[float, StepPlan]]) -> tuple[float, StepPlan]:
+    """Of those about as fast as the fastest, with its price."""
+    limit = (1 + EVEN) * min(price for price, _ in plans)
+    even = [entry for entry in plans if entry[0] <= limit]
+    return min(even, key=lambda entry: (entry[1].ring_bytes, entry[0]))
+
+
+def _with_host(plan: StepPlan, ops: Sequence[StepOp]) -> StepPlan:
+    """Outside of CUDA graphs: the GPU waits for the host, or the host for nothing."""
+    parts = Counter(part.op for part in plan.parts)
+    host = 0.0
+    for number, (op, step) in enumerate(zip(ops, plan.ops, strict=True)):
+        if step.launched:
+            host += op.host + parts[number] * COPY_SECONDS
+        else:
+            host += staged_seconds(parts[number]) if number in parts else op.host
+    return replace(
+        plan,
+        seconds=max(plan.seconds, host),
+        direct_seconds=max(plan.direct_seconds, sum(op.host for op in ops)),
+        host_seconds=host,
+    )
