@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from dak_inductor.benchmarks.harness import ceilings, command_line
+from dak_inductor.benchmarks.harness.clock import Clock
 from dak_inductor.benchmarks.harness.record import make_record
 from dak_inductor.benchmarks.harness.table import summary
 from dak_inductor.benchmarks.harness.timing import QUICK
@@ -75,21 +75,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--seconds", type=float, default=45.0, help="after which no cell is begun")
     made.add_argument("--launches", type=int, default=LAUNCHES, help="of each series")
     return made.parse_args(argv)
-
-
-class Clock:
-    """What is left of the time."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-        self.skipped: list[str] = []
-
-    def allows(self, what: str, seconds: float = 1.0) -> bool:
-        """Whether there is that much left; if not, it is noted."""
-        if time.monotonic() + seconds < self._end:
-            return True
-        self.skipped.append(what)
-        return False
 
 
 def starts(floor: int, default: int, knee: int) -> tuple[int, ...]:

@@ -52,6 +52,7 @@ SUITES: Mapping[str, Suite] = {
     "attention": Suite("bench_attention", "attention", ("--limit-seconds", "480"), limit=560),
     "long_context": Suite("bench_long_context", "long_context", limit=300),
     "window": Suite("bench_window", "window", limit=120),
+    "fillers": Suite("bench_fillers", "fillers", limit=120),
     "planner": Suite("bench_planner", "planner", limit=900, alone=True),
 }
 DEFAULT = ("move", "decode_step", "load", "over_budget", "compile")

@@ -82,16 +82,20 @@ class Cubin:
 
 
 def assemble(name: str, folder: Path = KERNELS) -> KernelSource:
-    """Read `folder/<name>.cu` and the headers it includes, each by its path inside `folder`.
+    """Read `folder/<name>.cu` and the headers it includes, each by its path inside `folder`, or
+    inside `KERNELS` where `folder` has none of that path.
 
-    Raises CompilationError where a file is missing or lies outside `folder`: what is not read here
+    Raises CompilationError where a file is missing or lies outside both: what is not read here
     would not be part of the cache key.
     """
     headers: dict[str, str] = {}
 
     def read(path: str, includer: str) -> str:
-        place = (folder / path).resolve()
-        if not place.is_relative_to(folder.resolve()) or not place.is_file():
+        for root in dict.fromkeys((folder.resolve(), KERNELS)):
+            place = (root / path).resolve()
+            if place.is_relative_to(root) and place.is_file():
+                break
+        else:
             raise CompilationError(f"{includer} needs {path!r}, which is no file in {folder}")
         text = place.read_text(encoding="utf-8")
         for quoted, angled in _INCLUDE.findall(text):

@@ -80,10 +80,10 @@ class Disassembler:
 
     architecture = "sm_90a"
 
-    def __init__(self, folder: Path) -> None:
-        from dak_inductor.cuda_runtime.nvrtc import Compiler
+    def __init__(self, folder: Path, kernels: Path | None = None) -> None:
+        from dak_inductor.cuda_runtime.nvrtc import KERNELS, Compiler
 
-        self._compiler = Compiler(folder)
+        self._compiler = Compiler(folder, kernels=kernels or KERNELS)
         self._folder = folder
         self._listings: dict[str, str] = {}
 

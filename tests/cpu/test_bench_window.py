@@ -16,6 +16,7 @@ import torch
 from dak_inductor import hardware
 from dak_inductor.benchmarks import bench_window
 from dak_inductor.benchmarks.harness import ceilings, window_case
+from dak_inductor.benchmarks.harness.clock import Clock
 from dak_inductor.benchmarks.harness.record import make_record
 from dak_inductor.benchmarks.harness.window_case import (
     CopySpan,
@@ -128,7 +129,7 @@ def test_starts_reach_from_a_quarter_of_the_floor_to_16_knees() -> None:
 
 
 def test_time_that_runs_out_is_noted() -> None:
-    clock = bench_window.Clock(0.0)
+    clock = Clock(0.0)
     assert not clock.allows("a cell") and clock.skipped == ["a cell"]
 
 
