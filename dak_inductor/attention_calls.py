@@ -18,10 +18,22 @@ from torch.fx import Node
 from dak_inductor.normalise import value_of
 from dak_inductor.score_steps import Scores, read_scores, upwards
 from dak_inductor.sizes import Size, shape_of
-from dak_inductor.views import changes_not, written_between
+from dak_inductor.views import (
+    MAYBE_VIEWS,
+    changes_not,
+    memory_behind,
+    showing,
+    writes_first,
+    written_between,
+)
 
 _aten = torch.ops.aten
+_STRIDED_VIEWS = MAYBE_VIEWS | {_aten.view.default, _aten.view_as.default}
 PRODUCTS = (_aten.matmul.default, _aten.bmm.default)
+_STALE = "keys or values are written after they were copied for attention"
+_LEAST_FILL = -1e9
+"""A fill no higher hides a token also as a term: float32 drops scores below 32 beside it, so that
+a row that is all filled stays even."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +108,8 @@ def _from_operator(node: Node) -> AttentionCall | str:
     call = _call(node, query, key, value)
     if isinstance(call, str):
         return call
+    if _written_after_copy(call, key, value):
+        return _STALE
     call = replace(
         call,
         mask=values["attn_mask"],
@@ -126,6 +140,8 @@ def _from_products(node: Node) -> AttentionCall | str | None:
     masks = () if scores.mask is None else (scores.mask,)
     if written_between(scores.nodes[0], node, (*operands, *masks)):
         return "keys or values are written between the two products"
+    if _written_after_copy(call, key, value):
+        return _STALE
     return replace(
         call,
         mask=scores.mask,
@@ -148,6 +164,18 @@ def _call(node: Node, query: object, key: object, value: object) -> AttentionCal
     return AttentionCall(result=node, query=query, key=key, value=value)
 
 
+def _written_after_copy(call: AttentionCall, key: object, value: object) -> bool:
+    """Whether `key` or `value` may be a copy of what was in the cache before a later write."""
+    for bare, step in ((call.key, key), (call.value, value)):
+        first = None
+        while step is not bare:
+            assert isinstance(step, Node)
+            first, step = step, step.args[0]
+        if first is not None and written_between(first, call.result, (bare,)):
+            return True
+    return False
+
+
 def _reason(call: AttentionCall) -> str | None:
     query, key, value = (value_of(n) for n in (call.query, call.key, call.value))
     if not query.dtype == key.dtype == value.dtype == value_of(call.result).dtype:
@@ -163,6 +191,10 @@ def _reason(call: AttentionCall) -> str | None:
         return "queries, keys and values that are broadcast"
     if call.scale is None and not isinstance(shape_of(query)[3], int):
         return "a head_dim that only a run can tell"
+    if call.fill is not None and not call.fill <= _LEAST_FILL:
+        return f"scores are replaced by {call.fill}, which is no sum of them and a mask"
+    if _written_as_view(call.result):
+        return "the result is written in place, and has views that need its strides"
     if call.mask is not None:
         mask = value_of(call.mask)
         if mask.dim() > 4 or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
@@ -170,6 +202,14 @@ def _reason(call: AttentionCall) -> str | None:
         if not _broadcasts(shape_of(mask), (*shape_of(query)[:3], shape_of(key)[2])):
             return "a mask that widens the scores"
     return None
+
+
+def _written_as_view(result: Node) -> bool:
+    """Whether the result is written in place and has views that are copies under other strides."""
+    memory = memory_behind(result)
+    shown = [user for user in showing(result) if memory_behind(user) is memory]
+    viewed = any(user.target in _STRIDED_VIEWS for user in shown)
+    return viewed and any(writes_first(user) for user in shown)
 
 
 def _broadcasts(mask: tuple[Size, ...], scores: tuple[Size, ...]) -> bool:

@@ -70,18 +70,21 @@ def attend(
     cache: CacheBounds | None = getattr(key, _ATTRIBUTE, None)
     bounds = bounds_of(attention_mask)
     mask = attention_mask if bounds is None else None
+    causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
     if cache is None and bounds is None and softcap is None:
-        return _stock(
-            module, query, key, value, mask, scaling=scaling, dropout=dropout,
-            is_causal=is_causal, position_bias=position_bias, **kwargs,
-        )  # fmt: skip
+        rows, tokens = query.shape[2], key.shape[2]
+        # torch aligns a causal triangle at the first token, and these queries are the last ones
+        if mask is not None or not causal or rows == 1 or rows == tokens:
+            return _stock(
+                module, query, key, value, mask, scaling=scaling, dropout=dropout,
+                is_causal=is_causal, position_bias=position_bias, **kwargs,
+            )  # fmt: skip
     if dropout > 0 or kwargs.get("s_aux") is not None:
         raise ModelError(
             f'{type(module).__name__}: the attention function "dak" has no dropout and no '
             "attention sinks; give the model its own attention back with "
             "dak_inductor.attention_switch.restore_attention_function(model)"
         )
-    causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
     lengths = starts = None
     window = 0
     if cache is not None:

@@ -215,15 +215,27 @@ class TieredCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """`TieredLayer.update` of one layer."""
+        """`TieredLayer.update` of one layer. Raises CacheError as well where an earlier step ended
+        half way, so that layers hold different tokens."""
         if layer_idx >= len(self.layers):
             raise CacheError(
                 f"layer {layer_idx}, and the KV cache was made for a model with {len(self.layers)} "
                 "layers: make one with dak.kv_cache(model, ...)"
             )
         layer: Any = self.layers[layer_idx]
+        if not torch.compiler.is_compiling():
+            self._check_tokens(layer_idx, key_states.shape[-2])
         keys, values = layer.update(key_states, value_states, *args, **kwargs)
         return keys, values
+
+    def _check_tokens(self, layer_idx: int, tokens: int) -> None:
+        """A step writes the same tokens to each layer, to the first one first."""
+        first, own = (self.storage.layers[index].tokens for index in (0, layer_idx))
+        if layer_idx and own + tokens != first:
+            raise CacheError(
+                f"layer {layer_idx} of the KV cache would have {own + tokens} tokens and layer 0 "
+                f"has {first}: an earlier step ended half way; reset() the cache"
+            )
 
     def bytes_by_tier(self) -> TierBytes:
         """Bytes of keys and values that have memory now, by tier."""
@@ -254,7 +266,10 @@ class TieredCache(Cache):
         if attention_mask is not None:
             if attention_mask.dim() != 2:
                 raise CacheError("attention_mask has two dimensions, [batch, tokens]")
-            starts = (attention_mask != 0).int().argmax(-1)
+            padding = attention_mask == 0
+            starts = padding.sum(-1)
+            if (padding.int().diff(dim=-1) > 0).any():
+                raise CacheError("attention_mask has padding behind tokens: pad on the left")
         assert starts is not None
         self.storage.set_starts(starts)
 

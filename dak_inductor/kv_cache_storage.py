@@ -208,6 +208,9 @@ class CacheStorage:
             raise CacheError(
                 f"an order of {len(order)} sequences for a cache of {self.geometry.batch}"
             )
+        batch = range(self.geometry.batch)
+        if any(source not in batch for source in order):  # on a GPU the copy would be an assert
+            raise CacheError(f"an order of sequences {list(order)}: each is one of {list(batch)}")
         targets = [i for i, source in enumerate(order) if i != source]
         sources = [order[i] for i in targets]
         for layer in self.layers:

@@ -86,7 +86,7 @@ def read_scores(weights: object) -> Scores | str | None:
         inner = _factor(inside)
         if not isinstance(inside, Node) or inner is None or abs(inner * outer - 1) > 1e-6:
             return "a tanh of the attention scores that is no softcap"
-        softcap = outer
+        softcap = abs(outer)  # tanh is odd
         value = take(inside)
     scale = 1.0
     while isinstance(value, Node) and (

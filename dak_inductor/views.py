@@ -41,6 +41,18 @@ VIEWS = frozenset(
         _aten.view_as.default,
     }
 )
+# Operators whose results, taken out one by one, each share the memory of their first argument.
+SPLITS = frozenset(
+    {
+        _aten.chunk.default,
+        _aten.split.Tensor,
+        _aten.split.sizes,
+        _aten.split_with_sizes.default,
+        _aten.tensor_split.indices,
+        _aten.tensor_split.sections,
+        _aten.unbind.int,
+    }
+)
 SWAPS = frozenset({_aten.transpose.int, _aten.swapaxes.default, _aten.swapdims.default})
 # These share it where the layout allows; for following a KV cache to its input they count as views.
 MAYBE_VIEWS = frozenset(
@@ -68,10 +80,20 @@ def input_behind(node: object) -> Node | None:
     while isinstance(node, Node):
         if node.op == "placeholder":
             return node
-        if node.op != "call_function" or node.target not in VIEWS:
+        if node.op != "call_function" or not (node.target in VIEWS or _is_piece(node)):
             return None
         node = node.args[0]
+        if isinstance(node, Node) and node.target in SPLITS:
+            node = node.args[0]
     return None
+
+
+def _is_piece(node: Node) -> bool:
+    """Whether it is one of the results of a split."""
+    if node.target is not operator.getitem:
+        return False
+    split = node.args[0]
+    return isinstance(split, Node) and split.target in SPLITS
 
 
 def cache_behind(node: object) -> Node | None:
@@ -92,7 +114,7 @@ def memory_read(node: object) -> Node | None:
     while isinstance(node, Node):
         if node.op == "placeholder":
             return node
-        if node.op != "call_function" or not (node.target in VIEWS or _writes_first(node)):
+        if node.op != "call_function" or not (node.target in VIEWS or writes_first(node)):
             return None
         node = node.args[0]
     return None
@@ -139,12 +161,12 @@ def written_between(first: Node, last: Node, operands: Iterable[Node]) -> bool:
 def updated_in_place(node: Node) -> bool:
     """Whether the graph writes to the memory of this graph input."""
     return any(
-        _writes_first(user) and memory_behind(user.args[0]) is node  # type: ignore[arg-type]
-        for user in _showing(node)
+        writes_first(user) and memory_behind(user.args[0]) is node  # type: ignore[arg-type]
+        for user in showing(node)
     )
 
 
-def _showing(node: Node) -> Iterable[Node]:
+def showing(node: Node) -> Iterable[Node]:
     """Everything that is computed from the node's memory, views followed."""
     pending, seen = [node], {node}
     while pending:
@@ -156,7 +178,7 @@ def _showing(node: Node) -> Iterable[Node]:
                     pending.append(user)
 
 
-def _writes_first(node: Node) -> bool:
+def writes_first(node: Node) -> bool:
     """Whether an operator updates its first argument in place."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.is_mutable:

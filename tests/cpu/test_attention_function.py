@@ -194,6 +194,19 @@ def test_caches_that_grow_go_to_the_plain_function(monkeypatch):
     assert_same(result, expected)
 
 
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+def test_tokens_behind_earlier_ones_in_a_cache_that_grows(family):
+    """torch would align their causal triangle at the first token of the cache."""
+    model = model_of(family, sliding_window=4) if family == "Mistral" else model_of(family)
+    ids = torch.randint(1, VOCAB, (B, 12))
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        use_attention_function(model)
+        cache = transformers.DynamicCache(config=model.config)
+        steps = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 5), (5, 12))]
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("padding", [False, True])
 def test_a_tiered_cache_reads_only_the_tokens_that_are_there(padding):
     model = model_of()

@@ -128,9 +128,15 @@ def manual_capped(q, k, v, mask):
     return F.softmax(weights, dim=-1) @ repeated(v)
 
 
+def manual_capped_by_a_negative_number(q, k, v, mask):
+    weights = torch.tanh(q @ repeated(k).transpose(2, 3) / -5.0) * -5.0
+    return F.softmax(weights, dim=-1) @ repeated(v)
+
+
 SPELLINGS = (
     grouped, scaled_with_mask, bool_mask, repeated_heads, interleaved_heads, causal, manual,
     manual_divided, manual_matrix_transpose, manual_filled, manual_capped,
+    manual_capped_by_a_negative_number,
 )  # fmt: skip
 
 
@@ -252,6 +258,40 @@ def written_between(q, k, v, mask):
     return weights @ repeated(v)
 
 
+def written_after_repeats(q, k, v, mask):
+    keys, values = repeated(k), repeated(v)
+    v.mul_(2.0)
+    return F.scaled_dot_product_attention(q, keys, values)
+
+
+def written_after_a_copy(q, k, v, mask):
+    keys = k.contiguous()
+    k.mul_(2.0)
+    return F.scaled_dot_product_attention(q, keys, v, enable_gqa=True)
+
+
+def written_before_the_products(q, k, v, mask):
+    keys = repeated(k)
+    k.mul_(2.0)
+    return F.softmax(q @ keys.transpose(2, 3), dim=-1) @ repeated(v)
+
+
+def filled_with_a_score(q, k, v, mask):
+    weights = q @ repeated(k).transpose(2, 3)
+    return F.softmax(weights.masked_fill(mask > 0, -3.0), dim=-1) @ repeated(v)
+
+
+def rows_filled_with_a_low_score(q, k, v, mask):
+    weights = q @ repeated(k).transpose(2, 3)
+    return F.softmax(weights.masked_fill(mask > -99, -1e4), dim=-1) @ repeated(v)
+
+
+def result_written_through_a_view(q, k, v, mask):
+    result = grouped(q, k, v, mask)
+    result.view(B, -1).mul_(2.0)
+    return result + 1
+
+
 def masked_before_the_scale(q, k, v, mask):
     weights = (q @ repeated(k).transpose(2, 3) + mask) * 0.5
     return F.softmax(weights, dim=-1) @ repeated(v)
@@ -273,6 +313,12 @@ def computed_values(q, k, v, mask):
         (converted, "keys are copied or converted before attention"),
         (weights_used, "the attention weights are used elsewhere"),
         (written_between, "keys or values are written between the two products"),
+        (written_after_repeats, "written after they were copied for attention"),
+        (written_after_a_copy, "written after they were copied for attention"),
+        (written_before_the_products, "written after they were copied for attention"),
+        (filled_with_a_score, "scores are replaced by -3.0"),
+        (rows_filled_with_a_low_score, "scores are replaced by -10000.0"),
+        (result_written_through_a_view, "the result is written in place, and has views"),
         (masked_before_the_scale, "between the attention scores and their softmax is not known"),
         (other_cap, "a tanh of the attention scores that is no softcap"),
         (computed_values, "the other is computed in the graph"),

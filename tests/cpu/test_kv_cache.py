@@ -73,6 +73,26 @@ def test_logits_equal_those_without_a_cache(family, implementation):
         )
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("before", [0, 10])
+def test_a_step_that_ended_half_way_is_noticed_by_the_next_one(before, monkeypatch):
+    model, tokens = build("llama"), prompt(2, 16)["input_ids"]
+    cache = make(model)
+    if before:
+        model(tokens[:, :before], past_key_values=cache)
+    fails = model.model.layers[-1].self_attn
+    monkeypatch.setattr(fails, "forward", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        model(tokens[:, before : before + 4], past_key_values=cache)
+    monkeypatch.undo()
+    with pytest.raises(CacheError, match=r"ended half way; reset\(\)"):
+        model(tokens[:, before : before + 1], past_key_values=cache)
+    cache.reset()
+    expected = model(tokens, use_cache=False).logits
+    got = model(tokens, past_key_values=cache).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_chunked_prefill_is_the_same():
     model, inputs = build("gemma2"), prompt(2, 50, padding=5)
     expected = generate(model, inputs, 20)
@@ -176,6 +196,9 @@ def test_reorder_copies_sequences():
     assert [layer.keys.data_ptr() for layer in cache.layers] == addresses
     with pytest.raises(CacheError, match=r"an order of 2 sequences"):
         cache.reorder_cache(torch.tensor([0, 1]))
+    for order in ([0, 1, 3], [-1, 0, 1]):
+        with pytest.raises(CacheError, match=r"each is one of \[0, 1, 2\]"):
+            cache.reorder_cache(torch.tensor(order))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -246,6 +269,12 @@ def test_starts_come_from_a_mask_or_are_given():
     assert cache.layers[1].lengths.tolist() == [90, 90]
     with pytest.raises(CacheError, match=r"one per sequence, 2"):
         cache.set_padding(starts=torch.tensor([1, 2, 3]))
+    for wrong in ([1, 1, 1, 1, 0], [0, 1, 0, 1, 1]):
+        with pytest.raises(CacheError, match=r"pad on the left"):
+            cache.set_padding(torch.tensor([wrong, [1] * 5]))
+    cache.reset()
+    cache.set_padding(torch.tensor([[0, 0, 0], [0, 1, 1]]))  # nothing but padding
+    assert cache.layers[1].starts.tolist() == [3, 1]
     with pytest.raises(CacheError, match=r"say one of"):
         cache.set_padding()
 
