@@ -25,6 +25,7 @@ from dak_inductor.refusal import Refusal
 from dak_inductor.rewrite import rewrite
 from dak_inductor.session import SESSION, CompiledGraph
 from dak_inductor.templates import with_templates
+from dak_inductor.untraced_graph import untraced_table
 from dak_inductor.written_inputs import written_inputs
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def compile_graph(
         )
     graph, table, steps = _read_operators(graph_module)
     written = written_inputs(graph)
-    if table.ops:
+    if table.ops and graph is not graph_module:
         graph = rewrite(graph, table)
         table = with_templates(graph, fuse_epilogues(graph, table))
     compiled = CompiledGraph(table, settings, SESSION, steps, written)
@@ -103,8 +104,7 @@ def _read_operators(
     graph = normalise(graph_module)
     if isinstance(graph, Refusal):
         log.warning("graph left as it is, its stock kernels read tiered weights: %s", graph.reason)
-        placeholders = tuple(n.name for n in graph_module.graph.nodes if n.op == "placeholder")
-        return graph_module, OpTable((), (graph,), placeholders, (), {}, {}), ()
+        return graph_module, untraced_table(graph_module, graph), ()
     steps = take_steps(graph)
     return graph, build_op_table(graph), steps
 

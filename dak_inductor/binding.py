@@ -36,7 +36,8 @@ class Binding:
     one of them, or the ring of copies ahead, grew since the last plan. `seen_changes` is the state
     of the registry of models for which the binding is known to hold. `window` is the backend's
     option. `ahead` is what is known of the order of the products, once a call has run on a GPU.
-    `title` names the graph and the models that its weights are of.
+    `title` names the graph and the models that its weights are of. On the `simulated` tier the
+    rewritten operators count themselves, each when it runs.
     """
 
     graph: str
@@ -44,7 +45,7 @@ class Binding:
     names: Mapping[int, str]
     buffers: Mapping[int, weakref.ref[TieredBuffer]]
     values: Mapping[str, int]
-    counts_itself: bool
+    simulated: bool
     seen_changes: int
     window: WindowOption | None = None
     device: torch.device | None = None
@@ -111,10 +112,10 @@ class Binding:
         """Hand the bytes of the calls since the last flush to the counters, less those of operators
         that count themselves."""
         calls, self._uncounted = self._uncounted, 0
-        if not calls or self.counts_itself:
+        if not calls:
             return
         for op, read in self._reads_per_call():
-            if not op.counts_itself:
+            if not (op.rewrite if self.simulated else op.counts_itself):
                 bytes_read = TierBytes(read.local * calls, read.remote * calls)
                 counters.record(op.kind, self.names[op.operand], bytes_read, calls)
 
@@ -168,7 +169,7 @@ def bind(
         names=names,
         buffers={index: weakref.ref(buffer) for index, buffer in buffers.items()},
         values=table.symbol_values(arguments),
-        counts_itself=simulated,
+        simulated=simulated,
         seen_changes=seen_changes,
         window=window,
         device=devices.pop() if len(devices) == 1 else None,

@@ -18,7 +18,7 @@ from dak_inductor.lowering.linear.trials import Trial
 from dak_inductor.measured_ops import measured_seconds
 from dak_inductor.memory_curve import MemoryPoint, memory_curve
 from dak_inductor.memory_curve import render as render_curve
-from dak_inductor.offloaded import OffloadedModel, record_of
+from dak_inductor.offloaded import OffloadedModel, find_resident_copies, record_of
 from dak_inductor.plan import Plan
 from dak_inductor.plan_report import OpSeconds, bytes_text
 from dak_inductor.planner import make_plan
@@ -35,7 +35,8 @@ class Explanation:
 
     The plan's times are those of direct reads; a step whose products are copied ahead has its own
     prediction in `strategies`. `measured` are times of products of which a trial was made.
-    `window_history` is what kernels made of a window that is automatic.
+    `window_history` is what kernels made of a window that is automatic. `replaced` names weights
+    that are planned but were replaced by tensors that lie whole on the device.
 
     `str()` gives the report; rich renders it as tables.
     """
@@ -55,6 +56,7 @@ class Explanation:
     strategies: tuple[StepStrategy, ...] = ()
     measured: OpSeconds = field(default_factory=dict)
     window_history: tuple[WindowUpdate, ...] = ()
+    replaced: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=150, color_system=None, force_terminal=False)
@@ -90,6 +92,15 @@ class Explanation:
             f"{self.label}: {bytes_text(self.placed.local)} of tiered weights on {self.device}, "
             f"{bytes_text(self.placed.remote)} in {self.remote}, "
             f"{bytes_text(self.resident_bytes)} kept whole{self._caches()}; {seen}"
+            f"{self._replaced()}"
+        )
+
+    def _replaced(self) -> str:
+        if not self.replaced:
+            return ""
+        return (
+            f"; {len(self.replaced)} weights, {self.replaced[0]} first, were replaced (.half(), "
+            ".to(), assign=True) and lie whole on the device: of them nothing is offloaded"
         )
 
     def _caches(self) -> str:
@@ -142,6 +153,7 @@ def explain(model: torch.nn.Module) -> Explanation:
         strategies=ahead_report.strategies_of(bindings),
         measured=measured_seconds(plan, trials, shapes),
         window_history=updates_of(window_changes(record.device, record.remote)),
+        replaced=tuple(find_resident_copies(record)),
     )
 
 

@@ -16,7 +16,7 @@ from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.default_plan import uses_of
 from dak_inductor.errors import BudgetError, ModelError
-from dak_inductor.inventory import Entry, Inventory
+from dak_inductor.inventory import LARGE_BUFFER_BYTES, Entry, Inventory
 from dak_inductor.offload_request import OffloadRequest
 from dak_inductor.patterns import placed_entries
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
@@ -48,10 +48,13 @@ def make_first_plan(
 ) -> FirstPlan:
     """The plan to allocate by. Raises BudgetError, PatternError or PlanError; changes nothing."""
     if not inventory.entries and (request.offload_ratio or request.placement):
-        largest = max((entry.nbytes for entry in inventory.resident), default=0)
+        parameters = [entry.nbytes for entry in inventory.resident if entry.is_parameter]
+        buffers = [entry.nbytes for entry in inventory.resident if not entry.is_parameter]
         raise ModelError(
-            f"nothing of {inventory.label} can be divided: its largest tensor has {largest:,} "
-            f"bytes, and below {request.minimum_bytes(tier):,} one stays whole on the GPU"
+            f"nothing of {inventory.label} can be divided: its largest parameter has "
+            f"{max(parameters, default=0):,} bytes and its largest buffer "
+            f"{max(buffers, default=0):,}; parameters below {request.minimum_bytes(tier):,} and "
+            f"buffers below {LARGE_BUFFER_BYTES:,} stay whole on the GPU"
         )
     specs = tensor_specs(inventory, request, tier)
     uses = uses_of(inventory, model)

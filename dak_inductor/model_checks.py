@@ -17,6 +17,11 @@ def check_model(model: object) -> None:
     """Raise ModelError, before anything is changed, for a model that cannot be offloaded."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"a torch.nn.Module is needed, this is a {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            f"{type(model).__name__} is compiled by TorchScript, which holds its weights itself: "
+            "offload the model that it was made from"
+        )
     check_modules(model)
     found = False
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

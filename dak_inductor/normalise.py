@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, maybe_get_
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dak_inductor.refusal import Refusal
 
@@ -47,7 +48,12 @@ def normalise(graph_module: GraphModule) -> GraphModule | Refusal:
         reason = f"tracing to ATen failed: {type(error).__name__}: {str(error).splitlines()[0]}"
         return Refusal(node="graph", target="whole graph", reason=reason)
     if (constant := _captured_input(traced)) is not None:
-        reason = f"a subclass input is opened by its operators: {constant} would become a constant"
+        opener = (
+            "a subclass input is opened by its operators"
+            if any(map(is_traceable_wrapper_subclass, inputs))
+            else "a function transform (vmap, a scan) hides a tensor of the graph"
+        )
+        reason = f"{opener}: {constant} would become a constant"
         return Refusal(node="graph", target="whole graph", reason=reason)
     _copy_metadata(graph_module, placeholders, traced)
     return traced

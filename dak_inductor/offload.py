@@ -155,7 +155,8 @@ def enter_record(
         weights={weight.name: weight for weight in weights},
         resident_bytes=inventory.resident_bytes,
         total_bytes=inventory.total_bytes,
-        tensor_count=inventory.parameter_count,
+        tensor_count=inventory.parameter_count
+        + sum(len(entry.members) for entry in inventory.entries if not entry.is_parameter),
         budget=budget,
         required_grad=required_grad,
         fingerprint=inventory.fingerprint,

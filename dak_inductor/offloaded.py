@@ -106,7 +106,7 @@ class OffloadedModel:
     weights: dict[str, OffloadedWeight]
     resident_bytes: int  # parameters and buffers that stay whole on the device
     total_bytes: int
-    tensor_count: int
+    tensor_count: int  # parameters, and buffers that can be divided
     budget: DeviceBudget
     required_grad: Mapping[str, bool]  # by name, before the parameters were frozen
     fingerprint: str = ""

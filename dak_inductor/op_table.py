@@ -13,16 +13,17 @@ from dataclasses import dataclass
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from dak_inductor.lowering.registry import TemplateRefusal
 from dak_inductor.normalise import value_of
-from dak_inductor.op_match import Match, Read
+from dak_inductor.op_match import Match, Read, dtype_name
 from dak_inductor.op_rules import RULES
 from dak_inductor.plan import OpUse
 from dak_inductor.provenance import module_of, parameter_name, source_of
 from dak_inductor.refusal import Refusal
 from dak_inductor.sizes import Evaluator, Size, size_of
-from dak_inductor.views import input_behind
+from dak_inductor.views import SPLITS, input_behind
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +163,7 @@ def build_op_table(graph_module: GraphModule) -> OpTable:
         if match.refusal:
             refusals.append(_refuse(node, match.refusal))
         ops.extend(_ops_of(node, match, index))
-    symbols, hints = _symbols(placeholders)
+    symbols, hints = symbols_of(placeholders)
     return OpTable(
         ops=tuple(ops),
         refusals=tuple(refusals),
@@ -208,8 +209,8 @@ def _stock_reads(
 ) -> None:
     """An operator without a rule that reads a matrix among the parameters costs bytes all the
     same."""
-    result = value_of(node)
-    if not isinstance(result, torch.Tensor) or input_behind(node) is not None:
+    results = [value for value in tree_leaves(value_of(node)) if isinstance(value, torch.Tensor)]
+    if not results or node.target in SPLITS or input_behind(node) is not None:
         return  # a view reads nothing
     for argument in node.all_input_nodes:
         read = _parameter_read(argument, index)
@@ -228,7 +229,7 @@ def _stock_reads(
                 touched=read.touched,
                 other=0,
                 flops=0,
-                dtype=str(result.dtype).removeprefix("torch."),
+                dtype=dtype_name(results[0].dtype),
                 module=module_of(node),
                 source=source_of(node),
                 rewrite=False,
@@ -256,7 +257,8 @@ def _refuse(node: Node, reason: str) -> Refusal:
     )
 
 
-def _symbols(placeholders: list[Node]) -> tuple[tuple[SymbolSource, ...], dict[str, int]]:
+def symbols_of(placeholders: list[Node]) -> tuple[tuple[SymbolSource, ...], dict[str, int]]:
+    """Where a call says what the symbols of its sizes are, and their values at compile time."""
     found: dict[str, SymbolSource] = {}
     hints: dict[str, int] = {}
 

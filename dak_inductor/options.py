@@ -21,6 +21,7 @@ WindowOption = int | Literal["auto"]
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off", ""}
+_OF_OFFLOAD = {"checkpoint", "gpu_memory", "host_memory", "offload_ratio", "placement", "remote"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,7 +198,9 @@ def _inductor_patches(given: Mapping[str, Any]) -> dict[str, Any]:
         if name not in known:
             ours = [field.name for field in fields(BackendOptions)] + ["mode"]
             close = difflib.get_close_matches(name, [*ours, *known], n=3)
-            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            hint = f"; did you mean {', '.join(close)}?" if close else "."
+            if name in _OF_OFFLOAD:
+                hint = ": it is an argument of dak.offload(model, ...)."
             raise OptionError(
                 f"unknown option {key!r}{hint} Options of this backend: {', '.join(ours)}; "
                 "any other key must be one of torch._inductor.config"

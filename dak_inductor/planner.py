@@ -88,8 +88,9 @@ def _check(problem: PlanProblem, grids: list[SplitGrid]) -> None:
         pinned = sum(grid.high < grid.nbytes for grid in grids)
         raise BudgetError(
             f"{problem.remote_bytes:,} bytes have to leave the GPU, but only {possible:,} of the "
-            f"{total:,} bytes planned may ({pinned} of {len(grids)} tensors are held back): raise "
-            f"gpu_memory by {problem.remote_bytes - possible:,} bytes, or let more tensors leave"
+            f"{total:,} bytes planned may ({pinned} of {len(grids)} tensors are held back): "
+            f"let more tensors leave, or ask {problem.remote_bytes - possible:,} bytes less of "
+            "them (more gpu_memory, a smaller offload_ratio)"
         )
 
 

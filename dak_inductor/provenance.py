@@ -6,7 +6,7 @@ import re
 
 from torch.fx import Node
 
-_SELF = re.compile(r"^L\['(?:self|fn|mod|model)'\]\.?|^self\.?|^_orig_mod\.?")
+_SELF = re.compile(r"^L\['\w+'\]\.?|^self\.?|^_orig_mod\.?")  # a forward names itself at will
 _PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
 _FILE = re.compile(r'File "([^"]+)", line (\d+)')
 

@@ -9,6 +9,7 @@ from typing import TypeGuard
 import torch
 
 from dak_inductor.binding import Binding
+from dak_inductor.cuda_runtime import address_table
 from dak_inductor.offloaded import OffloadedModel, find_resident_copies, offloaded_models
 from dak_inductor.op_table import OpTable
 
@@ -61,11 +62,16 @@ def reads_nothing_offloaded(table: OpTable, binding: Binding, arguments: Sequenc
 def plain_weights(
     table: OpTable, binding: Binding, arguments: Sequence[object]
 ) -> dict[int, torch.Tensor]:
-    """By index of graph input, the parameters that lie in no tier."""
+    """By index of graph input, the parameters that lie in no tier.
+
+    The address is asked too: a binding knows only the parameters that operators of its table read.
+    """
     return {
         index: value
         for index in table.parameters
-        if index not in binding.buffers and has_memory(value := arguments[index])
+        if index not in binding.buffers
+        and has_memory(value := arguments[index])
+        and address_table.lookup(value.data_ptr()) is None
     }
 
 

@@ -399,7 +399,7 @@ def test_bitsandbytes_parameters_keep_their_state():
 
 
 def test_nothing_to_divide_is_not_silent():
-    with pytest.raises(ModelError, match="its largest tensor has 64 bytes"):
+    with pytest.raises(ModelError, match="its largest parameter has 64 bytes"):
         on_simulated(nn.Linear(4, 4))
     offload(nn.Linear(4, 4), gpu_memory="1GB", remote="simulated")
 

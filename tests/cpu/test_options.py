@@ -39,6 +39,7 @@ def test_a_mode_may_stand_among_the_options():
     [
         ({"stritc": True}, "did you mean strict"),
         ({"no_such_option_at_all": 1}, "unknown option"),
+        ({"offload_ratio": 0.5}, "an argument of dak.offload"),
         ({"strategy": "prefetch"}, "auto"),
         ({"window": 0}, "no remote byte"),
         ({"window": -1}, "from 1 to"),

@@ -141,7 +141,7 @@ def binding_of(table: OpTable, *names: str) -> tuple[Binding, list[Any]]:
         names=dict(zip(weights, names, strict=True)),
         buffers={i: weakref.ref(b) for i, b in zip(weights, buffers, strict=True)},
         values={},
-        counts_itself=False,
+        simulated=False,
         seen_changes=0,
     )
     return binding, buffers
