@@ -4,7 +4,8 @@
 #
 #   tests/sanitize.sh [arguments of pytest]
 #
-# Nothing is suppressed. What the tools are told, and why:
+# Left out, with the reasons in sitecustomize.py: what safetensors loses as it reads, and leaks of
+# forked children. What the tools are told, and why:
 #   handle_segv=0           a test writes to what is only to be read and wants the signal
 #   leak_check_at_exit=0    sitecustomize.py looks before the interpreter is torn down
 #   PYTHONMALLOC=malloc     Python's own arenas hide what points at memory, and overruns inside them
