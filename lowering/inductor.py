@@ -32,13 +32,15 @@ def register() -> None:
 
 @lru_cache(maxsize=1)
 def _register_operators() -> None:
-    from torch._inductor.decomposition import register_decomposition
+    from torch._inductor.decomposition import fast_random_decomps, register_decomposition
     from torch._inductor.lowering import constrain_to_fx_strides, make_fallback
 
     for operator in OPERATORS:
         overload = getattr(torch.ops.dak, operator.name).default
         register_decomposition([overload])(_expansion(operator))
         make_fallback(overload, constrain_to_fx_strides, warn=False, override_decomp=True)
+    # Inductor copies the table at its first compile, which may have been another backend's.
+    fast_random_decomps.cache_clear()
     if triton_importable():
         from dak_inductor.lowering.triton_linear import inductor
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -103,3 +105,18 @@ def test_programs_fill_the_gpu_once(name: str) -> None:
     # every program of an in_out weight reads remote rows, half of them at a time
     programs = limits.programs(decode, 2, out_in=False)
     assert programs * REMOTE_ROWS * decode.n * 2 // 2 <= DEFAULT_WINDOW
+
+
+def test_what_operators_expand_to_is_known_after_a_compile_of_inductors_own() -> None:
+    """Inductor copies its table of decompositions once, at the first compile of the process."""
+    code = """
+import torch
+from torch._inductor.decomposition import select_decomp_table
+before = select_decomp_table()
+from dak_inductor.lowering import inductor
+assert torch.ops.dak.linear.default not in before
+inductor.register()
+assert torch.ops.dak.linear.default in select_decomp_table()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
