@@ -61,8 +61,8 @@ def beside_rows(
     fills: list[CapturedStep | None] = [None, *captured_all(fillers, free_running)]
     columns: list[dict[str, object]] = [{"filler": "none"}, *map(columns_of, fillers)]
     side = torch.cuda.Stream(case.device)
-    series = []
-    for name, product in _products(tier, case.device).items():
+    series, products = [], _products(tier, case.device)  # graphs keep no weights alive
+    for name, product in products.items():
         graph = capture(_repeated(product), warmup=1)
         for own, fill in zip(columns, fills, strict=True):
             series.append(_Series({"part": "beside", "product": name, **own}, graph, fill))

@@ -168,6 +168,7 @@ def test_captures_stand_while_pages_are_made(device: torch.device, mode: str) ->
     step_to(cache, cache.layers[0].committed + 1)
 
 
+@pytest.mark.alone
 def test_pages_ahead_stay_within_the_budget(device: torch.device) -> None:
     already = vmm.memory_in_use().get("cpu", 0)
     limit = already + 300 * PAGE
