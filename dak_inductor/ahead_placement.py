@@ -32,9 +32,9 @@ _FURTHER_SECONDS = 5e-6
 """Of each further part: a product of its own (`op_floor`)."""
 
 _ENDS_SECONDS = 10e-6  # of a step with copies: they start and are joined
-_LEAST_COPY = 8 * 2**20
-"""Bytes of a tensor that are copied ahead, where there are as many: each product with copies pays
-for them, and two of them are what the ring has to hold."""
+_LEAST_COPY_SECONDS = 0.15e-3
+"""Of the link, copied ahead of a tensor where there are as many bytes: each product with copies
+pays for them. On a PCIe link that is 8 MB."""
 _BLOCKS = 8
 """Of a tensor's row blocks, whose multiples are copied ahead where a tensor has as many: that is 64
 rows, of which a kernel's tiles have an even number or half."""
@@ -107,22 +107,24 @@ def product_seconds(use: OpUse, copied: float, ring_bytes: int) -> float:
     return _PARTS_SECONDS + (math.ceil(PARTS_IN_RING * copied / ring_bytes) - 1) * _FURTHER_SECONDS
 
 
-def placement(
+def placements(
     problem: PlanProblem,
     lines: Sequence[Line],
     pieces: Sequence[Sequence[Piece]],
     grids: Sequence[SplitGrid],
     asked: int,
     link: LinkProfile,
-) -> list[int] | None:
-    """Remote bytes by tensor, `asked` in all; None where no product can be copied for.
+) -> list[list[int]]:
+    """Remote bytes by tensor, `asked` in all: without a bound, and with no more to a tensor than
+    one launch reads through the ring before all that can have as much. None where no product can be
+    copied for.
 
     What costs less than a copied byte goes first, as the rows of an embedding or the tokens of a
     context that is still to come; then groups of equal tensors, level by level; then the rest.
     """
-    groups = _groups(problem, lines, grids, link)
+    groups = _groups(problem, lines, grids, link) if problem.ring_bytes else []
     if not groups:
-        return None
+        return []
     carriers = {tensor for group in groups for tensor in group.tensors}
     rest = sorted(
         (piece.slope, piece.tensor, piece.start, piece)
@@ -130,14 +132,34 @@ def placement(
         for piece in own
         if piece.tensor not in carriers
     )
+    most = problem.ring_bytes // LAUNCHES_IN_RING
+    bounded = [group._replace(most=min(group.most, most)) for group in groups]
+    found = []
+    for stages in ([groups], [bounded, groups]):
+        todo: list[tuple[float, int, _Group | Piece]] = [
+            (slope, 0, piece) for slope, _, _, piece in rest
+        ]
+        for stage, own in enumerate(stages, 1):
+            todo += [(group.price, stage, group) for group in own]
+        placed = _filled(problem, grids, asked, todo, link)
+        if placed is not None:
+            found.append(placed)
+    return found
+
+
+def _filled(
+    problem: PlanProblem,
+    grids: Sequence[SplitGrid],
+    asked: int,
+    todo: list[tuple[float, int, _Group | Piece]],
+    link: LinkProfile,
+) -> list[int] | None:
+    """By price, then by stage; None where all of it is not enough."""
+    most = problem.ring_bytes // LAUNCHES_IN_RING
+    least = min(most, round(_LEAST_COPY_SECONDS * link.copy_bandwidth))
     rounded = [grid.low for grid in grids]
     missing = asked - sum(rounded)
-    todo: list[tuple[float, int, _Group | Piece]] = [
-        *((group.price, 1, group) for group in groups),
-        *((slope, 0, piece) for slope, _, _, piece in rest),
-    ]
-    todo.sort(key=lambda entry: entry[:2])  # stable: groups and pieces stay in their order
-    for _, _, part in todo:
+    for _, _, part in sorted(todo, key=lambda entry: entry[:2]):  # stable: in their order
         if missing <= 0:
             break
         if isinstance(part, Piece):
@@ -146,15 +168,17 @@ def placement(
             missing -= wanted - rounded[tensor]
             rounded[tensor] = wanted
         else:
-            missing = _level(part, problem, grids, rounded, missing)
+            missing = _level(part, problem, grids, rounded, missing, least, most)
     return rounded if missing <= 0 else None
 
 
 class _Group(NamedTuple):
-    """Tensors of one size and role, in the model's order. `price` is seconds per byte."""
+    """Tensors of one size and role, in the model's order. `price` is seconds per byte; each may
+    have up to `most` remote bytes."""
 
     price: float
     tensors: list[int]
+    most: int
 
 
 def _groups(
@@ -189,7 +213,7 @@ def _groups(
             any(tensor in shared for tensor in tensors),
             name,
         )
-        found.append((order, _Group(called / link.copy_bandwidth, tensors)))
+        found.append((order, _Group(called / link.copy_bandwidth, tensors, nbytes)))
     return [group for _, group in sorted(found, key=lambda entry: entry[0])]
 
 
@@ -199,12 +223,17 @@ def _level(
     grids: Sequence[SplitGrid],
     rounded: list[int],
     missing: int,
+    least: int,
+    most: int,
 ) -> int:
     """Make equal shares of the tensors remote, `missing` bytes in all or all there are; what is
-    missing then. Few bytes go to every second, third, ... tensor.
+    missing then. Few bytes go to every second, third, ... tensor, `least` to each, and where it can
+    be no more than `most`.
     """
     number, nbytes = len(group.tensors), problem.tensors[group.tensors[0]].nbytes
-    count = min(number, max(1, missing // _LEAST_COPY, -(-missing // nbytes)))
+    allowed = min(nbytes, group.most)
+    fewest = max(-(-missing // most), -(-missing // allowed))
+    count = min(number, max(1, missing // least, fewest))
     # the last of each stretch: the link works ahead of it
     chosen = [group.tensors[(place + 1) * number // count - 1] for place in range(count)]
     for place, tensor in enumerate(chosen):
@@ -215,7 +244,9 @@ def _level(
         block = spec.row_block
         if share >= _BLOCKS * block:
             block *= _BLOCKS
-        wanted = min(rounded[tensor] + -(-share // block) * block, rounded[tensor] + missing)
-        before, rounded[tensor] = rounded[tensor], grid.at_least(wanted)
+        before = rounded[tensor]
+        allowed = group.most if group.most >= nbytes else group.most // block * block
+        wanted = min(before + -(-share // block) * block, before + missing, allowed)
+        rounded[tensor] = max(before, grid.at_least(wanted))
         missing -= rounded[tensor] - before
     return missing

@@ -33,11 +33,11 @@ with a softmax between them."""
 _LOOK_UPS = ("embedding", "gather")
 FEW_TOKENS = 128
 """Products of up to so many are one launch of the kernel."""
-_ALONE_FLOORS = 2.5
-"""What such a product takes longer in a step, in floors of the profile, once it reads the link
-itself: with nothing remote its start and its end lie beside its neighbours. Measured on the H200 in
-decode steps of 8 Llama-3-8B layers with 0.5 and 1% remote, 3 to 6 us. In calls one by one, as T is
-fitted to, neither does."""
+_ALONE_FLOORS = {"cpu": 2.5, "peer": 4.0}
+"""What such a product takes longer in a step, in floors of the profile by tier, once it reads the
+link itself: with nothing remote its start and its end lie beside its neighbours. Measured on the
+H200 in decode steps of 8 Llama-3-8B layers: 3 to 6 us with 0.5 and 1% in host memory, 7 to 8.5 with
+2 and 5% in another GPU's. In calls one by one, as T is fitted to, neither does."""
 _KERNEL_FLOORS = 2.65
 """What other operators take besides their bytes, in floors of the profile: launch, first tiles,
 last sums."""
@@ -146,11 +146,11 @@ def op_floor(kind: str, profile: HardwareProfile) -> float:
     return profile.operator_floor * (1.0 if kind in _LOOK_UPS else _KERNEL_FLOORS)
 
 
-def alone_seconds(m: int, share: float, profile: HardwareProfile) -> float:
+def alone_seconds(m: int, share: float, profile: HardwareProfile, link: LinkProfile) -> float:
     """What a product of `m` tokens takes longer in a step that reads both memories itself; `share`
     is what is remote of its weight."""
     if 0 < m <= FEW_TOKENS and 0 < share < 1:
-        return _ALONE_FLOORS * profile.operator_floor
+        return _ALONE_FLOORS.get(link.tier, _ALONE_FLOORS["cpu"]) * profile.operator_floor
     return 0.0
 
 

@@ -51,15 +51,15 @@ def make_plan(
         relaxed = fill(pieces, grids, asked, rank, current, price)
     rounded = round_splits(relaxed, pieces, grids, current, asked)
     best = Schedule(problem, profile, lines, grids, rounded)
-    if problem.ring_bytes and (
-        spread := ahead_placement.placement(problem, lines, pieces, grids, asked, link)
-    ):
-        ahead = Schedule(problem, profile, lines, grids, spread)
+    spreads = ahead_placement.placements(problem, lines, pieces, grids, asked, link)
+    if spreads:
+        schedules = [Schedule(problem, profile, lines, grids, spread) for spread in spreads]
+        ahead = min(schedules, key=lambda schedule: schedule.expected)
         # also where both take as long: the ring of copies does not reach from one whole tensor to
         # the next
         even = ahead.staged and ahead.expected <= best.expected * (1 + move_tolerance)
         # bytes that an embedding gives for nothing need not make every product read both memories
-        fewer = _of_products(lines, spread) < _of_products(lines, rounded)
+        fewer = _of_products(lines, ahead.remote) < _of_products(lines, rounded)
         if even or (fewer and ahead.expected < best.expected * (1 - MARGIN)):
             best = ahead
     if _is_allowed(problem, grids, asked):

@@ -28,6 +28,7 @@ class Schedule:
     ) -> None:
         self.remote = remote
         self._problem, self._profile, self._lines = problem, profile, lines
+        self._link = profile.link(problem.remote)
         self._shares = [
             r / g.nbytes if g.nbytes else 0.0 for r, g in zip(remote, grids, strict=True)
         ]
@@ -48,7 +49,7 @@ class Schedule:
             self._shares,
             self._direct,
             self._profile,
-            self._profile.link(self._problem.remote),
+            self._link,
             self._problem.ring_bytes,
         )
         return {
@@ -83,7 +84,8 @@ class Schedule:
     def _alone(self, line: Line) -> float:
         if not line.copied:
             return 0.0
-        return alone_seconds(line.use.m, self._shares[line.tensor], self._profile)
+        share = self._shares[line.tensor]
+        return alone_seconds(line.use.m, share, self._profile, self._link)
 
     @cached_property
     def objective(self) -> float:
@@ -115,7 +117,7 @@ class Schedule:
                 alone = use.flops / peak_flops(self._profile, use.dtype)
                 compute[use.graph] = compute.get(use.graph, 0.0) + alone
         problem = self._problem
-        bound = step_bound(ops, compute, self._profile, self._profile.link(problem.remote))
+        bound = step_bound(ops, compute, self._profile, self._link)
         if self.staged:
             fewest = dict.fromkeys(bound, math.inf)
             for op in ops:

@@ -157,7 +157,9 @@ def _planned(
         for number, op in enumerate(ops)
     )
     direct = sum(op.direct for op in ops)
-    return StepPlan(steps, tuple(parts), tuple(at), ring_bytes, timeline.seconds, direct)
+    return StepPlan(
+        steps, tuple(parts), tuple(at), ring_bytes, timeline.seconds, direct, timeline.work
+    )
 
 
 def _parts(op: int, weight: int, span: RowSpan, largest: int) -> Iterator[Part]:

@@ -108,7 +108,7 @@ def _direct(facts: CallFacts, profile: HardwareProfile) -> tuple[float, float, f
         local = (problem.weight_bytes - remote) / local_bandwidth(profile)
         busy = remote / link.direct_bandwidth
         seconds = max(local, busy, problem.flops / peak) + op_floor("linear", profile)
-        seconds += alone_seconds(problem.m, remote / problem.weight_bytes, profile)
+        seconds += alone_seconds(problem.m, remote / problem.weight_bytes, profile, link)
         return seconds, busy, DIRECT_SECONDS
     if not _has_ways(facts):
         seconds = ring_plan.estimate(problem, facts.remote_bytes, profile, link)

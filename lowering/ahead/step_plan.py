@@ -30,6 +30,7 @@ class StepPlan:
     Attributes:
         ring_bytes: 0 where nothing is staged.
         seconds: predicted of the products as planned; `direct_seconds` with none staged.
+        work: `seconds` without what products wait for.
         host_seconds: what of `seconds` the host is busy; 0 in a CUDA graph.
     """
 
@@ -39,6 +40,7 @@ class StepPlan:
     ring_bytes: int
     seconds: float
     direct_seconds: float
+    work: float
     host_seconds: float = 0.0
 
     @property

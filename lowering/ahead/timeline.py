@@ -43,9 +43,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """Seconds of the step, and by staged product the order of its parts and its rows in place."""
+    """Seconds of the step, those of its products without what they wait for, and by staged product
+    the order of its parts and its rows in place."""
 
     seconds: float
+    work: float
     orders: dict[int, tuple[int, ...]]
 
 
@@ -65,20 +67,23 @@ def simulate(
     for number, part in enumerate(parts):
         of_op.setdefault(part.op, []).append(number)
     link = _Link(parts, at, rates)
-    now = 0.0
+    now = work = 0.0
     orders: dict[int, tuple[int, ...]] = {}
     for number, op in enumerate(ops):
         link.advance()
         mine = of_op.get(number)
         if mine is None:
             now += link.shared(now, op)
+            work += op.direct
             continue
         if number in launched:
             now = max(now, *(link.arrived[each] for each in mine)) + op.launch * rates.slowdown
+            work += op.launch
             link.read += [now] * len(mine)
             orders[number] = tuple(mine)
             continue
         order: list[int] = []
+        work += op.local + op.rest
         waiting = any(span.start for span in op.weights)
         for each in mine:
             link.advance()
@@ -89,14 +94,16 @@ def simulate(
                 waiting = False
             order.append(each)
             rows = parts[each].stop - parts[each].start
-            now = max(now, arrived) + (op.part + rows * op.row) * rates.slowdown
+            own = op.part + rows * op.row
+            now = max(now, arrived) + own * rates.slowdown
+            work += own
             link.read.append(now)
         if waiting:
             order.append(LOCAL)
             now += op.local * rates.slowdown
         now += op.rest
         orders[number] = tuple(order)
-    return Timeline(max(now + (JOIN_SECONDS if parts else 0.0), link.work), orders)
+    return Timeline(max(now + (JOIN_SECONDS if parts else 0.0), link.work), work, orders)
 
 
 class _Link:

@@ -56,7 +56,7 @@ def test_a_direct_product_of_few_tokens_is_bound_by_its_slowest_resource() -> No
     ):
         weight = weight_of(n, k, share)[1]
         (op,) = ops_of(call_of(Layer((weight,)).product(inputs(1, k))))
-        seconds = op.direct - op_floor("linear", H200) - alone_seconds(1, share, H200)
+        seconds = op.direct - op_floor("linear", H200) - alone_seconds(1, share, H200, HOST)
         assert seconds == pytest.approx(expected, rel=1e-3)
         assert op.link == pytest.approx(share * 2 * n * k / HOST.direct_bandwidth, rel=1e-3)
         assert op.remote_bytes == pytest.approx(share * 2 * n * k, abs=2 * k)

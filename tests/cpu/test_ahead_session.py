@@ -124,7 +124,7 @@ def test_explain_shows_both_plans_where_they_differ(monkeypatch: pytest.MonkeyPa
     assert known.plans is not None
     direct = StepPlan(
         (step_plan.OpStep("direct", "staged 1.600 ms of the host, direct 0.320 ms"),) * 4,
-        (), (), 0, 32e-5, 32e-5, 32e-5,
+        (), (), 0, 32e-5, 32e-5, 32e-5, host_seconds=32e-5,
     )  # fmt: skip
     known.replace(StepPlans(known.plans.captured, direct), known.splits)
     found = dak.explain(model)
