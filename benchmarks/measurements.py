@@ -35,12 +35,15 @@ LATER = {
 DECODE = ("linear_current", "linear", "linear_peer")
 BY_SHARE = {"linear_current": 16, "linear_peer": 16, "attention_current": None, "attention": None}
 """Grids whose T - L is shown by share remote, at that many tokens."""
-STEPS = ("decode_step", "decode_step_wide", "decode_step_16")
+STEPS = (
+    "decode_step", "decode_step_16", "decode_step_64", "decode_step_70b", "decode_step_peer",
+    "decode_step_peer_direct",
+)  # fmt: skip
 TOPICS = {
     "system": ("planner", "cost_model", "compile", "move", "load", "pages", "over_budget"),
     "linears": GRIDS[:6],
     "attention": (*GRIDS[6:], "long_context"),
-    "steps": (*STEPS, "window"),
+    "steps": (*STEPS, "window", "fillers"),
 }
 PAGE, CELLS_PAGE = "measurements.md", "cells_over.md"
 GENERATED = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
