@@ -7,7 +7,6 @@ pools, the CUDA context and its libraries. All models on one device share one bu
 from __future__ import annotations
 
 import math
-import re
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,67 +15,13 @@ from dataclasses import dataclass
 import torch
 
 from dak_inductor.cuda_runtime import address_table
-from dak_inductor.errors import BudgetError
 from dak_inductor.offloaded import OffloadedModel, PlannedCache
 
-EXAMPLES = (
-    'for example "24GB" (24e9 bytes), "24GiB" (24 * 2**30), "80%" of the card, or bytes as an int'
-)
 MINIMUM_RESERVE = 512 << 20
 RESERVE_SHARE = 0.06
 PEAK_MARGIN = 320 << 20
 """Added to a measured peak of the caching allocator, for what it does not see: kernels load lazily,
 and the CUDA context grows with them for some steps."""
-
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-def parse_budget(value: str | int, card_bytes: int | None) -> int:
-    """`value` in bytes. `card_bytes` is the card's memory, None where there is no card.
-
-    Raises BudgetError for what cannot be read, is not positive, or exceeds the card.
-    """
-    budget = _read(value, card_bytes)
-    if abs(budget) >= 1 << 63:
-        raise BudgetError(f"gpu_memory is more than any card has: {EXAMPLES}")
-    if budget < 1:
-        raise BudgetError(f"gpu_memory={value!r} is not above zero: {EXAMPLES}")
-    if card_bytes is not None and budget > card_bytes:
-        raise BudgetError(
-            f"gpu_memory={value!r} is {budget / 1e9:.2f} GB, the card has {card_bytes / 1e9:.2f} GB"
-        )
-    return int(budget)
-
-
-def _read(value: object, card_bytes: int | None) -> float:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise BudgetError(f"gpu_memory={value!r} is not a size: {EXAMPLES}")
-    if isinstance(value, float):
-        share = 0 < value <= 1
-        hint = f'"{value * 100:g}%" of the card' if share else f'"{value:g}GB"'
-        raise BudgetError(f"gpu_memory={value!r}: a float has no unit; did you mean {hint}?")
-    if isinstance(value, int):
-        if 0 < value < 1024:
-            raise BudgetError(f'gpu_memory={value} is {value} bytes; did you mean "{value}GB"?')
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*|%)\s*", value)
-    if match is None:
-        raise BudgetError(f"gpu_memory={value!r} cannot be read: {EXAMPLES}")
-    number, unit = float(match[1]), match[2]
-    if unit == "%":
-        if number > 100:
-            raise BudgetError(f"gpu_memory={value!r}: more than the whole card")
-        if card_bytes is None:
-            raise BudgetError(
-                f'gpu_memory={value!r}: the simulated GPU has no size; say bytes, like "2GB"'
-            )
-        return card_bytes * number / 100
-    if unit.upper() not in _UNITS:
-        raise BudgetError(
-            f"gpu_memory={value!r}: {f'unknown unit {unit}' if unit else 'no unit'}; {EXAMPLES}"
-        )
-    return number * _UNITS[unit.upper()]
 
 
 @dataclass(frozen=True, slots=True)

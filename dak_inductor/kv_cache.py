@@ -10,6 +10,7 @@ from torch import nn
 
 from dak_inductor.attention_switch import use_attention_function
 from dak_inductor.budget import device_budget
+from dak_inductor.byte_size import parse_host_memory
 from dak_inductor.cuda_runtime.host_memory import available_host_memory
 from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tiers import open_tier
@@ -36,7 +37,7 @@ def kv_cache(
     dtype: torch.dtype | None = None,
     offload_ratio: float | None = None,
     remote: str | None = None,
-    host_memory: int | None = None,
+    host_memory: str | int | None = None,
     expected_len: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     attention: bool = True,
@@ -99,7 +100,7 @@ def _place_by_ratio(
     *,
     ratio: float | None,
     remote: str | None,
-    host_memory: int | None,
+    host_memory: str | int | None,
     expected: int,
 ) -> CacheStorage:
     """A cache whose splits stay as they were asked for."""
@@ -123,7 +124,7 @@ def _check_options(
     record: OffloadedModel | None,
     ratio: float | None,
     remote: str | None,
-    host_memory: int | None,
+    host_memory: str | int | None,
 ) -> None:
     if ratio is not None and (
         isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1
@@ -146,7 +147,7 @@ def _check_options(
 
 
 def _open_tier(
-    module: nn.Module, remote: str, host_memory: int | None
+    module: nn.Module, remote: str, host_memory: str | int | None
 ) -> tuple[Tier, torch.device]:
     parameter = next(module.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
@@ -155,7 +156,10 @@ def _open_tier(
         raise TierError(
             f"remote={remote!r} is for a model on {wanted}, and this one is on {device}"
         )
-    return open_tier(remote, device=device, host_memory=host_memory), device
+    host_bytes = None
+    if host_memory is not None:
+        host_bytes = parse_host_memory(host_memory, available_host_memory())
+    return open_tier(remote, device=device, host_memory=host_bytes), device
 
 
 def _cache_layers() -> Any:

@@ -40,7 +40,7 @@ def loading(
     offload_ratio: float | None = None,
     remote: str = "cpu",
     placement: Mapping[str, str] | None = None,
-    host_memory: int | None = None,
+    host_memory: str | int | None = None,
     device: torch.device | str | int | None = None,
     strict: bool = False,
     progress: bool = True,

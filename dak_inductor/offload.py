@@ -40,7 +40,7 @@ def offload(
     offload_ratio: float | None = None,
     remote: str = "cpu",
     placement: Mapping[str, str] | None = None,
-    host_memory: int | None = None,
+    host_memory: str | int | None = None,
     device: torch.device | str | int | None = None,
     checkpoint: str | Path | None = None,
     strict: bool = False,
@@ -56,7 +56,8 @@ def offload(
         offload_ratio: instead, the share of the weight bytes that goes remote, 0 to 1.
         remote: "cpu" (host memory), "cuda:1" (another GPU), or "simulated" (no GPU needed).
         placement: names or patterns of tensors or modules to "gpu" or "cpu"; the last match wins.
-        host_memory: bytes to take as available, where the machine grows its memory on demand.
+        host_memory: what to take as available, in bytes or as text, where the machine grows its
+            memory on demand.
         device: the GPU the model runs on; default the current one.
         checkpoint: a safetensors file, folder or index for parameters on meta.
         strict: raise where otherwise one warning would say that nothing is offloaded any more.

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from dak_inductor.budget import parse_budget
+from dak_inductor.byte_size import parse_budget, parse_host_memory
+from dak_inductor.cuda_runtime.host_memory import available_host_memory
 from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tiers import check_remote, local_device, open_tier
 from dak_inductor.errors import BudgetError, OptionError, TierError
@@ -25,7 +26,7 @@ class OffloadRequest:
     offload_ratio: float | None = None
     remote: str = "cpu"
     placement: Mapping[str, str] | None = None
-    host_memory: int | None = None
+    host_memory: str | int | None = None
     device: torch.device | str | int | None = None
     strict: bool = False
     progress: bool = True
@@ -47,11 +48,7 @@ class OffloadRequest:
             isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1
         ):
             raise BudgetError(f"offload_ratio={ratio!r}: a share of the weight bytes from 0 to 1")
-        memory = self.host_memory
-        if memory is not None and (
-            isinstance(memory, bool) or not isinstance(memory, int) or memory <= 0
-        ):
-            raise OptionError(f"host_memory={memory!r}: bytes, an int above zero")
+        self.host_bytes()
         if self.placement is not None and not isinstance(self.placement, Mapping):
             raise OptionError(
                 f"placement={self.placement!r}: a mapping, such as {{'lm_head': 'gpu'}}"
@@ -78,9 +75,15 @@ class OffloadRequest:
         card = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
         return parse_budget(self.gpu_memory, card)
 
+    def host_bytes(self) -> int | None:
+        """`host_memory` in bytes; None where it was not given."""
+        if self.host_memory is None:
+            return None
+        return parse_host_memory(self.host_memory, available_host_memory())
+
     def open_tier(self, device: torch.device) -> Tier:
         """The remote tier as seen from `device`."""
-        return open_tier(self.remote, device=device, host_memory=self.host_memory)
+        return open_tier(self.remote, device=device, host_memory=self.host_bytes())
 
     def minimum_bytes(self, tier: Tier) -> int:
         """Tensors below this many bytes stay whole: a page, and on real tiers at least 64 KiB."""

@@ -7,10 +7,12 @@ An option may come from `torch.compile(..., backend="dak", options={...})` or fr
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,6 +20,11 @@ from dak_inductor.errors import OptionError
 
 Strategy = Literal["auto", "direct", "staged"]
 WindowOption = int | Literal["auto"]
+
+log = logging.getLogger(__name__)
+
+VARIABLES = ("strategy", "window", "strict", "plan", "trials", "nvtx", "cache")
+"""In the environment they are DAK_STRATEGY and so on."""
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off", ""}
@@ -98,7 +105,19 @@ def parse(mode: str | None, options: Mapping[str, Any] | None) -> ParsedOptions:
     return ParsedOptions(backend, {**_mode_patches(mode), **_inductor_patches(given)})
 
 
+@lru_cache(maxsize=1)
+def _warn_of_unknown_variables() -> None:
+    """Once per process: a variable that is spelled otherwise has no effect."""
+    for name in sorted(os.environ):
+        own = name.removeprefix("DAK_").lower()
+        if name.startswith("DAK_") and own not in VARIABLES:
+            close = difflib.get_close_matches(own, VARIABLES, n=1)
+            hint = f"; did you mean DAK_{close[0].upper()}?" if close else ""
+            log.warning("%s is no variable of this backend%s", name, hint)
+
+
 def _from_environment() -> dict[str, Any]:
+    _warn_of_unknown_variables()
     found: dict[str, Any] = {}
     for name in ("strategy", "plan"):
         if (value := environment(name)) is not None:

@@ -135,7 +135,7 @@ def answer(request: PlanRequest, report: Callable[[str], None] = lambda _: None)
 
     Raises OptionError, BudgetError, ProfileError or ModelError with what to change.
     """
-    from dak_inductor.budget import parse_budget
+    from dak_inductor.byte_size import parse_budget
 
     profile = hardware.load(request.hardware)
     profile.link(request.remote)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dak_inductor.budget import MINIMUM_RESERVE, DeviceBudget, asked_budget, parse_budget
+from dak_inductor.budget import MINIMUM_RESERVE, DeviceBudget, asked_budget
+from dak_inductor.byte_size import parse_budget, parse_host_memory
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
 from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.errors import BudgetError, OptionError
@@ -47,7 +48,7 @@ def test_budgets_are_read(text, expected):
         ("24", "unit"),
         ("24 parsecs", "parsecs"),
         ("-1GB", "cannot be read"),
-        ("120%", "whole card"),
+        ("120%", "all of the card"),
         (0.8, '"80%"'),
         (24.0, '"24GB"'),
         (24, '"24GB"'),
@@ -67,6 +68,28 @@ def test_what_cannot_be_read_says_what_can(value, hint):
 def test_a_share_needs_a_card():
     with pytest.raises(BudgetError, match="simulated GPU has no size"):
         parse_budget("80%", None)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("24GB", 24 * 10**9), ("50%", CARD // 2), (CARD * 4, CARD * 4)]
+)
+def test_host_memory_is_read_alike_and_may_be_more_than_there_is(value, expected):
+    assert parse_host_memory(value, CARD) == expected
+
+
+@pytest.mark.parametrize("value", ["much", "24", 24, -5, 0, True, 1.0, "120%", [1]])
+def test_host_memory_that_cannot_be_read_is_an_option_error(value):
+    with pytest.raises(OptionError, match="host_memory=") as caught:
+        parse_host_memory(value, CARD)
+    assert "gpu_memory" not in str(caught.value) and "card" not in str(caught.value)
+
+
+def test_host_memory_as_text_is_what_a_tier_is_given():
+    model = linear()
+    offload(model, offload_ratio=1.0, remote="simulated", host_memory="1MiB")
+    assert record_of(model).tier.host_memory == 2**20
+    with pytest.raises(OptionError, match="above zero"):
+        offload(linear(), offload_ratio=0.5, remote="simulated", host_memory="0KB")
 
 
 @given(st.integers(1024, CARD))

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import nn
 
 from dak_inductor import hardware, options
-from dak_inductor.budget import parse_budget
+from dak_inductor.byte_size import parse_budget
 from dak_inductor.checkpoint import INDEX_NAME, Checkpoint
 from dak_inductor.cuda_runtime.nvrtc import Cubin, decode, encode
 from dak_inductor.errors import DakError

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -115,3 +118,20 @@ def test_no_unknown_key_passes_silently(given_options):
         return
     with pytest.raises(OptionError):
         options.parse(None, given_options)
+
+
+def test_a_variable_of_another_name_is_warned_of_once(monkeypatch, caplog):
+    options._warn_of_unknown_variables.cache_clear()
+    monkeypatch.setenv("DAK_STRATEGI", "direct")
+    for _ in range(2):
+        assert options.parse(None, None).backend.strategy == "auto"
+    assert [record.message for record in caplog.records] == [
+        "DAK_STRATEGI is no variable of this backend; did you mean DAK_STRATEGY?"
+    ]
+    options._warn_of_unknown_variables.cache_clear()
+
+
+def test_every_variable_that_is_read_is_known():
+    source = Path(options.__file__).read_text()
+    read = set(re.findall(r'environment\("(\w+)"\)', source)) | {"strategy", "plan"}
+    assert read == set(options.VARIABLES)
