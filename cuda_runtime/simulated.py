@@ -26,7 +26,6 @@ class SimulatedCounters:
     """What a simulated tier has done. The peaks are the most ever held at once, by place."""
 
     bytes_moved: int = 0
-    pages_moved: int = 0
     held: TierBytes = field(default_factory=TierBytes)
     peak_local_bytes: int = 0
     peak_remote_bytes: int = 0

@@ -136,7 +136,6 @@ class SimulatedBuffer(TieredBuffer):
                 self._flip(pages[:moved])
                 raise self._stays(RuntimeError(f"injected failure at page {page}"))
             self._flip(pages[moved : moved + 1])
-        self._tier.counters.pages_moved += held
         self._tier.counters.bytes_moved += held * self.page_bytes
 
     def _fill(self, source: torch.Tensor, offset_bytes: int) -> None:

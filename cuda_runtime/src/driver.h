@@ -44,12 +44,9 @@ struct DriverFunction {
 // X(name as in cuda.h, parameters). cuGetProcAddress picks the ABI of CUDA 12.0 for each.
 #define DAK_DRIVER_FUNCTIONS(X)                                                                     \
   X(cuInit, unsigned int)                                                                           \
-  X(cuDriverGetVersion, int*)                                                                       \
   X(cuGetErrorName, cu::Result, const char**)                                                       \
   X(cuGetErrorString, cu::Result, const char**)                                                     \
   X(cuDeviceGet, cu::Device*, int)                                                                  \
-  X(cuDeviceGetCount, int*)                                                                         \
-  X(cuDeviceGetName, char*, int, cu::Device)                                                        \
   X(cuDeviceGetAttribute, int*, cu::DeviceAttribute, cu::Device)                                    \
   X(cuDeviceTotalMem, std::size_t*, cu::Device)                                                     \
   X(cuDeviceCanAccessPeer, int*, cu::Device, cu::Device)                                            \

@@ -82,7 +82,6 @@ class Kernel {
   }
 
   int device() const { return device_; }
-  std::uintptr_t handle() const { return reinterpret_cast<std::uintptr_t>(function_); }
   const std::vector<std::size_t>& parameter_sizes() const { return parameter_sizes_; }
 
   int attribute(cu::FunctionAttribute id) const {
@@ -236,9 +235,7 @@ void bind_launch(py::module_& m) {
       .def(py::init<const py::bytes&, const std::string&, int>(), py::kw_only(), py::arg("image"),
            py::arg("symbol"), py::arg("device"))
       .def_property_readonly("device", &Kernel::device)
-      .def_property_readonly("handle", &Kernel::handle, "The CUfunction as an integer.")
       .def_property_readonly("parameter_sizes", &Kernel::parameter_sizes)
-      .def_property_readonly("maximum_threads", attribute(cu::FUNCTION_MAX_THREADS_PER_BLOCK))
       .def_property_readonly("shared_bytes", attribute(cu::FUNCTION_SHARED_SIZE_BYTES))
       .def_property_readonly("local_bytes", attribute(cu::FUNCTION_LOCAL_SIZE_BYTES))
       .def_property_readonly("registers", attribute(cu::FUNCTION_NUM_REGS))

@@ -15,23 +15,6 @@ PYBIND11_MODULE(_driver, m) {
   m.def("is_open", &dak::driver_is_open);
   m.def("in_forked_child", &dak::in_forked_child);
   m.def("close", &dak::close_driver, "Forget the driver. For tests, with nothing allocated.");
-  m.def("driver_version", [] {
-    int version = 0;
-    dak::driver().cuDriverGetVersion(&version);
-    return version;
-  });
-  m.def("device_count", [] {
-    int count = 0;
-    dak::driver().cuDeviceGetCount(&count);
-    return count;
-  });
-  m.def(
-      "device_attribute",
-      [](int attribute, int device) {
-        return dak::device_attribute(static_cast<dak::cu::DeviceAttribute>(attribute), device);
-      },
-      pybind11::call_guard<pybind11::gil_scoped_release>(), pybind11::arg("attribute"),
-      pybind11::arg("device") = 0);
   m.def(
       "memory_info",
       [](int device) {

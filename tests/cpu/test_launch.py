@@ -118,14 +118,14 @@ def test_facts_about_a_kernel(run):
     lines = run("""
 kernel = load()
 function = kernel.function
-print(function.device, function.handle, function.parameter_sizes)
-print(function.maximum_threads, function.shared_bytes, function.local_bytes, function.registers)
+print(function.device, function.parameter_sizes)
+print(function.shared_bytes, function.local_bytes, function.registers)
 print(kernel.maximum_active_clusters(block=(64, 1, 1), shared_bytes=9, cluster=(4, 1, 1)))
 print(record()[-1])
 """)
     assert lines == [
-        "1 2 [64, 12]",
-        "100 101 103 104",
+        "1 [64, 12]",
+        "101 103 104",
         "8",
         "clusters grid=4,1,1 block=64,1,1 shared=9 stream=0 attribute4=4,1,1 depth=1",
     ]

@@ -206,11 +206,6 @@ Result cuInit(unsigned int) {
   ENTER(cuInit);
   return device_count() > 0 ? cu::SUCCESS : 100;
 }
-Result cuDriverGetVersion(int* version) {
-  ENTER(cuDriverGetVersion);
-  *version = 13000;
-  return cu::SUCCESS;
-}
 Result cuGetErrorName(Result, const char** name) {
   *name = "CUDA_ERROR_FAKE";
   return cu::SUCCESS;
@@ -223,11 +218,6 @@ Result cuDeviceGet(cu::Device* device, int ordinal) {
   ENTER(cuDeviceGet);
   *device = ordinal;
   return ordinal < device_count() ? cu::SUCCESS : 101;
-}
-Result cuDeviceGetCount(int* count) {
-  ENTER(cuDeviceGetCount);
-  *count = device_count();
-  return cu::SUCCESS;
 }
 Result cuDeviceGetAttribute(int* value, cu::DeviceAttribute attribute, cu::Device) {
   ENTER(cuDeviceGetAttribute);
@@ -509,8 +499,8 @@ Result cuGetProcAddress_v2(const char* name, void** pointer, int, std::uint64_t,
                            cu::ProcAddressResult* found) {
 #define KNOWN(function) {#function, reinterpret_cast<void*>(&function)}
   static const std::map<std::string, void*> functions = {
-      KNOWN(cuInit), KNOWN(cuDriverGetVersion), KNOWN(cuGetErrorName), KNOWN(cuGetErrorString),
-      KNOWN(cuDeviceGet), KNOWN(cuDeviceGetCount), KNOWN(cuDeviceGetAttribute),
+      KNOWN(cuInit), KNOWN(cuGetErrorName), KNOWN(cuGetErrorString),
+      KNOWN(cuDeviceGet), KNOWN(cuDeviceGetAttribute),
       KNOWN(cuDeviceCanAccessPeer), KNOWN(cuDevicePrimaryCtxRetain), KNOWN(cuDevicePrimaryCtxRelease),
       KNOWN(cuCtxPushCurrent), KNOWN(cuCtxPopCurrent), KNOWN(cuCtxSynchronize),
       KNOWN(cuThreadExchangeStreamCaptureMode), KNOWN(cuMemGetInfo),
