@@ -65,17 +65,18 @@ def staged_steps(
     copied: dict[str, float] = {}
     products: dict[str, float] = {}
     read: dict[str, float] = {}
-    arriving: dict[tuple[str, str], float] = {}
     own: dict[tuple[str, str], float] = {}
+    arriving = copied_bytes(lines, shares)
     for line, seconds in zip(lines, direct, strict=True):
         use, share = line.use, shares[line.tensor]
         graph, took = use.graph, seconds
         if line.copied and share > 0:
             far = share * use.touched_bytes
             copied[graph] = copied.get(graph, 0.0) + far
-            took = line.alone + product_seconds(use, far, ring_bytes)
             product = (graph, use.op)
-            arriving[product] = arriving.get(product, 0.0) + far
+            took = line.alone + product_seconds(use, arriving[product], ring_bytes) * (
+                far / arriving[product]
+            )
             own[product] = own.get(product, 0.0) + took
         elif share > 0:
             far = line.cost.touched(share) * use.touched_bytes
@@ -97,6 +98,17 @@ def staged_steps(
         seconds = max(slowed, busy) + _ENDS_SECONDS
         steps[graph] = StagedStep(seconds, seconds - alone, nbytes)
     return steps
+
+
+def copied_bytes(lines: Sequence[Line], shares: Sequence[float]) -> dict[tuple[str, str], float]:
+    """What is copied ahead of each product, by graph and name: of both weights of gate and up."""
+    found: dict[tuple[str, str], float] = {}
+    for line in lines:
+        if line.copied and shares[line.tensor] > 0:
+            product = (line.use.graph, line.use.op)
+            far = shares[line.tensor] * line.use.touched_bytes
+            found[product] = found.get(product, 0.0) + far
+    return found
 
 
 def product_seconds(use: OpUse, copied: float, ring_bytes: int) -> float:
@@ -122,7 +134,7 @@ def placements(
     What costs less than a copied byte goes first, as the rows of an embedding or the tokens of a
     context that is still to come; then groups of equal tensors, level by level; then the rest.
     """
-    groups = _groups(problem, lines, grids, link) if problem.ring_bytes else []
+    groups = _groups(problem, lines, grids, link) if problem.ring_bytes >= LAUNCHES_IN_RING else []
     if not groups:
         return []
     carriers = {tensor for group in groups for tensor in group.tensors}
@@ -231,22 +243,30 @@ def _level(
     be no more than `most`.
     """
     number, nbytes = len(group.tensors), problem.tensors[group.tensors[0]].nbytes
-    allowed = min(nbytes, group.most)
+    allowed = nbytes
+    if group.most < nbytes:  # in whole blocks, or what is left over would go above `most`
+        rows = problem.tensors[group.tensors[0]].row_block
+        rows *= _BLOCKS if _BLOCKS * rows <= group.most else 1
+        allowed = group.most // rows * rows or group.most
     fewest = max(-(-missing // most), -(-missing // allowed))
     count = min(number, max(1, missing // least, fewest))
-    # the last of each stretch: the link works ahead of it
-    chosen = [group.tensors[(place + 1) * number // count - 1] for place in range(count)]
+    # the last of each stretch, the longer ones first: the link works ahead of it, and of the first
+    # only since the step began
+    chosen = [group.tensors[-(-(place + 1) * number // count) - 1] for place in range(count)]
     for place, tensor in enumerate(chosen):
         if missing <= 0:
             break
         spec, grid = problem.tensors[tensor], grids[tensor]
         share = math.ceil(missing / (count - place))
         block = spec.row_block
-        if share >= _BLOCKS * block:
+        if share >= _BLOCKS * block <= group.most:
             block *= _BLOCKS
         before = rounded[tensor]
         allowed = group.most if group.most >= nbytes else group.most // block * block
         wanted = min(before + -(-share // block) * block, before + missing, allowed)
-        rounded[tensor] = max(before, grid.at_least(wanted))
+        there = grid.at_least(wanted)
+        if there > group.most:  # of a tensor that lives pages are split, not rows
+            there = grid.at_most(group.most)
+        rounded[tensor] = max(before, there)
         missing -= rounded[tensor] - before
     return missing

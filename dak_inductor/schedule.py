@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 
-from dak_inductor.ahead_placement import StagedStep, product_seconds, staged_steps
+from dak_inductor.ahead_placement import StagedStep, copied_bytes, product_seconds, staged_steps
 from dak_inductor.copy_ring import MARGIN
 from dak_inductor.cost_curve import Line
 from dak_inductor.cost_model import alone_seconds, peak_flops, step_bound
@@ -41,8 +41,8 @@ class Schedule:
         if not self._problem.ring_bytes:
             return {}
         direct: dict[str, float] = {}
-        for line, seconds in zip(self._lines, self._direct, strict=True):
-            took = seconds + self._alone(line)
+        for line, seconds, alone in zip(self._lines, self._direct, self._alone, strict=True):
+            took = seconds + alone
             direct[line.use.graph] = direct.get(line.use.graph, 0.0) + took
         steps = staged_steps(
             self._lines,
@@ -65,12 +65,14 @@ class Schedule:
         if not self.staged:
             return self._direct
         times, ring_bytes = list(self._direct), self._problem.ring_bytes
+        arriving = copied_bytes(self._lines, self._shares)
         for number, line in enumerate(self._lines):
             if self._is_staged(line):
                 step = self.staged[line.use.graph]
                 copied = self._shares[line.tensor] * line.use.touched_bytes
-                own = step.besides * copied / step.copied
-                times[number] = line.alone + product_seconds(line.use, copied, ring_bytes) + own
+                whole = arriving[line.use.graph, line.use.op]
+                product = product_seconds(line.use, whole, ring_bytes) * (copied / whole)
+                times[number] = line.alone + product + step.besides * copied / step.copied
         return times
 
     @cached_property
@@ -78,14 +80,29 @@ class Schedule:
         """The objective and what products take longer in a step that read both memories themselves.
         That is no part of their convex cost, so the greedy fill does not see it."""
         return self.objective + math.fsum(
-            line.use.calls * self._alone(line) for line in self._lines if not self._is_staged(line)
+            line.use.calls * alone
+            for line, alone in zip(self._lines, self._alone, strict=True)
+            if not self._is_staged(line)
         )
 
-    def _alone(self, line: Line) -> float:
-        if not line.copied:
-            return 0.0
-        share = self._shares[line.tensor]
-        return alone_seconds(line.use.m, share, self._profile, self._link)
+    @cached_property
+    def _alone(self) -> list[float]:
+        """Of each line: once for a product that reads two weights, with the last one that has
+        remote bytes."""
+        whole: dict[tuple[str, str], float] = {}
+        last: dict[tuple[str, str], int] = {}
+        for number, line in enumerate(self._lines):
+            if line.copied:
+                product = (line.use.graph, line.use.op)
+                whole[product] = whole.get(product, 0.0) + line.use.touched_bytes
+                if self._shares[line.tensor] > 0:
+                    last[product] = number
+        far = copied_bytes(self._lines, self._shares)
+        found = [0.0] * len(self._lines)
+        for product, number in last.items():
+            share, m = far[product] / whole[product], self._lines[number].use.m
+            found[number] = alone_seconds(m, share, self._profile, self._link)
+        return found
 
     @cached_property
     def objective(self) -> float:

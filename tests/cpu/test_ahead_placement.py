@@ -162,7 +162,7 @@ def test_products_of_one_size_in_a_block_do_not_share_its_remote_bytes() -> None
 
 
 @pytest.mark.parametrize(
-    ("mebibytes", "layers"), [(39, (1, 3, 5, 7)), (24, (1, 4, 7)), (20, (3, 7)), (12, (7,))]
+    ("mebibytes", "layers"), [(39, (1, 3, 5, 7)), (24, (2, 5, 7)), (20, (3, 7)), (12, (7,))]
 )
 def test_few_bytes_lie_in_every_second_third_or_fourth_layer(
     mebibytes: int, layers: tuple[int, ...]
