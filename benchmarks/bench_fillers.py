@@ -63,10 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def cta_counts(text: str) -> tuple[int, ...]:
     """'1,2,4' as numbers of CTAs."""
-    try:
-        counts = tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list such as 1,2,4") from error
+    counts = command_line.numbers(text, int, "1,2,4")
     if any(not 1 <= count <= 64 for count in counts):
         raise argparse.ArgumentTypeError(f"{text!r}: a streamer has 1 to 64 CTAs")
     return counts

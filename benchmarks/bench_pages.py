@@ -47,10 +47,7 @@ def sizes(text: str) -> tuple[int, ...]:
 
 
 def counts(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(max(1, int(part)) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list such as 1,4,8") from error
+    return tuple(max(1, count) for count in command_line.numbers(text, int, "1,4,8"))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -83,7 +83,7 @@ def staged_steps(
             read[graph] = read.get(graph, 0.0) + far
         products[graph] = products.get(graph, 0.0) + took
     # The link stands still once the ring is full: what a product reads beyond that comes while it
-    # runs. Over an NVLink that is most of its bytes, since the ring bridges 80 us there.
+    # runs. Over an NVLink that is most of its bytes, since the ring bridges 0.2 ms there.
     waits: dict[str, float] = {}
     for (graph, op), nbytes in arriving.items():
         late = (nbytes - ring_bytes) / link.copy_bandwidth - own[graph, op]
@@ -128,8 +128,8 @@ def placements(
     link: LinkProfile,
 ) -> list[list[int]]:
     """Remote bytes by tensor, `asked` in all: without a bound, and with no more to a tensor than
-    one launch reads through the ring before all that can have as much. None where no product can be
-    copied for.
+    one launch reads through the ring before all that can have as much. Nothing where no product can
+    be copied for.
 
     What costs less than a copied byte goes first, as the rows of an embedding or the tokens of a
     context that is still to come; then groups of equal tensors, level by level; then the rest.
@@ -154,7 +154,7 @@ def placements(
         for stage, own in enumerate(stages, 1):
             todo += [(group.price, stage, group) for group in own]
         placed = _filled(problem, grids, asked, todo, link)
-        if placed is not None:
+        if placed is not None and placed not in found:
             found.append(placed)
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from dak_inductor.cuda_runtime.host_memory import available_host_memory
 from dak_inductor.errors import BudgetError, DakError, OptionError
 
 EXAMPLES = 'for example "24GB" (24e9 bytes), "24GiB" (24 * 2**30), {share}, or bytes as an int'
@@ -35,6 +36,11 @@ def parse_host_memory(value: str | int, available: int) -> int:
     return _Size(
         "host_memory", value, available, "the host memory available", "", OptionError
     ).nbytes()
+
+
+def asked_host_memory(value: str | int | None) -> int | None:
+    """The same on this machine; None where it was not given."""
+    return None if value is None else parse_host_memory(value, available_host_memory())
 
 
 class _Size:

@@ -10,7 +10,7 @@ from torch import nn
 
 from dak_inductor.attention_switch import use_attention_function
 from dak_inductor.budget import device_budget
-from dak_inductor.byte_size import parse_host_memory
+from dak_inductor.byte_size import asked_host_memory
 from dak_inductor.cuda_runtime.host_memory import available_host_memory
 from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tiers import open_tier
@@ -156,10 +156,7 @@ def _open_tier(
         raise TierError(
             f"remote={remote!r} is for a model on {wanted}, and this one is on {device}"
         )
-    host_bytes = None
-    if host_memory is not None:
-        host_bytes = parse_host_memory(host_memory, available_host_memory())
-    return open_tier(remote, device=device, host_memory=host_bytes), device
+    return open_tier(remote, device=device, host_memory=asked_host_memory(host_memory)), device
 
 
 def _cache_layers() -> Any:

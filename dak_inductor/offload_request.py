@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dak_inductor.byte_size import parse_budget, parse_host_memory
-from dak_inductor.cuda_runtime.host_memory import available_host_memory
+from dak_inductor.byte_size import asked_host_memory, parse_budget
 from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tiers import check_remote, local_device, open_tier
 from dak_inductor.errors import BudgetError, OptionError, TierError
@@ -48,7 +47,7 @@ class OffloadRequest:
             isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1
         ):
             raise BudgetError(f"offload_ratio={ratio!r}: a share of the weight bytes from 0 to 1")
-        self.host_bytes()
+        asked_host_memory(self.host_memory)
         if self.placement is not None and not isinstance(self.placement, Mapping):
             raise OptionError(
                 f"placement={self.placement!r}: a mapping, such as {{'lm_head': 'gpu'}}"
@@ -75,15 +74,11 @@ class OffloadRequest:
         card = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
         return parse_budget(self.gpu_memory, card)
 
-    def host_bytes(self) -> int | None:
-        """`host_memory` in bytes; None where it was not given."""
-        if self.host_memory is None:
-            return None
-        return parse_host_memory(self.host_memory, available_host_memory())
-
     def open_tier(self, device: torch.device) -> Tier:
         """The remote tier as seen from `device`."""
-        return open_tier(self.remote, device=device, host_memory=self.host_bytes())
+        return open_tier(
+            self.remote, device=device, host_memory=asked_host_memory(self.host_memory)
+        )
 
     def minimum_bytes(self, tier: Tier) -> int:
         """Tensors below this many bytes stay whole: a page, and on real tiers at least 64 KiB."""

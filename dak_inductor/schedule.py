@@ -65,12 +65,11 @@ class Schedule:
         if not self.staged:
             return self._direct
         times, ring_bytes = list(self._direct), self._problem.ring_bytes
-        arriving = copied_bytes(self._lines, self._shares)
         for number, line in enumerate(self._lines):
             if self._is_staged(line):
                 step = self.staged[line.use.graph]
                 copied = self._shares[line.tensor] * line.use.touched_bytes
-                whole = arriving[line.use.graph, line.use.op]
+                whole = self._arriving[line.use.graph, line.use.op]
                 product = product_seconds(line.use, whole, ring_bytes) * (copied / whole)
                 times[number] = line.alone + product + step.besides * copied / step.copied
         return times
@@ -86,6 +85,10 @@ class Schedule:
         )
 
     @cached_property
+    def _arriving(self) -> dict[tuple[str, str], float]:
+        return copied_bytes(self._lines, self._shares)
+
+    @cached_property
     def _alone(self) -> list[float]:
         """Of each line: once for a product that reads two weights, with the last one that has
         remote bytes."""
@@ -97,10 +100,9 @@ class Schedule:
                 whole[product] = whole.get(product, 0.0) + line.use.touched_bytes
                 if self._shares[line.tensor] > 0:
                     last[product] = number
-        far = copied_bytes(self._lines, self._shares)
         found = [0.0] * len(self._lines)
         for product, number in last.items():
-            share, m = far[product] / whole[product], self._lines[number].use.m
+            share, m = self._arriving[product] / whole[product], self._lines[number].use.m
             found[number] = alone_seconds(m, share, self._profile, self._link)
         return found
 

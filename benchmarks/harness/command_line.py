@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from dak_inductor.benchmarks.harness.record import Record
 from dak_inductor.benchmarks.harness.table import summary
 from dak_inductor.benchmarks.harness.timing import QUICK, TimingRule
+
+Number = TypeVar("Number", int, float)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -51,12 +54,17 @@ def timing_rule(arguments: argparse.Namespace) -> TimingRule:
     return QUICK if arguments.quick else TimingRule()
 
 
+def numbers(text: str, kind: Callable[[str], Number], example: str) -> tuple[Number, ...]:
+    """A list with commas between, such as `example`."""
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list such as {example}") from error
+
+
 def fractions(text: str) -> tuple[float, ...]:
     """'0.1,0.5' as remote fractions, each in [0, 1]."""
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list such as 0.1,0.5") from error
+    values = numbers(text, float, "0.1,0.5")
     if any(not 0 <= value <= 1 for value in values):
         raise argparse.ArgumentTypeError(f"{text!r}: a remote fraction lies between 0 and 1")
     return values

@@ -73,16 +73,20 @@ def columns_of(filler: RingFiller) -> dict[str, object]:
 
 
 def replay_or_copy(
-    filler: RingFiller, copies: RingFiller, make_step: Callable[[RingFiller], Callable[[], None]]
+    filler: RingFiller,
+    copies: RingFiller,
+    make_step: Callable[[RingFiller], Callable[[], None]],
+    differing: Callable[[], str],
 ) -> str:
     """One replay of a step; where the filler gave up the same step with `copies`, so that what is
-    left behind is right. Returns why that was, "" where it was not."""
+    left behind is right. `differing` says what is not. Returns what went wrong, "" for nothing."""
     _captured(make_step(filler))()
-    problem = filler.given_up()
-    if problem:
+    given_up = filler.given_up()
+    if given_up:
         _captured(make_step(copies))()
     torch.cuda.synchronize()
-    return problem
+    wrong = differing()
+    return f"{given_up}; by copies instead: {wrong or 'right'}" if given_up else wrong
 
 
 def captured_all(

@@ -124,11 +124,9 @@ def _problem(
 ) -> str:
     case.poison()
     kept.zero_()
-    given_up = replay_or_copy(filler, copies, lambda each: carried(each, keep))
-    differing = _differing(kept, wanted)
-    if given_up:
-        return f"{given_up}; by copies instead: {differing or 'right'}"
-    return differing
+    return replay_or_copy(
+        filler, copies, lambda each: carried(each, keep), lambda: _differing(kept, wanted)
+    )
 
 
 def _differing(found: Tensor, wanted: Tensor) -> str:

@@ -106,10 +106,7 @@ def step_rows(
     for filler in fillers:
         case.poison()
         step.outputs.fill_(float("nan"))
-        given_up = replay_or_copy(filler, fillers[0], played)
-        differing = step.differing()
-        instead = f"{given_up}; by copies instead: {differing or 'right'}"
-        problems.append(instead if given_up else differing)
+        problems.append(replay_or_copy(filler, fillers[0], played, step.differing))
     good = [filler for filler, problem in zip(fillers, problems, strict=True) if not problem]
     timings = time_in_turn([alone, *captured_all(good, played)], device=case.device, rule=rule)
     by_filler = dict(zip([filler.name for filler in good], timings[1:], strict=True))

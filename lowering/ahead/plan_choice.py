@@ -37,7 +37,6 @@ def choose(
     """
     most = ring_within(room)
     price = partial(_paid, ops, rates) if charged else _seconds
-    rank = partial(_rank, price)
     found: list[StepPlan] = []
     reason = "little or nothing of it is remote"
     if strategy == "direct":
@@ -45,11 +44,11 @@ def choose(
     elif not most:
         reason = "no room for a ring"
     else:
-        found = staged_plans(ops, rates, strategy, most, rank)
+        found = staged_plans(ops, rates, strategy, most, partial(_rank, price))
     least = MARGIN if strategy == "auto" else None
     return StepPlans(
-        captured=_best(ops, found, reason, price, rank, least),
-        eager=_best(ops, found, reason, price, rank, least, host=True),
+        captured=_best(ops, found, reason, price, least),
+        eager=_best(ops, found, reason, price, least, host=True),
     )
 
 
@@ -74,7 +73,6 @@ def _best(
     found: Sequence[StepPlan],
     reason: str,
     price: Callable[[StepPlan], float],
-    rank: Callable[[StepPlan], float],
     least: float | None,
     *,
     host: bool = False,
@@ -83,13 +81,12 @@ def _best(
     none, for `reason`, or where it saves less than a share of `least`.
 
     Args:
-        price: seconds, by which plans are compared with all direct.
-        rank: by which they are compared with each other.
+        price: seconds, by which plans are compared with all direct; with each other by `_rank`.
         host: outside of CUDA graphs.
     """
     if found:
         plans = [_with_host(plan, ops) for plan in found] if host else found
-        best = _smallest_ring([(rank(plan), plan) for plan in plans])
+        best = _smallest_ring([(_rank(price, plan), plan) for plan in plans])
         seconds = price(best)
         if least is None or seconds <= (1 - least) * best.direct_seconds:
             return best
