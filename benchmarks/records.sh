@@ -3,6 +3,7 @@
 # GPU 3 on GPU 2. Each record is written as it grows, so what the time limit cuts is kept.
 #
 #   benchmarks/records.sh OUT [SECONDS=900]           further arguments go to every benchmark
+#   ONLY="linear attention" benchmarks/records.sh OUT    these records and no others
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=$1 limit=${2:-900}
@@ -16,6 +17,7 @@ left() { echo $((limit - (SECONDS - begun))); }
 run() { # GPUS RECORD BENCHMARK ARGUMENTS...: killed 15 s after the limit
     local gpus=$1 record=$2 benchmark=$3
     shift 3
+    [[ -z ${ONLY:-} || " $ONLY " == *" $record "* ]] || return 0
     (($(left) > 20)) || { echo "$record: no time left"; return; }
     CUDA_VISIBLE_DEVICES=$gpus PYTHONUNBUFFERED=1 timeout $(($(left) + 15)) python3 "benchmarks/$benchmark.py" \
         --out "$out" "$@" "${common[@]}" >"$out/$record.log" 2>&1
