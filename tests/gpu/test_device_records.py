@@ -26,7 +26,7 @@ def nothing_left_behind() -> Iterator[None]:
     yield
     gc.collect()
     torch.cuda.synchronize()
-    assert vmm.drain()
+    assert vmm.drain(60)
 
 
 @pytest.fixture(params=["cpu", "cuda:1", "registered"])

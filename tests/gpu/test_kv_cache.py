@@ -293,5 +293,5 @@ def test_memory_goes_with_the_cache(device: torch.device, remote: str) -> None:
     del cache
     gc.collect()
     torch.cuda.synchronize()
-    assert vmm.drain()
+    assert vmm.drain(60)
     assert vmm.memory_in_use() == before

@@ -30,7 +30,7 @@ STEP_SECONDS = 0.005
 def _nothing_is_left() -> Iterator[None]:
     yield
     gc.collect()
-    assert PAGE_MAKER.wait() and vmm.drain()
+    assert PAGE_MAKER.wait() and vmm.drain(60)
 
 
 def make_cache(
@@ -97,7 +97,7 @@ def test_the_longest_pause_of_a_step(device: torch.device, monkeypatch: pytest.M
                 assert not layer.keys[:, :, cache.tokens :].any()
         del cache, layer
         gc.collect()
-        assert PAGE_MAKER.wait() and vmm.drain()
+        assert PAGE_MAKER.wait() and vmm.drain(60)
     assert longest["made ahead"] < 0.5 * longest["made in the step"]
 
 

@@ -46,7 +46,7 @@ def nothing_left_behind() -> Iterator[None]:
     torch.cuda.synchronize()
     for tier in vmm._native_tiers.values():
         tier.reserve(0)
-    assert vmm.drain()
+    assert vmm.drain(60)
     assert vmm.live_handles() == 0
 
 
@@ -192,7 +192,7 @@ def test_the_driver_counts_memory_as_free_after_the_last_tensor() -> None:
     tensor.fill_(3)
     del tensor  # with the kernel still queued
     gc.collect()
-    assert vmm.drain()
+    assert vmm.drain(60)
     after, _ = torch.cuda.mem_get_info()
     assert abs(after - before) <= 8 * PAGE
     torch.cuda.synchronize()
@@ -213,7 +213,7 @@ def test_memory_given_up_during_a_capture_is_freed_after_it() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert bool((y == 3).all())
-    assert vmm.drain()
+    assert vmm.drain(60)
     assert vmm.live_handles() == 0
 
 
@@ -372,7 +372,7 @@ def test_registered_memory_serves_the_same_operators() -> None:
         assert buffer.remote_view().tensor().numel() == expected.nbytes - split
     del buffer, weight
     gc.collect()
-    assert vmm.drain()
+    assert vmm.drain(60)
     assert "cpu" not in vmm.memory_in_use()
 
 
