@@ -387,6 +387,16 @@ def test_a_cost_above_the_bar_is_missed_where_it_is_sure(
     assert verdict.passed is passed and verdict.bar == 0.005
 
 
+@pytest.mark.parametrize("count", [6, 12, 24, 61])
+def test_a_median_is_seldom_outside_of_its_confidence_interval(count: int) -> None:
+    chance, edge = random.Random(count), bench_marks.confidence_edge(count)
+    draws = [sorted(chance.gauss(0, 1) for _ in range(count)) for _ in range(4000)]
+    inside = sum(draw[edge] <= 0 <= draw[-1 - edge] for draw in draws) / len(draws)
+    assert inside >= 0.94
+    narrower = sum(draw[edge + 1] <= 0 <= draw[-2 - edge] for draw in draws) / len(draws)
+    assert narrower < 0.955
+
+
 def test_captures_that_differ_by_chance_or_by_their_order_cost_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -404,7 +414,7 @@ def test_captures_that_differ_by_chance_or_by_their_order_cost_nothing(
     monkeypatch.setattr(bench_marks, "captured", lambda kind, step: kind)
     monkeypatch.setattr(bench_marks, "time_in_turn", time_in_turn)
     made = bench_marks.replay_seconds(lambda: None, torch.device("cuda"), QUICK, bench_marks.ROUNDS)
-    assert len(orders) == 12 and len(set(orders)) == 6
+    assert len(orders) == bench_marks.ROUNDS and len(set(orders)) == 6
     ranges = bench_marks.row_of("ranges", made["named"], made["plain"], "")
     counts = bench_marks.row_of("counts", made["plain"], made["quiet"], "")
     assert ranges["cost"] == pytest.approx(0.0, abs=1e-3)
