@@ -19,8 +19,7 @@ import dataclasses
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -68,17 +67,6 @@ def marked(step: Step, on: bool) -> Step:
     return run
 
 
-@contextmanager
-def uncounted() -> Iterator[None]:
-    """Nothing is counted by a kernel of its own."""
-    count = reads.count_on_device
-    reads.count_on_device = lambda *_: None
-    try:
-        yield
-    finally:
-        reads.count_on_device = count
-
-
 def row_of(
     what: str, looking: Sequence[float], plain: Sequence[float], method: str
 ) -> dict[str, object]:
@@ -108,7 +96,7 @@ def captured(kind: str, step: Step) -> CapturedStep:
     """A graph with ranges ("named"), without ("plain"), or without ranges and counts ("quiet")."""
     if kind != "quiet":
         return capture(marked(step, kind == "named"))
-    with uncounted():
+    with reads.uncounted():
         return capture(marked(step, False))
 
 

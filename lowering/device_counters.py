@@ -11,6 +11,7 @@ import dak_inductor.lowering.residency  # noqa: F401  (registers torch.ops.dak.r
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.device_records import RecordCounters, records_of
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.lowering import reads
 
 _COUNTERS = slice(1, 5)  # words of a record (`dak_inductor.lowering.residency`)
 
@@ -38,12 +39,13 @@ def reset() -> None:
 @contextmanager
 def kept(operands: Sequence[torch.Tensor]) -> Iterator[None]:
     """What is queued inside, on the current stream, leaves the counters of the operands' buffers as
-    they were. What another stream counts meanwhile is lost."""
+    they were, and no kernel counts for others. What another stream counts meanwhile is lost."""
     records: list[torch.Tensor] = [torch.ops.dak.residency.default(each) for each in operands]
     counters = [record[_COUNTERS] for record in records]
     before = [each.clone() for each in counters]
     try:
-        yield
+        with reads.uncounted():
+            yield
     finally:
         for each, saved in zip(counters, before, strict=True):
             each.copy_(saved)

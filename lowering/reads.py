@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -13,6 +15,19 @@ from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.lowering import counters
 from dak_inductor.lowering.refusals import HOPPER, capability
+
+_of_thread = threading.local()
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Nothing that this thread queues inside has its reads counted by a kernel of its own."""
+    before = getattr(_of_thread, "uncounted", False)
+    _of_thread.uncounted = True
+    try:
+        yield
+    finally:
+        _of_thread.uncounted = before
 
 
 def extent(tensor: torch.Tensor) -> int:
@@ -144,6 +159,8 @@ def count_on_device(
 
     `operand`: any view of it.
     """
+    if getattr(_of_thread, "uncounted", False):
+        return
     device = operand.device
     if device.type == "cuda" and capability(device.index) >= HOPPER:
         queue_count(buffer.device_record, spans, device_index=device.index)

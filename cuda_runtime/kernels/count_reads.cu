@@ -1,4 +1,5 @@
-// Counts what a stock kernel, or a copy, reads of a tiered buffer: by the split of the moment.
+// Counts one call of a stock kernel, or a copy.
+#include "schedule/count_read.cuh"
 #include "schedule/tier_record.cuh"
 #include "types.cuh"
 
@@ -26,14 +27,10 @@ extern "C" __global__ void __launch_bounds__(32)
 #pragma unroll
   for (u32 i = 0; i < maximum_reads; ++i) {
     if (i >= arguments.reads) break;
-    const u64 start = arguments.read[i].start;
-    const u64 size = arguments.read[i].size;
-    local += split <= start ? 0 : split - start < size ? split - start : size;
-    all += size;
+    local += schedule::local_bytes(split, arguments.read[i].start, arguments.read[i].size);
+    all += arguments.read[i].size;
   }
-  if (local > 0) atomicAdd(&arguments.record->local_bytes, local);
-  if (all > local) atomicAdd(&arguments.record->remote_bytes, all - local);
-  if (arguments.calls > 0) atomicAdd(&arguments.record->calls, u64{arguments.calls});
+  schedule::count(arguments.record, local, all, arguments.calls);
 }
 
 }  // namespace dak

@@ -8,6 +8,7 @@ import struct
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,6 +60,7 @@ class FakeExtension:
     capture: int = 0
     maps: list[dict[str, Any]] = field(default_factory=list)
     chunks: list[int] = field(default_factory=list)
+    written: dict[int, bytes] = field(default_factory=dict)  # by address
 
     def capture_id(self, stream: int) -> int:
         return self.capture
@@ -69,19 +71,28 @@ class FakeExtension:
 
     def RecordChunk(self, device: int, nbytes: int) -> Any:  # noqa: N802 - the extension's name
         self.chunks.append(nbytes)
-        return SimpleNamespace(nbytes=nbytes, address=len(self.chunks) << 32)
+        address = len(self.chunks) << 32
+
+        def write(content: bytes, offset: int) -> None:
+            assert offset + len(content) <= nbytes
+            self.written[address + offset] = content
+
+        return SimpleNamespace(nbytes=nbytes, address=address, write=write)
 
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeExtension]:
     found = FakeExtension()
-    for module in (launch_words, tensor_maps, attention_maps):
+    for module in (launch_words, tensor_maps, attention_maps, read_count):
         monkeypatch.setattr(module, "extension", lambda: found)
+    monkeypatch.setattr(read_count, "_kept", [])
+    read_count._captured_counts.cache_clear()
     for name in ("_words", "_chunks"):
         monkeypatch.setattr(launch_words, name, {})
     tensor_maps.matrix_map.cache_clear()
     attention_maps._encoded.cache_clear()
     yield found
+    read_count._captured_counts.cache_clear()
     tensor_maps.matrix_map.cache_clear()  # maps of no driver must not reach another test
     attention_maps._encoded.cache_clear()
 
@@ -91,7 +102,8 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKernel]:
     found = FakeKernel()
     for module in (linear_launch, attention_launch, streaming, read_count):
         monkeypatch.setattr(module, "load", lambda kernel, index: found)
-    monkeypatch.setattr(linear_launch, "current_stream", lambda index: 7)
+    for module in (linear_launch, read_count):
+        monkeypatch.setattr(module, "current_stream", lambda index: 7)
     stream = SimpleNamespace(cuda_stream=7)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: stream)
     properties = SimpleNamespace(multi_processor_count=SMS)
@@ -377,13 +389,59 @@ def test_writes_and_round_trips_are_rates_and_seconds(
             streaming.Part(**{**asked, **wrong})
 
 
-def test_reads_are_counted_four_at_a_time_and_as_one_call(kernel: FakeKernel) -> None:
+def test_reads_are_counted_four_at_a_time_and_as_one_call(
+    driver: FakeExtension, kernel: FakeKernel
+) -> None:
     reads = [(100 * index, 10 + index) for index in range(6)]
     read_count.queue_count(0x77, reads, device_index=0)
     heads = [struct.unpack_from("<QII", each["arguments"][0]) for each in kernel.launches]
     assert heads == [(0x77, 4, 1), (0x77, 2, 0)], "the second launch counts no call"
     last = struct.unpack_from("<8Q", kernel.launches[1]["arguments"][0], 16)
     assert last == (400, 14, 500, 15, 0, 0, 0, 0)
+
+
+def test_a_capture_counts_in_a_launch_for_many_reads(
+    driver: FakeExtension, kernel: FakeKernel
+) -> None:
+    """Tables are filled one after the other; another capture has its own."""
+
+    def entries(table: int) -> list[tuple[int, ...]]:
+        ours = {a: b for a, b in driver.written.items() if table <= a < table + 64 * 32}
+        content = b"".join(ours[address] for address in sorted(ours))
+        assert sorted(ours) == list(accumulate([table, *map(len, ours.values())]))[:-1]
+        return list(struct.iter_unpack("<4Q", content))
+
+    driver.capture = 5
+    for record in range(1, 41):
+        read_count.queue_count(record, [(8 * record, 16), (4096, record)], device_index=0)
+    driver.capture = 6
+    read_count.queue_count(99, [(0, 1)], device_index=0)
+    driver.capture = 5
+    read_count.queue_count(41, [(1, 2)], device_index=0)
+    tables = [struct.unpack("<Q", each["arguments"][0])[0] for each in kernel.launches]
+    assert all(each["block"] == (64, 1, 1) for each in kernel.launches)
+    first, second, other = tables
+    wanted = [
+        entry
+        for record in range(1, 41)
+        for entry in ((record, 8 * record, 16, 1), (record, 4096, record, 0))
+    ]
+    assert entries(first) == wanted[:64]
+    assert entries(second) == [*wanted[64:], (41, 1, 2, 1)]
+    assert entries(other) == [(99, 0, 1, 1)]
+
+
+def test_tables_of_captures_that_are_long_over_are_forgotten(
+    driver: FakeExtension, kernel: FakeKernel
+) -> None:
+    for capture in range(1, 300):
+        driver.capture = capture
+        read_count.queue_count(1, [(0, 1)], device_index=0)
+    counts = read_count._captured_counts(0)
+    assert len(kernel.launches) == 299 and len(counts._open) == read_count._MOST_OPEN
+    addresses = {each["arguments"][0] for each in kernel.launches}
+    assert len(addresses) == 299, "a graph may still be replayed"
+    assert len(driver.chunks) == len(read_count._kept) == 3
 
 
 def test_a_kernel_is_compiled_and_loaded_once_for_each_gpu(

@@ -267,6 +267,11 @@ def test_a_buffer_with_a_record_is_counted_there_and_not_on_the_host(monkeypatch
     words = torch.zeros(8, dtype=torch.int64)
     words[0] = buffer.split
     monkeypatch.setattr(reads, "_words", lambda operand: words)
+    with reads.uncounted():
+        with reads.uncounted():
+            reads.count_dense("gated_linear", weight[:N], weight[N:])
+        reads.count_dense("gated_linear", weight[:N], weight[N:])
+    assert int(words[3]) == 0
     reads.count_dense("gated_linear", weight[:N], weight[N:])
     assert counters.snapshot() == ()
     assert TierBytes(int(words[1]), int(words[2])) == buffer.bytes_by_tier()
