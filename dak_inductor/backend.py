@@ -15,6 +15,7 @@ import torch
 from torch.fx import GraphModule
 
 from dak_inductor import options as option_parser
+from dak_inductor.cuda_runtime import address_table
 from dak_inductor.epilogues import fuse_epilogues
 from dak_inductor.errors import DakError, TieredTensorError
 from dak_inductor.kv_cache_steps import CacheStep, take_steps
@@ -22,6 +23,7 @@ from dak_inductor.normalise import normalise
 from dak_inductor.op_table import OpTable, build_op_table
 from dak_inductor.options import BackendOptions
 from dak_inductor.refusal import Refusal
+from dak_inductor.resident_copies import has_memory
 from dak_inductor.rewrite import rewrite
 from dak_inductor.session import SESSION, CompiledGraph
 from dak_inductor.templates import with_templates
@@ -87,7 +89,7 @@ def compile_graph(
             "the dak backend cannot be exported: a plan belongs to this process's memory. "
             "Export the model after dak.restore(model)."
         )
-    graph, table, steps = _read_operators(graph_module)
+    graph, table, steps = _read_operators(graph_module, example_inputs)
     written = written_inputs(graph)
     if table.ops and graph is not graph_module:
         graph = rewrite(graph, table)
@@ -99,9 +101,14 @@ def compile_graph(
 
 
 def _read_operators(
-    graph_module: GraphModule,
+    graph_module: GraphModule, example_inputs: Sequence[Any]
 ) -> tuple[GraphModule, OpTable, tuple[CacheStep, ...]]:
-    graph = normalise(graph_module)
+    whole = [
+        index
+        for index, value in enumerate(example_inputs)
+        if has_memory(value) and address_table.lookup(value.data_ptr()) is None
+    ]
+    graph = normalise(graph_module, whole=whole)
     if isinstance(graph, Refusal):
         log.warning("graph left as it is, its stock kernels read tiered weights: %s", graph.reason)
         return graph_module, untraced_table(graph_module, graph), ()

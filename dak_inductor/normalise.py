@@ -2,11 +2,13 @@
 
 `F.linear`, `nn.Linear`, `x @ w.t()` and `torch.addmm` reach the backend spelled in many ways.
 Tracing the graph with `make_fx(pre_dispatch=True)` leaves one spelling each, above autograd and
-decompositions, so that `aten.linear` is still one op.
+decompositions, so that `aten.linear` is still one op. Products with a parameter in rarer spellings
+(einsum) are taken apart on the way where it may be offloaded, see `spellings`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -17,15 +19,20 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dak_inductor.refusal import Refusal
+from dak_inductor.spellings import respellings
 
 _GRAPH_ATTRIBUTES = ("_param_name_to_source", "_backend_id")
 
 
-def normalise(graph_module: GraphModule) -> GraphModule | Refusal:
+def normalise(graph_module: GraphModule, *, whole: Collection[int] = ()) -> GraphModule | Refusal:
     """The same graph in ATen ops, or the reason why it cannot be traced again.
 
     The placeholders keep their order, Dynamo sources and metadata, so that caches, guards and CUDA
     graphs of Inductor work on the result as on the original. The original is not changed.
+
+    Args:
+        whole: indices of graph inputs known to lie in no tier. Products with such a parameter stay
+            as they are spelled.
     """
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     if (reason := _obstacle(graph_module, placeholders)) is not None:
@@ -34,10 +41,16 @@ def normalise(graph_module: GraphModule) -> GraphModule | Refusal:
     if fake_mode is None:
         return Refusal(node="graph", target="whole graph", reason="no graph input is a tensor")
     inputs = [node.meta["example_value"] for node in placeholders]
+    weights = [
+        value
+        for index, value in enumerate(inputs)
+        if isinstance(value, torch.nn.Parameter) and index not in whole
+    ]
     try:
         with fake_mode, torch.fx.traceback.preserve_node_meta():
             traced = make_fx(
                 torch.fx.Interpreter(graph_module).run,
+                decomposition_table=respellings(weights, autocast=_autocasts(graph_module)),
                 pre_dispatch=True,
                 tracing_mode="real",
                 _allow_non_fake_inputs=True,
@@ -72,6 +85,13 @@ def _obstacle(graph_module: GraphModule, placeholders: list[Node]) -> str | None
         ):
             return f"{node.name} has a size that depends on data"
     return None
+
+
+def _autocasts(graph_module: GraphModule) -> bool:
+    around = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+    return around or any(
+        "autocast" in getattr(node.target, "__name__", "") for node in graph_module.graph.nodes
+    )
 
 
 def _captured_input(traced: GraphModule) -> str | None:

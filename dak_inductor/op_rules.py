@@ -17,11 +17,16 @@ from dak_inductor.attention_calls import AttentionCall, attention_of_scores, rea
 from dak_inductor.attention_match import attention_in_place, attention_operator, over_cache
 from dak_inductor.normalise import value_of
 from dak_inductor.op_match import Match, Read, dtype_name, nbytes
+from dak_inductor.provenance import parameter_name
 from dak_inductor.sizes import add, minimum, product, shape_of
 from dak_inductor.views import cache_behind, input_behind, updated_in_place
 
 _aten = torch.ops.aten
 COMPUTED = "both operands are computed in the graph; nothing in it can be tiered"
+ON_THE_LEFT = (
+    "the weight is on the left, or was not offloaded when this was compiled, and transposing the "
+    "activation and the result would take copies; its stock kernel reads the weight"
+)
 
 
 Rule = Callable[[Node], Match | str | None]
@@ -80,7 +85,7 @@ def _either(kind: str, node: Node, left: Any, right: Any) -> Match | str | None:
         call = attention_of_scores(node)
         if isinstance(call, AttentionCall) and over_cache(call) is not None:
             return None  # the product with the values stands for both
-    if _weight_like(right):
+    if _weight_like(right) and not (_is_parameter(left) and not _is_parameter(right)):
         return _contraction(kind, node, left, right)
     if _weight_like(left):
         match = _contraction(kind, node, right, left)
@@ -91,7 +96,16 @@ def _either(kind: str, node: Node, left: Any, right: Any) -> Match | str | None:
         columns = right_shape[-1] if len(right_shape) > 1 else 1
         depth = shape_of(value_of(left))[-1]
         flops = product((2, *shape_of(value_of(node)), depth))
-        return Match(kind, match.reads, columns, match.other, flops, match.dtype)
+        return Match(
+            kind,
+            match.reads,
+            columns,
+            match.other,
+            flops,
+            match.dtype,
+            rewrite=not _is_parameter(left),
+            refusal=ON_THE_LEFT if _is_parameter(left) else "",
+        )
     for activation, operand in ((left, right), (right, left)):
         cache = cache_behind(operand)
         if cache is not None and value_of(cache).dim() >= 3:
@@ -106,6 +120,12 @@ def _weight_like(node: Any) -> bool:
     if source is None:
         return False
     return not updated_in_place(source)
+
+
+def _is_parameter(node: Any) -> bool:
+    """A weight for certain: an activation may be a graph input as well."""
+    source = input_behind(node)
+    return source is not None and _weight_like(node) and bool(parameter_name(source))
 
 
 def _cached(node: Node, activation: Node, view: Node, cache: Node, refusal: str) -> Match:

@@ -25,6 +25,17 @@ from dak_inductor.refusal import Refusal
 from dak_inductor.sizes import Evaluator, Size, size_of
 from dak_inductor.views import SPLITS, input_behind
 
+_aten = torch.ops.aten
+_NO_TEMPLATE = "no template for this operator; its stock kernel reads the tensor"
+_NOT_RESPELLED = (
+    "not one product that reads the weight where it lies, or one that takes copies of activations, "
+    "or the weight was not offloaded when this was compiled; its stock kernel reads the tensor"
+)
+_REASONS = {
+    getattr(_aten, name).default: _NOT_RESPELLED
+    for name in ("einsum", "tensordot", "inner", "bilinear", "mv", "addmv", "linalg_matmul")
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Op:
@@ -217,9 +228,7 @@ def _stock_reads(
         if read is None:
             continue
         if not quiet:
-            refusals.append(
-                _refuse(node, "no template for this operator; its stock kernel reads the tensor")
-            )
+            refusals.append(_refuse(node, _REASONS.get(node.target, _NO_TEMPLATE)))
         ops.append(
             Op(
                 node=node.name,
