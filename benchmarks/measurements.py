@@ -24,27 +24,23 @@ from dak_inductor.benchmarks.harness.grid_record import load
 from dak_inductor.benchmarks.harness.record import project_root
 
 GRIDS = (
-    "linear_current", "linear", "linear_peer", "linear_prefill_current", "linear_prefill",
-    "linear_peer_prefill", "attention_current", "attention", "attention_large", "attention_peer",
+    "linear", "linear_peer", "linear_prefill", "linear_peer_prefill", "attention", "attention_peer",
 )  # fmt: skip
-LATER = {
-    "linear": "linear_current",
-    "linear_prefill": "linear_prefill_current",
-    "attention": "attention_current",
-}
-DECODE = ("linear_current", "linear", "linear_peer")
-BY_SHARE = {"linear_current": 16, "linear_peer": 16, "attention_current": None, "attention": None}
+DECODE = ("linear", "linear_peer")
+BY_SHARE = {"linear": 16, "linear_peer": 16, "attention": None, "attention_peer": None}
 """Grids whose T - L is shown by share remote, at that many tokens."""
 STEPS = (
     "decode_step", "decode_step_16", "decode_step_64", "decode_step_70b", "decode_step_peer",
     "decode_step_peer_direct",
 )  # fmt: skip
 TOPICS = {
-    "system": ("planner", "cost_model", "compile", "move", "load", "pages", "over_budget"),
-    "linears": GRIDS[:6],
-    "attention": (*GRIDS[6:], "long_context"),
+    "system": (
+        "planner", "cost_model", "compile", "move", "load", "pages", "over_budget", "marks",
+    ),
+    "linears": GRIDS[:4],
+    "attention": (*GRIDS[4:], "long_context"),
     "steps": (*STEPS, "window", "fillers"),
-}
+}  # fmt: skip
 PAGE, CELLS_PAGE = "measurements.md", "cells_over.md"
 GENERATED = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 _CELLS_HEAD = """# Cells over their bars
@@ -62,10 +58,7 @@ def blocks(results: Path) -> dict[str, str]:
     decode = [grids[name] for name in DECODE]
     return {
         **{f"bars of {topic}": bars(results, names) for topic, names in TOPICS.items()},
-        **{
-            f"causes in {name}": summary(grid, grids.get(LATER.get(name, "")))
-            for name, grid in grids.items()
-        },
+        **{f"causes in {name}": summary(grid) for name, grid in grids.items()},
         **{
             f"T - L in {name}": over_bound(grids[name], tokens) for name, tokens in BY_SHARE.items()
         },

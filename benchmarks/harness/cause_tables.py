@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from dak_inductor.benchmarks.harness import attention_causes, linear_causes
-from dak_inductor.benchmarks.harness.grid_record import Cell, GridRecord, Missed, missed
+from dak_inductor.benchmarks.harness.grid_record import GridRecord, Missed, missed
 
 SUMMARY_HEAD = (
     "cause", "cells and bars", "worst, of the limit", "T - L, us", "T - C, us",
@@ -30,9 +30,8 @@ def by_cause(grid: GridRecord) -> dict[str, list[Missed]]:
     return {name: found[name] for name in order}
 
 
-def summary(grid: GridRecord, later: GridRecord | None = None) -> str:
-    """A line for each cause; `later` has the same cells again, of newer sources."""
-    head = (*SUMMARY_HEAD, *([f"of these in `{later.name}`: over, of all"] if later else []))
+def summary(grid: GridRecord) -> str:
+    """A line for each cause."""
     rows = []
     for name, cells in by_cause(grid).items():
         remote = [each for each in cells if each.cell["fraction"] > 0]
@@ -48,10 +47,9 @@ def summary(grid: GridRecord, later: GridRecord | None = None) -> str:
                     for each in remote
                     if grid.without_remote(each.cell)
                 ),
-                *([_again(cells, later)] if later else []),
             ]
         )
-    return markdown(head, rows)
+    return markdown(SUMMARY_HEAD, rows)
 
 
 def listing(grid: GridRecord) -> str:
@@ -139,17 +137,6 @@ def _range(values: Iterable[float]) -> str:
 def _rounded(found: Sequence[float]) -> list[float]:
     """Without a sign on what rounds to zero."""
     return [round(value, 1) + 0.0 for value in (found[0], statistics.median(found), found[-1])]
-
-
-def _again(cells: Sequence[Missed], later: GridRecord) -> str:
-    measured = {_place(cell) for cell in later.cells}
-    over = {(_place(each.cell), each.bar) for each in missed(later)}
-    again = [(_place(each.cell), each.bar) for each in cells if _place(each.cell) in measured]
-    return f"{sum(each in over for each in again)} of {len(again)}"
-
-
-def _place(cell: Cell) -> tuple[object, ...]:
-    return cell["shape"], cell.get("M"), cell["fraction"]
 
 
 def _fit(points: Sequence[tuple[float, float]]) -> tuple[str, str]:

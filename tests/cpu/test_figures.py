@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dak_inductor.benchmarks.harness.attention_grid import parse_shapes
 from dak_inductor.benchmarks.measurements import GENERATED
 from dak_inductor.report.chart import standalone
 from dak_inductor.report.records import load_all
@@ -19,6 +21,7 @@ from dak_inductor.report.style import FIGURE_STYLE
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text()
+MEASUREMENTS = " ".join((ROOT / "docs" / "measurements.md").read_text().split())
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FIGURE = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?) ?(x|times|GB/s|TB/s|ms|us|s|%)(?![\w/])")
 BARE = re.compile(r"\d\.\d+e\d+")
@@ -119,6 +122,109 @@ def test_stock_kernels_beside_linears_are_those_of_the_record() -> None:
     words = " ".join(README.split())
     assert f"in {slower} of the {len(ratios)} decode cells" in words
     assert f"worst: {max(ratios):.2f} times" in words
+    both = zip(decode, ratios, strict=True)
+    stock = sum(ratio > 1.02 and c["served_by"] == "stock" for c, ratio in both)
+    assert f"in {stock} of which they serve the call here too" in words
+
+
+def test_prefill_of_linears_is_that_of_the_record() -> None:
+    cells = record("linear_prefill.json")["cells"]
+    ratio = {
+        id(c): c["microseconds"] / max(c["L_microseconds"], c["C_microseconds"]) for c in cells
+    }
+    large = [ratio[id(c)] for c in cells if c["weight_bytes"] >= 200e6]
+    few = [c for c in cells if 0 < c["fraction"] <= 0.1 and c["weight_bytes"] < 200e6]
+    smaller = max(ratio[id(c)] for c in few if c["weight_bytes"] >= 16e6)
+    least = max(ratio[id(c)] for c in few if c["shape"] == "1000x4104")
+    words = " ".join(README.split())
+    assert f"the median cell takes {statistics.median(large):.2f} of the larger" in words
+    assert f"and {sum(x > 1.1 for x in large)} of {len(large)} more than 1.10" in words
+    assert f"up to {smaller:.2f} times as long, 1000x4104 up to {least:.2f}" in words
+
+
+def mean(values: Iterable[float]) -> float:
+    return statistics.geometric_mean(values)
+
+
+def test_means_by_share_are_those_of_the_record() -> None:
+    cells = [
+        c for c in record("linear.json")["cells"] if c["M"] <= 32 and c["weight_bytes"] >= 200e6
+    ]
+    at = {
+        share: f"{mean(c['T/L'] for c in cells if c['fraction'] == share):.2f}"
+        for share in {c["fraction"] for c in cells}
+    }
+    rest = [at[share] for share in sorted(at) if share >= 0.05]
+    few = f"{at[0.005]} and {at[0.01]} at 0.5 and 1%, {at[0.02]} at 2%"
+    assert f"{few}, and {min(rest)} to {max(rest)} from 5% on" in MEASUREMENTS
+    words = f"{min(rest)} to {max(rest)} of L from 5% remote on, {at[0.005]} to {at[0.01]} at 0.5"
+    assert words in " ".join(README.split())
+
+
+def test_means_of_attention_are_those_of_the_record() -> None:
+    cells = [
+        (c, parse_shapes(c["shape"])[0].head_dim)
+        for c in record("attention.json")["cells"]
+        if c["cache_bytes"] >= 256e6 and not parse_shapes(c["shape"])[0].is_prefill
+    ]
+    at = {
+        share: f"{mean(c['T/L'] for c, _ in cells if c['fraction'] == share):.2f}"
+        for share in (0.01, 0.1, 0.5, 1.0)
+    }
+    most = [at[share] for share in (0.1, 0.5, 1.0)]
+    whole = mean(c["T/L"] for c, size in cells if c["fraction"] >= 0.1 and size not in (80, 96))
+    words = (
+        f"{at[0.01]} at 1%, {min(most)} to {max(most)} from 10% on, {whole:.2f} without the heads"
+    )
+    assert words in MEASUREMENTS
+
+
+def test_repeats_and_ceilings_are_those_of_the_records() -> None:
+    spreads = {
+        name: [
+            100 * (max(c["repeats_microseconds"]) / min(c["repeats_microseconds"]) - 1)
+            for c in record(f"{name}.json")["cells"]
+            if c["fraction"] >= 0.25 and c["weight_bytes"] >= 16e6
+        ]
+        for name in ("linear", "linear_peer")
+    }
+    host, peer = spreads["linear"], spreads["linear_peer"]
+    words = f"by a median of {statistics.median(host):.1f}% in `linear`, by up to {max(host):.0f}%"
+    assert f"{words}, and by at most {max(peer):.1f}% in `linear_peer`" in MEASUREMENTS
+    links = [record(f"{n}.json")["ceilings"]["link_direct"] for n in ("linear", "linear_prefill")]
+    below = f"{100 * (1 - links[0] / links[1]):.1f}% below that"
+    assert below in MEASUREMENTS and below in " ".join(README.split())
+    cells = [
+        c
+        for c in record("linear.json")["cells"]
+        if c["fraction"] >= 0.05 and c["weight_bytes"] >= 16e6
+    ]
+    under = sum(c["T/L"] < 1 for c in cells)
+    assert f"T below L in {under} of {len(cells)} cells" in MEASUREMENTS
+
+
+def test_times_of_prefill_attention_are_those_of_the_record() -> None:
+    at = {
+        (c["shape"], c["fraction"]): f"{c['microseconds']:.0f}"
+        for c in record("attention.json")["cells"]
+    }
+    for shape, remote, before in (
+        ("1x8192x8x4x128x8192", 1.0, "from 1162"), ("4x8192x8x8x128x8192", 1.0, "from 9945"),
+        ("4x2048x8x8x128x2048", 0.5, "from 681"), ("4x2048x8x8x128x2048", 1.0, "from 909"),
+    ):  # fmt: skip
+        assert f"{before} to {at[shape, remote]}" in MEASUREMENTS
+    counts = [
+        sum(c["status"] == "not repeatable" for c in record(name)["cells"])
+        for name in ("attention.json", "attention_peer.json")
+    ]
+    numbers = {3: "three", 5: "five"}
+    words = f"are {numbers[counts[0]]} cells of `attention.json` and {numbers[counts[1]]} of"
+    assert words in MEASUREMENTS
+
+
+def test_the_error_of_predictions_is_that_of_the_record() -> None:
+    (median,) = [v for v in record("cost_model.json")["verdicts"] if v["name"] == "median error"]
+    assert f"the median error of all cells is {100 * median['measured']:.1f}%" in README
 
 
 def test_attention_figures_are_those_of_the_record() -> None:
@@ -128,8 +234,13 @@ def test_attention_figures_are_those_of_the_record() -> None:
     words = " ".join(README.split())
     assert f"{low} to {high} of the bound for 8 sequences of 32,768 tokens" in words
     assert f"10% and 100% remote, {at[0.01]} at 1%" in words
-    large = {(c["shape"], c["fraction"]): c["T/L"] for c in record("attention_large.json")["cells"]}
-    assert f"take {large['128x8192x8x4x128', 0.5]:.2f} of it" in words
+    half = {c["shape"]: c for c in cells if c["fraction"] == 0.5}
+    for shape, wanted in (
+        ("128x8192x8x4x128", "128 sequences of 8192 tokens, {} GB in host memory, take {} of it"),
+        ("64x131072x8x4x128", "64 of 131,072 tokens, {} GB there, {}"),
+    ):
+        cell = half[shape]
+        assert wanted.format(f"{cell['remote_bytes'] / 1e9:.1f}", f"{cell['T/L']:.2f}") in words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
