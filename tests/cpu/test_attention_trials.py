@@ -43,7 +43,7 @@ def measured(
 
 @pytest.mark.parametrize(
     ("seconds", "stock"),
-    [((1.0, 0.9), True), ((1.0, 0.995), False), ((1.0, 1.2), False), (None, False)],
+    [((1.0, 0.9), True), ((1.0, 0.996), False), ((1.0, 1.2), False), (None, False)],
 )
 def test_a_kind_is_measured_once(seconds: tuple[float, float] | None, stock: bool) -> None:
     calls = list[int]()
