@@ -182,8 +182,8 @@ class StepMemory:
                 self._switch_off(tokens, known, str(error))
                 return None
             known.replace(plans, splits)
-            if plans is not None and not capturing and not plans.eager.ring_bytes:
-                self._hold(plans.captured.ring_bytes, device)
+            if plans is not None and not capturing:
+                self._ready_for_captures(plans, device)
         prepared = known.playable(known.sequence, captured=capturing)
         if prepared is None:
             return None
@@ -197,6 +197,15 @@ class StepMemory:
         except BaseException:
             player.close()
             raise
+
+    def _ready_for_captures(self, plans: StepPlans, device: torch.device) -> None:
+        """Make what their plan needs and this call's own may not: cuBLAS's handle of the thread,
+        which no capture can make, and the room of the ring."""
+        if device.type == "cuda" and plans.captured.staged:
+            with torch.cuda.device(device):
+                torch.cuda.current_blas_handle()
+        if not plans.eager.ring_bytes:
+            self._hold(plans.captured.ring_bytes, device)
 
     def _hold(self, ring_bytes: int, device: torch.device) -> None:
         """Take the ring that captures will have through this call, which has none of its own:

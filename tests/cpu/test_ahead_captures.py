@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -46,6 +48,26 @@ def test_calls_outside_of_captures_do_not_decide_for_them_nor_they_for_those(
     assert run.asked == 1, "planned once, for both"
     assert run.memory.ring_grew(), "weights make room for the ring of either"
     assert run.memory.ring_bytes > 0 and not run.memory.ring_grew()
+
+
+def test_cublas_has_its_handle_before_a_capture_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock products in parts may be in captures alone, and no capture can make the handle."""
+    staged_in(monkeypatch, captured=True)
+    made = list[int]()
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: made.append(1))
+    run = Run(three())
+    run()
+    run()
+    (known,) = run.memory._steps.values()
+    assert known.plans is not None and known.plans.captured.staged
+    run.memory._ready_for_captures(known.plans, torch.device("cpu"))
+    assert not made
+    run.memory._ready_for_captures(known.plans, torch.device("cuda", 0))
+    assert made == [1]
+    direct = StepPlans(captured=known.plans.eager, eager=known.plans.eager)
+    run.memory._ready_for_captures(direct, torch.device("cuda", 0))
+    assert made == [1]
 
 
 def test_a_capture_after_a_move_is_planned_in_it(monkeypatch: pytest.MonkeyPatch) -> None:

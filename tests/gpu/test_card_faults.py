@@ -91,3 +91,39 @@ def test_two_processes_share_one_card(device: torch.device) -> None:
         assert child.returncode == 0 and out.split("\n")[-2] == "right True", (
             out[-500:] + err[-2000:]
         )
+
+
+FIRST_STOCK = """
+import torch
+from torch import nn
+import dak_inductor as dak
+from dak_inductor.benchmarks.harness.timing import capture
+
+torch.manual_seed(0)
+layers = [nn.Linear(4096, 4096, bias=False, dtype=torch.bfloat16) for _ in range(6)]
+exact = [layer.weight.detach().float() for layer in layers]
+model = nn.Sequential(*layers)
+dak.offload(model, offload_ratio=0.3)
+run = torch.compile(model, backend="dak", options={"strategy": "staged", "trials": False})
+x = torch.randn(16, 4096, dtype=torch.bfloat16, device="cuda")
+with torch.no_grad():
+    for _ in range(4):
+        run(x)
+    output = capture(lambda: run(x))()
+wanted, allowed = x.cpu().float(), x.cpu()
+for weight in exact:
+    wanted, allowed = wanted @ weight.t(), allowed @ weight.bfloat16().t()
+error, bound = ((y.cpu().float() - wanted).abs().max() for y in (output, allowed))
+print("right", bool(error <= 2 * bound), dak.stats().total.remote > 0)
+"""
+
+
+def test_a_capture_may_be_the_first_to_need_stock_products(device: torch.device) -> None:
+    """Calls outside of it were all the kernel's, so that this process has no handle of cuBLAS."""
+    child = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(FIRST_STOCK)],
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert child.stdout.split("\n")[-2:-1] == ["right True True"], (
+        child.stdout[-500:] + child.stderr[-2000:]
+    )
