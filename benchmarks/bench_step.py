@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def record() -> Record:
         """What there is so far. A row that was left out has passed nothing."""
-        made = verdicts(rows, arguments.fractions, on_gpu=device.type == "cuda")
+        on_gpu = device.type == "cuda"
+        made = verdicts(rows, arguments.fractions, on_gpu=on_gpu, prefill=arguments.prefill)
         made.append(Verdict("rows left out", len(left), 0, "rows", not left, "; ".join(left[:3])))
         return make_record(
             arguments.record,

@@ -1,4 +1,4 @@
-"""What a decode step must reach against its peers and its bound, at each remote fraction."""
+"""What a step must reach against its peers, and one of decode its bound, at each fraction."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ OVER_BOUND = ((0.1, 1.06), (0.02, 1.15))
 Row = Mapping[str, object]
 
 
-def verdicts(rows: Sequence[Row], fractions: Sequence[float], *, on_gpu: bool) -> list[Verdict]:
+def verdicts(
+    rows: Sequence[Row], fractions: Sequence[float], *, on_gpu: bool, prefill: bool = False
+) -> list[Verdict]:
     """`dak` at each fraction over the faster form of stock kernels on split tensors, and over
     whatever else was measured: its own two strategies, real peers, oracles, the bound."""
     made = []
@@ -51,7 +53,7 @@ def verdicts(rows: Sequence[Row], fractions: Sequence[float], *, on_gpu: bool) -
                 made.append(_ratio(name, at["dak"], others, bar, on_gpu))
         limit = next((most for least, most in OVER_BOUND if fraction >= least), None)
         over = at["dak"].get("T/L")
-        if limit is not None and over is not None:
+        if limit is not None and over is not None and not prefill:
             ratio = float(str(over))
             passed = ratio <= limit if on_gpu else None
             made.append(Verdict(f"dak, T / L, {where} remote", ratio, limit, "x", passed))

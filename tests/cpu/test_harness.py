@@ -307,6 +307,8 @@ def test_a_decode_step_is_held_against_real_peers_oracles_and_its_bound() -> Non
     assert found["dak / fastest oracle, 2% remote"].passed is False
     assert found["dak, T / L, 2% remote"].passed is True
     assert found["dak, T / L, 2% remote"].bar == 1.15
+    prefill = {v.name for v in step_bars.verdicts(rows, (0.02,), on_gpu=True, prefill=True)}
+    assert prefill == found.keys() - {"dak, T / L, 2% remote"}
 
 
 def test_compile_bar_fails_where_a_run_failed() -> None:
