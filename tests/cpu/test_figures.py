@@ -125,6 +125,11 @@ def test_stock_kernels_beside_linears_are_those_of_the_record() -> None:
     both = zip(decode, ratios, strict=True)
     stock = sum(ratio > 1.02 and c["served_by"] == "stock" for c, ratio in both)
     assert f"in {stock} of which they serve the call here too" in words
+    later = [c for c in record("lin0.json")["cells"] if c["peers_microseconds"]]
+    behind = [
+        c for c in later if c["microseconds"] > 1.02 * c["peers_microseconds"]["stock on split"]
+    ]
+    assert f"in {len(behind)} of the {len(later)} cells of `lin0.json`" in words
 
 
 def test_prefill_of_linears_is_that_of_the_record() -> None:
