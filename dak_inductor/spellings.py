@@ -39,10 +39,10 @@ def respellings(
         autocast: some of the graph is under autocast, which the trace does not show. There eager
             computes tensordot and bilinear in the widest dtype, but products in the narrow one.
     """
-    spellings = _Spellings(
-        frozenset(_memory(weight) for weight in weights if _is_plain(weight)),
-        autocast,
-    )
+    memory = frozenset(_memory(weight) for weight in weights if _is_plain(weight))
+    if not memory:
+        return {}
+    spellings = _Spellings(memory, autocast)
     return {
         _aten.einsum.default: spellings.einsum,
         _aten.tensordot.default: spellings.tensordot,
