@@ -2,9 +2,10 @@
 
     python -m dak_inductor.benchmarks.bench_planner --out planner.json
 
-Three measurements: planning 2,000 uses (best of 5); random problems against the optimum of the
-linear program, before rounding and after rounding to 256 bytes; the same problems planned again for
-another number of remote bytes with tensors that move by 2 MiB pages. Needs scipy, no GPU.
+Three measurements: planning 2,000 uses with and without a ring of copies ahead (best of 5); random
+problems against the optimum of the linear program, before rounding and after rounding to 256 bytes;
+the same problems planned again for another number of remote bytes with tensors that move by 2 MiB
+pages. Needs scipy, no GPU.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dak_inductor.benchmarks.harness.planner_problems import (
     PAGE,
+    decoder_problem,
     model_problem,
     moved_problem,
     on_the_grid,
@@ -34,10 +36,13 @@ from dak_inductor.benchmarks.harness.record import (
     sources_sha256,
     without_folder,
 )
+from dak_inductor.copy_ring import LEAST_RING_BYTES, RING_BYTES
 from dak_inductor.cost_model import local_bandwidth, op_floor, reached_flops
 from dak_inductor.hardware import HardwareProfile, load
 from dak_inductor.plan import Plan, PlanProblem
 from dak_inductor.planner import make_plan
+
+RATIOS = (0.02, 0.3, 0.9)
 
 
 def linear_program(problem: PlanProblem, profile: HardwareProfile) -> float:
@@ -133,25 +138,37 @@ def page_steps(problem: PlanProblem, plan: Plan, profile: HardwareProfile) -> di
     return steps
 
 
+def timed_problems(
+    uses: int, profile: HardwareProfile
+) -> Iterator[tuple[dict[str, Any], PlanProblem]]:
+    """What planning is timed on, with what its row says of it: random sizes, of which no two are
+    priced alike, also where they lie on pages and a twentieth more is to leave; equal layers."""
+    for ratio in RATIOS:
+        for ring in (0, LEAST_RING_BYTES, RING_BYTES):
+            row = {"problem": "random sizes", "remote": "cpu", "ring_bytes": ring, "ratio": ratio}
+            problem = model_problem(uses, ratio, ring_bytes=ring)
+            yield row, problem
+        asked = int(1.05 * problem.remote_bytes)
+        live = moved_problem(problem, make_plan(problem, profile), seed=0)
+        yield {**row, "problem": "random sizes, placed"}, replace(live, remote_bytes=asked)
+        for remote in ("cpu", "peer"):
+            for ring in (LEAST_RING_BYTES, RING_BYTES):
+                row = {"problem": "decoder", "remote": remote, "ring_bytes": ring, "ratio": ratio}
+                yield row, decoder_problem(uses, ratio, remote, ring)
+
+
 def measure_time(uses: int, repeats: int) -> dict[str, Any]:
-    """Planning time in milliseconds at three ratios, best and median of `repeats`."""
+    """Planning time in milliseconds by problem, best and median of `repeats`."""
     profile = load("h200")
     rows = []
-    for ratio in (0.02, 0.3, 0.9):
-        problem = model_problem(uses, ratio)
+    for row, problem in timed_problems(uses, profile):
         times = []
         for _ in range(repeats):
             start = time.perf_counter()
             plan = make_plan(problem, profile)
             times.append((time.perf_counter() - start) * 1e3)
-        rows.append(
-            {
-                "uses": len(plan.ops),
-                "ratio": ratio,
-                "best_ms": min(times),
-                "median_ms": statistics.median(times),
-            }
-        )
+        best, median = min(times), statistics.median(times)
+        rows.append({"uses": len(plan.ops), **row, "best_ms": best, "median_ms": median})
     return {"repeats": repeats, "rows": rows, "worst_best_ms": max(r["best_ms"] for r in rows)}
 
 

@@ -18,8 +18,7 @@ _Kinks = tuple[tuple[float, float], ...]  # (share, jump of the slope)
 class Line(NamedTuple):
     """One use with its cost. `start` and `kinks` are the slope of one call over the share.
 
-    copied: the link may copy its remote rows ahead: a product that reads all of its weight. It then
-    takes `alone`, as if nothing were remote, and what copies cost.
+    copied: the link may copy its remote rows ahead: a product that reads all of its weight.
     """
 
     use: OpUse
@@ -29,7 +28,6 @@ class Line(NamedTuple):
     tensor: int  # -1: reads none of ours
     floor: float
     copied: bool = False
-    alone: float = 0.0
 
 
 class Piece(NamedTuple):
@@ -46,6 +44,7 @@ def cost_lines(problem: PlanProblem, profile: HardwareProfile, link: LinkProfile
     index = {spec.name: i for i, spec in enumerate(problem.tensors)}
     index[""] = -1
     shapes: dict[tuple[float, float, float, float, str, str], tuple[OpCost, float, _Kinks]] = {}
+    floors: dict[str, float] = {}
     seen: set[tuple[str, str]] = set()
     lines = []
     for use in problem.uses:
@@ -68,7 +67,9 @@ def cost_lines(problem: PlanProblem, profile: HardwareProfile, link: LinkProfile
         if not 0 <= use.calls < math.inf:
             raise PlanError(f"operator {use.op} is called {use.calls} times")
         name = (use.graph, use.op)
-        floor = 0.0 if name in seen else op_floor(use.kind, profile)
+        if use.kind not in floors:
+            floors[use.kind] = op_floor(use.kind, profile)
+        floor = 0.0 if name in seen else floors[use.kind]
         seen.add(name)
         cost, start, kinks = known
         tensor = index[use.tensor]
@@ -80,8 +81,7 @@ def cost_lines(problem: PlanProblem, profile: HardwareProfile, link: LinkProfile
             and use.touched_bytes == problem.tensors[tensor].nbytes
             and not untouched
         )
-        alone = cost.time(0.0) + floor if copied else 0.0
-        lines.append(Line(use, cost, start, kinks, tensor, floor, copied, alone))
+        lines.append(Line(use, cost, start, kinks, tensor, floor, copied))
     return lines
 
 
@@ -90,20 +90,21 @@ def cost_pieces(
 ) -> list[list[Piece]]:
     """By tensor, the cost's pieces from the fewest to the most remote bytes it may have."""
     start = [0.0] * len(grids)
-    kinks: list[list[tuple[float, float]]] = [[] for _ in grids]
-    for use, _, slope, shares, tensor, *_ in lines:
+    marks: list[list[tuple[float, float]]] = [[] for _ in grids]  # (bytes, jump of the slope)
+    for line in lines:
+        tensor, calls = line.tensor, line.use.calls
         if tensor >= 0:
-            start[tensor] += use.calls * slope
-            kinks[tensor] += [(share, use.calls * jump) for share, jump in shares]
+            start[tensor] += calls * line.start
+            nbytes = grids[tensor].nbytes
+            marks[tensor] += [(share * nbytes, calls * jump) for share, jump in line.kinks]
     pieces = []
     for tensor, (spec, grid) in enumerate(zip(problem.tensors, grids, strict=True)):
         slope, nbytes = start[tensor], grid.nbytes
         position, high = float(grid.low), grid.high
-        marks = [(share * nbytes, jump) for share, jump in kinks[tensor]]
         if spec.current_remote is not None:
-            marks.append((float(spec.current_remote), 0.0))
+            marks[tensor].append((float(spec.current_remote), 0.0))
         own = []
-        for mark, jump in [*sorted(marks), (float(high), 0.0)]:
+        for mark, jump in [*sorted(marks[tensor]), (float(high), 0.0)]:
             stop = min(mark, high)
             if stop > position:
                 own.append(Piece(slope / nbytes, position, stop, tensor))
@@ -111,12 +112,3 @@ def cost_pieces(
             slope += jump
         pieces.append(own)
     return pieces
-
-
-def objective(lines: list[Line], remote: list[float] | list[int], grids: list[SplitGrid]) -> float:
-    """Sum over uses of calls x time, with `remote` bytes of each tensor remote."""
-    shares = [r / g.nbytes if g.nbytes else 0.0 for r, g in zip(remote, grids, strict=True)]
-    shares.append(0.0)  # index -1
-    return math.fsum(
-        line.use.calls * (line.cost.time(shares[line.tensor]) + line.floor) for line in lines
-    )

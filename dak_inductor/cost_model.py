@@ -15,14 +15,12 @@ Bytes, bytes per second, flop per second, seconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from dak_inductor.errors import PlanError
 from dak_inductor.hardware import HardwareProfile, LinkProfile
-from dak_inductor.plan import OpPlan, OpUse
+from dak_inductor.plan import OpUse
 
-LIMITS = ("hbm", "link", "compute")
 HBM_SHARE = 0.93
 """Of the stream that a profile has, what operators reach. Fitted, with the floor, to the decode
 grids of the H200, both tiers (linear.json, linear_peer.json): see `benchmarks/check_cost_model.py`.
@@ -65,13 +63,6 @@ class OpCost(NamedTuple):
     def _local(self, share: float) -> float:
         return self.weight * (1 if self.untouched else 1 - share) + self.activations
 
-    def limit(self, share: float) -> str:
-        """The one of LIMITS that sets T(share); HBM where two are equal."""
-        local, share = self._local(share), self.touched(share)
-        if local >= self.link * share and local >= self.compute:
-            return "hbm"
-        return "link" if self.link * share >= self.compute else "compute"
-
     def slopes(self) -> tuple[float, tuple[tuple[float, float], ...]]:
         """T as (slope at 0, ((share, jump of the slope there), ...)), shares within (0, 1)."""
         weight, activations, link, compute, untouched = self
@@ -95,7 +86,7 @@ class OpCost(NamedTuple):
                     ((weight + activations - compute) / weight, weight),
                     (compute / link, link),
                 )
-        return start, tuple(kink for kink in kinks if kink[0] < 1)
+        return start, tuple([kink for kink in kinks if kink[0] < 1])
 
 
 def peak_flops(profile: HardwareProfile, dtype: str) -> float:
@@ -116,9 +107,10 @@ def op_cost(use: OpUse, profile: HardwareProfile, link: LinkProfile) -> OpCost:
         raise PlanError(
             f"operator {use.op}: strategy {use.strategy!r} cannot be planned, only 'direct'"
         )
+    bandwidth = local_bandwidth(profile)
     return OpCost(
-        use.touched_bytes / local_bandwidth(profile),
-        use.other_bytes / local_bandwidth(profile),
+        use.touched_bytes / bandwidth,
+        use.other_bytes / bandwidth,
         use.touched_bytes / link.direct_bandwidth,
         use.flops / reached_flops(use, profile) if use.flops else 0.0,
         use.untouched_share,
@@ -149,9 +141,13 @@ def op_floor(kind: str, profile: HardwareProfile) -> float:
 def alone_seconds(m: int, share: float, profile: HardwareProfile, link: LinkProfile) -> float:
     """What a product of `m` tokens takes longer in a step that reads both memories itself; `share`
     is what is remote of its weight."""
-    if 0 < m <= FEW_TOKENS and 0 < share < 1:
-        return _ALONE_FLOORS.get(link.tier, _ALONE_FLOORS["cpu"]) * profile.operator_floor
-    return 0.0
+    reads_both = 0 < m <= FEW_TOKENS and 0 < share < 1
+    return both_memories_seconds(profile, link) if reads_both else 0.0
+
+
+def both_memories_seconds(profile: HardwareProfile, link: LinkProfile) -> float:
+    """The same of each product of few tokens that does."""
+    return _ALONE_FLOORS.get(link.tier, _ALONE_FLOORS["cpu"]) * profile.operator_floor
 
 
 def copy_slowdown(profile: HardwareProfile, link: LinkProfile) -> float:
@@ -162,24 +158,12 @@ def copy_slowdown(profile: HardwareProfile, link: LinkProfile) -> float:
 
 
 def step_bound(
-    ops: Iterable[OpPlan], compute: Mapping[str, float], profile: HardwareProfile, link: LinkProfile
-) -> dict[str, float]:
-    """By graph, the time no schedule of these bytes can beat: each resource alone, never idle.
+    local: float, remote: float, compute: float, profile: HardwareProfile, link: LinkProfile
+) -> float:
+    """The time no schedule of a graph's bytes can beat: each resource alone, never idle.
 
-    max(sum of local bytes / HBM, sum of remote bytes / the faster of direct reads and copy engine,
-    sum of compute), no floors. `compute` is the sum of F / P by graph.
+    max(local bytes / HBM, remote bytes / the faster of direct reads and copy engine, compute), no
+    floors. `local`, `remote` and `compute` are sums over the graph, the last one of F / P.
     """
-    local: dict[str, float] = {}
-    remote: dict[str, float] = {}
-    for op in ops:
-        local[op.graph] = local.get(op.graph, 0.0) + op.local_bytes
-        remote[op.graph] = remote.get(op.graph, 0.0) + op.remote_bytes
     best_link = max(link.direct_bandwidth, link.copy_bandwidth)
-    return {
-        graph: max(
-            local[graph] / profile.hbm_bandwidth,
-            remote[graph] / best_link,
-            compute.get(graph, 0.0),
-        )
-        for graph in local
-    }
+    return max(local / profile.hbm_bandwidth, remote / best_link, compute)

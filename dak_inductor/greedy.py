@@ -31,12 +31,13 @@ def fill(
     grids: list[SplitGrid],
     asked: int,
     rank: list[int],
+    steepest: float,
     current: list[int],
     move_price: float,
 ) -> Fill:
     """Take pieces by slope until `asked` bytes are remote; bytes that are remote go first among
-    equals, and `move_price` seconds per byte cheaper than others."""
-    steepest = steepest_slope(pieces)
+    equals, and `move_price` seconds per byte cheaper than others. `steepest` is their
+    `steepest_slope`."""
     scale = 1 / (steepest * _SLOPE_RESOLUTION) if steepest else 0.0
     keyed = []
     for tensor, own in enumerate(pieces):

@@ -11,10 +11,11 @@ Pure: no GPU, no tensor, the same plan for the same problem in any order.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 from dak_inductor import ahead_placement
 from dak_inductor.copy_ring import MARGIN
-from dak_inductor.cost_curve import cost_lines, cost_pieces, objective
+from dak_inductor.cost_curve import cost_lines, cost_pieces
 from dak_inductor.errors import BudgetError, PlanError
 from dak_inductor.greedy import fill, round_splits, steepest_slope
 from dak_inductor.hardware import HardwareProfile
@@ -22,6 +23,7 @@ from dak_inductor.plan import Plan, PlanProblem
 from dak_inductor.schedule import Schedule
 from dak_inductor.split_grid import SplitGrid, split_grid
 from dak_inductor.tensor_names import natural
+from dak_inductor.use_columns import UseColumns
 
 
 def make_plan(
@@ -39,21 +41,23 @@ def make_plan(
     grids = [split_grid(spec) for spec in problem.tensors]
     _check(problem, grids)
     lines = cost_lines(problem, profile, link)
+    columns = UseColumns(problem, profile, lines, grids)
     pieces = cost_pieces(lines, problem, grids)
     rank = _rank(problem)
     asked = max(problem.remote_bytes, sum(grid.low for grid in grids))
 
-    relaxed = fill(pieces, grids, asked, rank, [0] * len(grids), 0.0)
-    objective_bound = objective(lines, relaxed.remote, grids)
+    steepest = steepest_slope(pieces)
+    relaxed = fill(pieces, grids, asked, rank, steepest, [0] * len(grids), 0.0)
+    objective_bound = columns.objective(relaxed.remote)
     current = [spec.current_remote or 0 for spec in problem.tensors]
     if any(current):
-        price = move_tolerance * steepest_slope(pieces)
-        relaxed = fill(pieces, grids, asked, rank, current, price)
+        price = move_tolerance * steepest
+        relaxed = fill(pieces, grids, asked, rank, steepest, current, price)
     rounded = round_splits(relaxed, pieces, grids, current, asked)
-    best = Schedule(problem, profile, lines, grids, rounded)
-    spreads = ahead_placement.placements(problem, lines, pieces, grids, asked, link)
+    best = Schedule(columns, rounded)
+    spreads = ahead_placement.placements(columns, pieces, grids, asked)
     if spreads:
-        schedules = [Schedule(problem, profile, lines, grids, spread) for spread in spreads]
+        schedules = [Schedule(columns, spread) for spread in spreads]
         ahead = min(schedules, key=lambda schedule: schedule.expected)
         # also where both take as long: the ring of copies does not reach from one whole tensor to
         # the next
@@ -63,7 +67,7 @@ def make_plan(
         if even or ahead.expected < best.expected * (1 - MARGIN):
             best = ahead
     if _is_allowed(problem, grids, asked):
-        now = Schedule(problem, profile, lines, grids, current)
+        now = Schedule(columns, current)
         if now.expected <= best.expected * (1 + move_tolerance):
             best = now
     return best.plan(objective_bound)
@@ -73,8 +77,9 @@ def seconds_of(problem: PlanProblem, remote: Mapping[str, int], profile: Hardwar
     """Sum of calls x time with these `remote` bytes of each tensor, wherever they may be split."""
     grids = [split_grid(spec) for spec in problem.tensors]
     lines = cost_lines(problem, profile, profile.link(problem.remote))
+    columns = UseColumns(problem, profile, lines, grids)
     wanted = [remote[spec.name] for spec in problem.tensors]
-    return Schedule(problem, profile, lines, grids, wanted).objective
+    return Schedule(columns, wanted).objective
 
 
 def _check(problem: PlanProblem, grids: list[SplitGrid]) -> None:
@@ -116,11 +121,12 @@ def _rank(problem: PlanProblem) -> list[int]:
     return rank
 
 
-def _spread(count: int) -> list[int]:
+@lru_cache(maxsize=256)
+def _spread(count: int) -> tuple[int, ...]:
     """0 to count - 1 in an order of which every beginning is spread over the whole: by their bits
     from the last to the first."""
     width = max(1, (count - 1).bit_length())
-    return sorted(range(count), key=lambda number: int(f"{number:0{width}b}"[::-1], 2))
+    return tuple(sorted(range(count), key=lambda number: int(f"{number:0{width}b}"[::-1], 2)))
 
 
 def _is_allowed(problem: PlanProblem, grids: list[SplitGrid], asked: int) -> bool:

@@ -6,152 +6,122 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 
-from dak_inductor.ahead_placement import StagedStep, copied_bytes, product_seconds, staged_steps
+import numpy as np
+from numpy.typing import NDArray
+
+from dak_inductor.copies_ahead import CopiesAhead, StagedStep
 from dak_inductor.copy_ring import MARGIN
-from dak_inductor.cost_curve import Line
-from dak_inductor.cost_model import alone_seconds, peak_flops, step_bound
-from dak_inductor.hardware import HardwareProfile
-from dak_inductor.plan import OpPlan, Plan, PlanProblem
-from dak_inductor.split_grid import SplitGrid
+from dak_inductor.cost_model import step_bound
+from dak_inductor.plan import OpPlan, Plan
+from dak_inductor.use_columns import Column, UseColumns
 
 
 class Schedule:
     """`remote` bytes of each tensor, and what the step takes. Times in seconds."""
 
-    def __init__(
-        self,
-        problem: PlanProblem,
-        profile: HardwareProfile,
-        lines: Sequence[Line],
-        grids: Sequence[SplitGrid],
-        remote: Sequence[int],
-    ) -> None:
+    def __init__(self, columns: UseColumns, remote: Sequence[int]) -> None:
         self.remote = remote
-        self._problem, self._profile, self._lines = problem, profile, lines
-        self._link = profile.link(problem.remote)
-        self._shares = [
-            r / g.nbytes if g.nbytes else 0.0 for r, g in zip(remote, grids, strict=True)
-        ]
-        self._shares.append(0.0)  # index -1
-        self._direct = [line.cost.time(self._shares[line.tensor]) + line.floor for line in lines]
+        self._columns = columns
+        self._shares = columns.shares(remote)
+        self._direct = columns.direct(self._shares)
+
+    @cached_property
+    def _ahead(self) -> CopiesAhead:
+        return CopiesAhead(self._columns, self._shares)
+
+    @cached_property
+    def _read_directly(self) -> Column:
+        """What each use takes longer in a step that reads both memories itself."""
+        return self._ahead.read_directly()
 
     @cached_property
     def staged(self) -> dict[str, StagedStep]:
         """Graphs whose remote rows are copied ahead, since that is predicted to be faster."""
-        if not self._problem.ring_bytes:
+        if not self._columns.problem.ring_bytes:
             return {}
-        direct: dict[str, float] = {}
-        for line, seconds, alone in zip(self._lines, self._direct, self._alone, strict=True):
-            took = seconds + alone
-            direct[line.use.graph] = direct.get(line.use.graph, 0.0) + took
-        steps = staged_steps(
-            self._lines,
-            self._shares,
-            self._direct,
-            self._profile,
-            self._link,
-            self._problem.ring_bytes,
-        )
+        sums = self._columns.by_graph(self._direct + self._read_directly)
+        direct = dict(zip(self._columns.graphs, sums, strict=True))
         return {
             graph: step
-            for graph, step in steps.items()
+            for graph, step in self._ahead.steps(self._direct).items()
             if step.seconds < (1 - MARGIN) * direct[graph]
         }
 
     @cached_property
-    def times(self) -> list[float]:
+    def _is_staged(self) -> NDArray[np.bool_]:
+        """Of each use: whether its remote rows come ahead of it."""
+        in_staged = np.array([graph in self.staged for graph in self._columns.graphs], dtype=bool)
+        found = np.zeros(len(self._columns.lines), dtype=bool)
+        uses = self._ahead.uses
+        found[uses] = in_staged[self._columns.graph[uses]]
+        return found
+
+    @cached_property
+    def _remote_bytes(self) -> Column:
+        return self._columns.far(self._shares)
+
+    @cached_property
+    def _local_bytes(self) -> Column:
+        columns = self._columns
+        return columns.touched_bytes - self._remote_bytes + columns.other_bytes
+
+    @cached_property
+    def times(self) -> Column:
         """Of one call of each use. What a step with copies takes besides its products is theirs
         that are copied for, by their bytes."""
-        if not self.staged:
-            return self._direct
-        times, ring_bytes = list(self._direct), self._problem.ring_bytes
-        for number, line in enumerate(self._lines):
-            if self._is_staged(line):
-                step = self.staged[line.use.graph]
-                copied = self._shares[line.tensor] * line.use.touched_bytes
-                whole = self._arriving[line.use.graph, line.use.op]
-                product = product_seconds(line.use, whole, ring_bytes) * (copied / whole)
-                times[number] = line.alone + product + step.besides * copied / step.copied
+        times, ahead, graph = self._direct.copy(), self._ahead, self._columns.graph
+        for name, step in self.staged.items():
+            own = graph[ahead.uses] == self._columns.graphs.index(name)
+            besides = step.besides * ahead.copied[own] / step.copied
+            times[ahead.uses[own]] = ahead.seconds[own] + besides
         return times
 
     @cached_property
     def expected(self) -> float:
         """The objective and what products take longer in a step that read both memories themselves.
         That is no part of their convex cost, so the greedy fill does not see it."""
-        return self.objective + math.fsum(
-            line.use.calls * alone
-            for line, alone in zip(self._lines, self._alone, strict=True)
-            if not self._is_staged(line)
-        )
-
-    @cached_property
-    def _arriving(self) -> dict[tuple[str, str], float]:
-        return copied_bytes(self._lines, self._shares)
-
-    @cached_property
-    def _alone(self) -> list[float]:
-        """Of each line: once for a product that reads two weights, with the last one that has
-        remote bytes."""
-        whole: dict[tuple[str, str], float] = {}
-        last: dict[tuple[str, str], int] = {}
-        for number, line in enumerate(self._lines):
-            if line.copied:
-                product = (line.use.graph, line.use.op)
-                whole[product] = whole.get(product, 0.0) + line.use.touched_bytes
-                if self._shares[line.tensor] > 0:
-                    last[product] = number
-        found = [0.0] * len(self._lines)
-        for product, number in last.items():
-            share, m = self._arriving[product] / whole[product], self._lines[number].use.m
-            found[number] = alone_seconds(m, share, self._profile, self._link)
-        return found
+        longer = np.where(self._is_staged, 0.0, self._read_directly)
+        return self.objective + math.fsum((self._columns.calls * longer).tolist())
 
     @cached_property
     def objective(self) -> float:
         """Sum over uses of calls x time."""
-        return math.fsum(
-            line.use.calls * seconds for line, seconds in zip(self._lines, self.times, strict=True)
-        )
+        return math.fsum((self._columns.calls * self.times).tolist())
 
     def plan(self, objective_bound: float) -> Plan:
         """The record. `objective_bound` is that of direct reads; copies ahead may be faster, and
         are bounded by the step."""
-        times: dict[str, list[float]] = {}
-        compute: dict[str, float] = {}
-        ops = []
-        for line, seconds in zip(self._lines, self.times, strict=True):
-            use, cost, share = line.use, line.cost, self._shares[line.tensor]
-            staged = self._is_staged(line)
-            far = cost.touched(share) * use.touched_bytes
-            ops.append(
-                OpPlan(
-                    use.op, use.graph, use.tensor, use.kind,
-                    "staged" if staged else use.strategy, share,
-                    use.touched_bytes - far + use.other_bytes, far, seconds, use.calls,
-                    "link" if staged else cost.limit(share), use.module, use.source, use.m,
-                )
-            )  # fmt: skip
-            times.setdefault(use.graph, []).append(seconds)
-            if use.flops:
-                alone = use.flops / peak_flops(self._profile, use.dtype)
-                compute[use.graph] = compute.get(use.graph, 0.0) + alone
-        problem = self._problem
-        bound = step_bound(ops, compute, self._profile, self._link)
+        columns, profile, problem = self._columns, self._columns.profile, self._columns.problem
+        sums = zip(
+            columns.graphs,
+            columns.by_graph(self._local_bytes),
+            columns.by_graph(self._remote_bytes),
+            columns.by_graph(columns.peak_seconds()),
+            strict=True,
+        )
+        bound = {
+            graph: step_bound(local, remote, compute, profile, columns.link)
+            for graph, local, remote, compute in sums
+        }
         if self.staged:
-            fewest = dict.fromkeys(bound, math.inf)
-            for op in ops:
-                fewest[op.graph] = min(fewest[op.graph], op.calls)
-            whole = math.fsum(fewest[graph] * seconds for graph, seconds in bound.items())
+            fewest = np.full(len(columns.graphs), math.inf)
+            np.minimum.at(fewest, columns.graph, columns.calls)
+            steps = zip(fewest.tolist(), bound.values(), strict=True)
+            whole = math.fsum(calls * seconds for calls, seconds in steps)
             objective_bound = min(objective_bound, whole)
+        ops = self._ops()
+        times: dict[str, list[float]] = {graph: [] for graph in columns.graphs}
+        for op in ops:
+            times[op.graph].append(op.time)
         names = {s.name: r for s, r in zip(problem.tensors, self.remote, strict=True)}
         return Plan(
             model=problem.model,
-            hardware=self._profile.name,
+            hardware=profile.name,
             remote=problem.remote,
             asked_bytes=problem.remote_bytes,
             splits=names,
             sizes={spec.name: spec.nbytes for spec in problem.tensors},
-            ops=tuple(ops),
+            ops=ops,
             refusals=problem.refusals,
             step_times={graph: math.fsum(values) for graph, values in times.items()},
             bound=bound,
@@ -159,5 +129,21 @@ class Schedule:
             objective_bound=objective_bound,
         )
 
-    def _is_staged(self, line: Line) -> bool:
-        return line.copied and line.use.graph in self.staged and self._shares[line.tensor] > 0
+    def _ops(self) -> tuple[OpPlan, ...]:
+        columns, shares = self._columns, self._shares
+        rows = zip(
+            columns.problem.uses, self._is_staged.tolist(), columns.limits(shares),
+            shares.tolist(), self._local_bytes.tolist(), self._remote_bytes.tolist(),
+            self.times.tolist(),
+            strict=True,
+        )  # fmt: skip
+        return tuple(
+            [
+                OpPlan(
+                    use.op, use.graph, use.tensor, use.kind,
+                    "staged" if staged else use.strategy, share, local, far, seconds, use.calls,
+                    "link" if staged else limit, use.module, use.source, use.m,
+                )
+                for use, staged, limit, share, local, far, seconds in rows
+            ]
+        )  # fmt: skip

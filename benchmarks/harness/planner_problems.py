@@ -1,4 +1,4 @@
-"""Problems for the planner: a large model, random ones, and the same once their tensors lie."""
+"""Problems for the planner: large models, random ones, and the same once their tensors lie."""
 
 from __future__ import annotations
 
@@ -9,17 +9,29 @@ from dak_inductor.hardware import HardwareProfile, load, shipped
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
 
 PAGE = 2 << 20
+_BLOCK_ROWS = 8  # of which copies ahead are whole numbers
+_ROW_BLOCK = _BLOCK_ROWS * 2 * 4096
+_GRAPHS = {"prefill": (8192, 1.0), "decode": (8, 32.0)}  # rows and calls
+_LLAMA = {
+    "q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096),
+    "gate": (14336, 4096), "up": (14336, 4096), "down": (4096, 14336),
+}  # fmt: skip
 
 
-def model_problem(uses: int, ratio: float) -> PlanProblem:
-    """Linear weights of random sizes (1 to 256 MiB), each read by a prefill and a decode graph."""
+def model_problem(uses: int, ratio: float, *, ring_bytes: int = 0) -> PlanProblem:
+    """Linear weights of random sizes (1 to 256 MiB), each read by a prefill and a decode graph.
+
+    With a ring their rows, of 4096 elements, may be copied ahead.
+    """
     rng = random.Random(uses)
     tensors, reads = [], []
     for index in range(uses // 2):
         nbytes = rng.randrange(1 << 20, 1 << 28)
+        if ring_bytes:
+            nbytes -= nbytes % _ROW_BLOCK
         name = f"model.layers.{index // 7}.linear{index % 7}.weight"
-        tensors.append(TensorSpec(name, nbytes))
-        for graph, rows, calls in (("prefill", 8192, 1.0), ("decode", 8, 32.0)):
+        tensors.append(TensorSpec(name, nbytes, row_block=_ROW_BLOCK if ring_bytes else 0))
+        for graph, (rows, calls) in _GRAPHS.items():
             other = rows * 16384.0
             reads.append(
                 OpUse(
@@ -27,8 +39,33 @@ def model_problem(uses: int, ratio: float) -> PlanProblem:
                     module=f"model.layers.{index // 7}", m=rows,
                 )
             )  # fmt: skip
-    total = sum(spec.nbytes for spec in tensors)
-    return PlanProblem(tuple(tensors), tuple(reads), int(ratio * total), "cpu")
+    return _problem(tensors, reads, ratio, "cpu", ring_bytes)
+
+
+def decoder_problem(uses: int, ratio: float, remote: str, ring_bytes: int) -> PlanProblem:
+    """Layers of Llama-3-8B, as many as have so many uses in a prefill and a decode graph."""
+    tensors, reads = [], []
+    for layer in range(round(uses / (len(_LLAMA) * len(_GRAPHS)))):
+        for part, (out, width) in _LLAMA.items():
+            name, nbytes = f"model.layers.{layer}.{part}.weight", 2 * out * width
+            op = f"{'gate_up' if part in ('gate', 'up') else part}_{layer}"
+            tensors.append(TensorSpec(name, nbytes, row_block=_BLOCK_ROWS * 2 * width))
+            for graph, (rows, calls) in _GRAPHS.items():
+                other = 2.0 * rows * (out + width)
+                reads.append(
+                    OpUse(
+                        op, graph, name, "linear", nbytes, other, nbytes * rows, calls,
+                        module=f"model.layers.{layer}", m=rows,
+                    )
+                )  # fmt: skip
+    return _problem(tensors, reads, ratio, remote, ring_bytes)
+
+
+def _problem(
+    tensors: list[TensorSpec], reads: list[OpUse], ratio: float, remote: str, ring_bytes: int
+) -> PlanProblem:
+    asked = int(ratio * sum(spec.nbytes for spec in tensors))
+    return PlanProblem(tuple(tensors), tuple(reads), asked, remote, ring_bytes=ring_bytes)
 
 
 def random_problem(seed: int) -> tuple[PlanProblem, HardwareProfile]:

@@ -16,6 +16,7 @@ from dak_inductor.plan import OpUse, PlanProblem, TensorSpec
 from dak_inductor.planner import make_plan
 from dak_inductor.schedule import Schedule
 from dak_inductor.split_grid import split_grid
+from dak_inductor.use_columns import UseColumns
 
 from .test_ahead_placement import LAYERS, decoder, staged
 
@@ -28,7 +29,8 @@ def bounded(problem: PlanProblem) -> list[int]:
     grids = [split_grid(spec) for spec in problem.tensors]
     lines = cost_lines(problem, H200, link)
     pieces = cost_pieces(lines, problem, grids)
-    return placements(problem, lines, pieces, grids, problem.remote_bytes, link)[1]
+    columns = UseColumns(problem, H200, lines, grids)
+    return placements(columns, pieces, grids, problem.remote_bytes)[1]
 
 
 def test_the_bound_of_a_launch_holds_for_weights_that_lie_on_pages() -> None:
@@ -85,7 +87,7 @@ def test_what_a_product_of_two_weights_costs_besides_its_bytes_counts_once() -> 
     costs = []
     for problem, remote in ((together, few), (apart, few), (together, 16 * few), (apart, 16 * few)):
         lines = cost_lines(problem, H200, link)
-        costs.append(Schedule(problem, H200, lines, grids, [remote, remote]))
+        costs.append(Schedule(UseColumns(problem, H200, lines, grids), [remote, remote]))
     assert not costs[0].staged and not costs[1].staged
     one = alone_seconds(1, 0.01, H200, link)
     kernel = op_floor("linear", H200)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dak_inductor.ahead_placement import staged_steps
 from dak_inductor.benchmarks.harness.planner_problems import PAGE, on_the_grid, random_problem
+from dak_inductor.copies_ahead import CopiesAhead
 from dak_inductor.copy_ring import RING_BYTES
 from dak_inductor.cost_curve import cost_lines
 from dak_inductor.cost_model import alone_seconds
 from dak_inductor.hardware import load
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
 from dak_inductor.planner import make_plan, seconds_of
+from dak_inductor.split_grid import split_grid
+from dak_inductor.use_columns import UseColumns
 
 H200 = load("h200")
 SIZES = {
@@ -114,16 +117,17 @@ def test_what_the_ring_does_not_hold_is_waited_for() -> None:
     use = OpUse("one", "decode", "one", "linear", nbytes, 0.0, 0.0, 1.0, m=1)
     other = OpUse("other", "decode", "other", "linear", nbytes, 0.0, 0.0, 9.0, m=1)
     specs = tuple(TensorSpec(name, nbytes, row_block=1024) for name in ("one", "other"))
-    lines = cost_lines(
-        PlanProblem(specs, (use, other), 0, "peer", ring_bytes=RING_BYTES), H200, link
-    )
+    problem = PlanProblem(specs, (use, other), 0, "peer", ring_bytes=RING_BYTES)
+    grids = [split_grid(spec) for spec in specs]
+    columns = UseColumns(problem, H200, cost_lines(problem, H200, link), grids)
+    alone = columns.alone.tolist()
 
     def seconds(share: float) -> float:
-        steps = staged_steps(lines, [share, 0.0], [0.0, lines[1].alone], H200, link, RING_BYTES)
-        return steps["decode"].seconds
+        copies = CopiesAhead(columns, np.array([share, 0.0]))
+        return copies.steps(np.array([0.0, alone[1]]))["decode"].seconds
 
     rings = [seconds(number / 12) for number in (1, 6, 9)]
-    assert rings[0] < lines[0].alone + lines[1].alone + 60e-6, "all of it is hidden"
+    assert rings[0] < sum(alone) + 60e-6, "all of it is hidden"
     assert rings[2] - rings[1] > 2.9 * RING_BYTES / link.copy_bandwidth
 
 

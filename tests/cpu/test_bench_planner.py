@@ -9,6 +9,12 @@ import pytest
 
 from dak_inductor.benchmarks import bench_planner
 
+PROBLEMS = {
+    "random sizes": {0, 4 << 20, 64 << 20},
+    "random sizes, placed": {64 << 20},
+    "decoder": {4 << 20, 64 << 20},
+}
+
 pytest.importorskip("scipy", reason="the linear program needs scipy")
 
 
@@ -23,7 +29,11 @@ def test_planner_is_held_against_the_linear_program(
     assert status == (0 if all(bars.values()) else 1)
     assert bars["optimum_before_rounding"] and bars["within_a_page_per_moved_tensor"]
     assert 0 < record["gaps"]["compared"] <= record["gaps"]["instances"] == 6
-    assert [row["ratio"] for row in record["planning"]["rows"]] == [0.02, 0.3, 0.9]
+    rows = record["planning"]["rows"]
+    assert {row["ratio"] for row in rows} == {0.02, 0.3, 0.9}
+    rings = {name: {r["ring_bytes"] for r in rows if r["problem"] == name} for name in PROBLEMS}
+    assert rings == PROBLEMS
+    assert record["planning"]["worst_best_ms"] == max(row["best_ms"] for row in rows)
     optimum = bench_planner.linear_program
     monkeypatch.setattr(bench_planner, "linear_program", lambda *of: 1.01 * optimum(*of))
     assert bench_planner.main(asked) == 1, "a bar that is missed is an exit status"

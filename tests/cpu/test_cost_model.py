@@ -1,4 +1,4 @@
-"""The time of an operator: the formula, its slopes, its limits."""
+"""The time of an operator: the formula, its slopes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from dak_inductor.cost_model import (
     COMPUTE_SHARE,
     HBM_SHARE,
-    LIMITS,
     OpCost,
     local_bandwidth,
     op_cost,
@@ -23,7 +22,7 @@ from dak_inductor.cost_model import (
 )
 from dak_inductor.errors import PlanError
 from dak_inductor.hardware import HardwareProfile, load
-from dak_inductor.plan import OpPlan, OpUse
+from dak_inductor.plan import OpUse
 
 H200 = load("h200")
 HOST = H200.link("cpu")
@@ -94,22 +93,6 @@ def test_slopes_rebuild_the_time(cost: OpCost, share: float) -> None:
     assert all(0 < kink < 1 and jump > 0 for kink, jump in kinks)
 
 
-@given(costs, shares)
-def test_limit_names_the_line_that_is_on_top(cost: OpCost, share: float) -> None:
-    lines = dict(
-        zip(
-            LIMITS,
-            (
-                cost.weight * (1 - share) + cost.activations,
-                cost.link * share,
-                cost.compute,
-            ),
-            strict=True,
-        )
-    )
-    assert lines[cost.limit(share)] == max(lines.values())
-
-
 def test_a_memory_bound_operator_is_fastest_where_link_and_hbm_end_together() -> None:
     balance = HOST.direct_bandwidth / (HOST.direct_bandwidth + local_bandwidth(H200))
     assert 0.010 < balance < 0.012  # 1.1% on an H200 behind PCIe
@@ -154,12 +137,7 @@ def test_another_strategy_than_direct_is_refused_by_name() -> None:
 
 
 def test_step_bound_takes_the_slowest_resource() -> None:
-    def op(local: float, remote: float) -> OpPlan:
-        return OpPlan("o", "g", "w", "linear", "direct", 0.5, local, remote, 1.0, 1.0)
-
     best = max(HOST.direct_bandwidth, HOST.copy_bandwidth)
-    ops = [op(1e9, 1e9), op(2e9, 3e9)]
-    assert step_bound(ops, {"g": 0.0}, H200, HOST)["g"] == pytest.approx(4e9 / best)
-    assert step_bound(ops, {"g": 7.0}, H200, HOST)["g"] == 7.0
-    resident = step_bound([op(48e9, 0.0)], {"g": 0.0}, H200, HOST)
-    assert resident["g"] == pytest.approx(48e9 / H200.hbm_bandwidth)
+    assert step_bound(3e9, 4e9, 0.0, H200, HOST) == pytest.approx(4e9 / best)
+    assert step_bound(3e9, 4e9, 7.0, H200, HOST) == 7.0
+    assert step_bound(48e9, 0.0, 0.0, H200, HOST) == pytest.approx(48e9 / H200.hbm_bandwidth)

@@ -359,11 +359,12 @@ def test_tensors_that_must_leave_leave() -> None:
     assert plan.splits == {"a": MIB, "b": 0}
 
 
+@pytest.mark.parametrize("ring_bytes", [0, 4 * MIB, 64 * MIB])
 @pytest.mark.parametrize("ratio", [0.02, 0.3, 0.9])
-def test_two_thousand_uses_are_planned_in_time(ratio: float) -> None:
+def test_two_thousand_uses_are_planned_in_time(ratio: float, ring_bytes: int) -> None:
     import time
 
-    problem = model_problem(2000, ratio)
+    problem = model_problem(2000, ratio, ring_bytes=ring_bytes)
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()

@@ -1,0 +1,101 @@
+"""What a placement takes where the link copies remote rows ahead of the products that read them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from dak_inductor.copy_ring import LAUNCHES_IN_RING, PARTS_IN_RING
+from dak_inductor.cost_model import FEW_TOKENS, both_memories_seconds, copy_slowdown
+from dak_inductor.use_columns import Column, UseColumns, sums
+
+_PARTS_SECONDS = 10e-6
+"""What a product takes longer whose remote rows are copied ahead: a product and a sum over them of
+their own. Measured on the H200 in a decode step of Llama-3-8B's layers."""
+_LAUNCH_SECONDS = 5e-6
+"""The same of few tokens: one launch, which starts when all of its rows are there, and not before
+the work ahead of it has ended."""
+_FURTHER_SECONDS = 5e-6
+"""Of each further part: a product of its own (`op_floor`)."""
+_ENDS_SECONDS = 10e-6  # of a step with copies: they start and are joined
+
+
+class StagedStep(NamedTuple):
+    """A graph's step with its remote bytes copied ahead. `besides` is what it takes more than its
+    products one after the other, never negative: waiting for the link, and slower HBM."""
+
+    seconds: float
+    besides: float
+    copied: float  # bytes
+
+
+class CopiesAhead:
+    """The remote rows of one placement that may be copied ahead.
+
+    Attributes:
+        uses: those that have such rows, by their number.
+        copied: bytes, of `uses`.
+        seconds: of one call of `uses` with copies, without what their step takes besides.
+    """
+
+    def __init__(self, columns: UseColumns, shares: Column) -> None:
+        self._columns, self._shares = columns, shares
+        self.uses = np.flatnonzero(columns.copied & (shares > 0))
+        self.copied = shares[self.uses] * columns.touched_bytes[self.uses]
+        self._product = columns.product[self.uses]
+        self._arriving = sums(self.copied, self._product, columns.products)
+        self._few = (columns.m[self.uses] > 0) & (columns.m[self.uses] <= FEW_TOKENS)
+        self.seconds = self._seconds()
+
+    def _seconds(self) -> Column:
+        """One launch reads what is copied for it where the ring holds twice as much. A product of
+        two weights, such as gate and up, pays once for both."""
+        ring_bytes = self._columns.problem.ring_bytes
+        whole = self._arriving[self._product]
+        parts = np.ceil(PARTS_IN_RING * whole / ring_bytes)
+        is_launch = self._few & (LAUNCHES_IN_RING * whole <= ring_bytes)
+        in_parts = _PARTS_SECONDS + (parts - 1) * _FURTHER_SECONDS
+        longer = np.where(is_launch, _LAUNCH_SECONDS, in_parts)
+        return self._columns.alone[self.uses] + longer * (self.copied / whole)
+
+    def read_directly(self) -> Column:
+        """What each use takes longer in a step that reads both memories itself: once for a product
+        that reads two weights, with the last one that has remote bytes."""
+        columns, product = self._columns, self._product
+        last = np.zeros(columns.products, dtype=np.intp)
+        np.maximum.at(last, product, self.uses)
+        share = self._arriving[product] / columns.whole[product]
+        reads_both = self._few & (share < 1) & (last[product] == self.uses)
+        longer = np.zeros(len(columns.lines))
+        longer[self.uses[reads_both]] = both_memories_seconds(columns.profile, columns.link)
+        return longer
+
+    def steps(self, direct: Column) -> dict[str, StagedStep]:
+        """By graph that has such rows. `direct` is what each use takes that reads its bytes in
+        place."""
+        columns, link = self._columns, self._columns.link
+        took, read = direct.copy(), columns.far(self._shares)
+        took[self.uses], read[self.uses] = self.seconds, 0.0
+        # The link stands still once the ring is full: what a product reads beyond that comes while
+        # it runs. Over an NVLink that is most of its bytes: the ring bridges 0.2 ms there.
+        own = sums(self.seconds, self._product, columns.products)
+        late = (self._arriving - columns.problem.ring_bytes) / link.copy_bandwidth - own
+        graphs = len(columns.graphs)
+        waits = sums(np.maximum(0.0, late), columns.graph_of_product, graphs).tolist()
+        copied = sums(self.copied, columns.graph[self.uses], graphs).tolist()
+        totals = zip(
+            columns.graphs, copied, columns.by_graph(took), columns.by_graph(read), waits,
+            strict=True,
+        )  # fmt: skip
+        slower = copy_slowdown(columns.profile, link) - 1
+        steps = {}
+        for graph, nbytes, alone, others, wait in totals:
+            if not nbytes:
+                continue
+            copies = nbytes / link.copy_bandwidth
+            slowed = alone + slower * min(alone, copies) + wait
+            busy = copies + others / link.direct_bandwidth
+            seconds = max(slowed, busy) + _ENDS_SECONDS
+            steps[graph] = StagedStep(seconds, seconds - alone, nbytes)
+        return steps
