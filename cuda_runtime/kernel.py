@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 from dak_inductor.cuda_runtime.current_stream import current_stream
 from dak_inductor.cuda_runtime.nvrtc import Cubin, KernelInstance, compiler, extension
@@ -51,6 +52,34 @@ class LoadedKernel:
             arguments=arguments,
             shared_bytes=shared_bytes,
             stream=current_stream(self.device_index) if stream is None else stream,
+            cluster=cluster,
+            overlap=overlap,
+        )
+
+    def prepared(
+        self,
+        *,
+        grid: Extent,
+        block: Extent,
+        arguments: Sequence[bytes],
+        patches: Sequence[tuple[int, int, int]],
+        shared_bytes: int = 0,
+        cluster: Extent = (1, 1, 1),
+        overlap: bool = False,
+    ) -> Any:
+        """The same launch again and again: `.launch(stream, values)` of what is returned queues it,
+        with the bytes of all patches in order.
+
+        patches: (argument, offset, size) of what each launch brings. Raises ValueError as `launch`
+        does, and where a patch is not all of its argument.
+        """
+        self.prepare(shared_bytes=shared_bytes, cluster=cluster)
+        return self.function.prepare(
+            grid=grid,
+            block=block,
+            arguments=arguments,
+            patches=patches,
+            shared_bytes=shared_bytes,
             cluster=cluster,
             overlap=overlap,
         )

@@ -11,11 +11,11 @@ In front of them each such stream has the windows that its launches read
 from __future__ import annotations
 
 import threading
-from typing import Any
 
+from dak_inductor.cuda_runtime.kept_memory import KeptMemory
 from dak_inductor.cuda_runtime.nvrtc import extension
 
-_CHUNK_WORDS = 1 << 17
+_CHUNK_BYTES = 1 << 19
 _LEAST_WORDS = 4096
 MOST_LINKS = 32
 _WINDOW_WORDS = 2
@@ -23,8 +23,7 @@ _FRONT_WORDS = MOST_LINKS * _WINDOW_WORDS
 
 _lock = threading.Lock()
 _words: dict[tuple[int, int, int], tuple[int, int]] = {}  # device, capture, stream: address, count
-_chunks: dict[int, tuple[Any, int]] = {}  # device: the chunk in use, its words given out
-_kept: list[Any] = []
+_memory: dict[int, KeptMemory] = {}  # by device
 
 
 def words_for(device: int, count: int, stream: int) -> int:
@@ -49,10 +48,7 @@ def launch_window(words: int, link: int) -> int:
 
 
 def _take(device: int, words: int) -> int:
-    """Words that nobody has used; a captured graph may hold them, so they are never given back."""
-    chunk, used = _chunks.get(device, (None, 0))
-    if chunk is None or 4 * (used + words) > chunk.nbytes:
-        chunk, used = extension().RecordChunk(device, 4 * max(words, _CHUNK_WORDS)), 0
-        _kept.append(chunk)
-    _chunks[device] = (chunk, used + words)
-    return int(chunk.address) + 4 * used
+    if device not in _memory:
+        _memory[device] = KeptMemory(device, _CHUNK_BYTES)
+    chunk, offset = _memory[device].take(4 * words)
+    return int(chunk.address) + offset

@@ -252,6 +252,7 @@ def compiler() -> Compiler:
     return Compiler(cache_folder() / "cubins")
 
 
+@functools.cache
 def extension() -> ModuleType:
     """The compiled extension. Raises UnsupportedDriverError where this install has none."""
     try:

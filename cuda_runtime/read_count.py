@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from dak_inductor.cuda_runtime.current_stream import current_stream
+from dak_inductor.cuda_runtime.kept_memory import KeptMemory
 from dak_inductor.cuda_runtime.kernel import LoadedKernel, load
 from dak_inductor.cuda_runtime.nvrtc import KernelInstance, extension, instance
 
@@ -34,7 +35,7 @@ _MOST_OPEN = 64
 
 
 class _Table:
-    """The reads of one captured launch. Its memory is never given back: a graph may hold it."""
+    """The reads of one captured launch, in a piece of `KeptMemory`."""
 
     def __init__(self, chunk: Any, offset: int) -> None:
         self.address = int(chunk.address) + offset
@@ -57,8 +58,7 @@ class _CapturedCounts:
         self._device_index = device_index
         self._lock = threading.Lock()
         self._open: dict[int, _Table] = {}  # by capture
-        self._chunk: Any = None
-        self._used = 0
+        self._memory = KeptMemory(device_index, _TABLES_IN_CHUNK * _TABLE_BYTES)
 
     def add(self, capture: int, entries: Sequence[bytes]) -> None:
         """Count these in each replay. Raises DeviceMemoryError, DriverError."""
@@ -75,19 +75,11 @@ class _CapturedCounts:
                 table.add(now)
 
     def _begin(self) -> _Table:
-        if self._chunk is None or self._used + _TABLE_BYTES > self._chunk.nbytes:
-            nbytes = _TABLES_IN_CHUNK * _TABLE_BYTES
-            self._chunk, self._used = extension().RecordChunk(self._device_index, nbytes), 0
-            _kept.append(self._chunk)
-        table = _Table(self._chunk, self._used)
-        self._used += _TABLE_BYTES
+        table = _Table(*self._memory.take(_TABLE_BYTES))
         kernel, _ = _kernels(self._device_index)
         arguments = [struct.pack("<Q", table.address)]
         kernel.launch(grid=(1, 1, 1), block=(_TABLE_READS, 1, 1), arguments=arguments)
         return table
-
-
-_kept: list[Any] = []
 
 
 @lru_cache(maxsize=64)
@@ -115,6 +107,7 @@ def queue_count(record: int, reads: Sequence[tuple[int, int]], *, device_index: 
         kernel.launch(grid=(1, 1, 1), block=(32, 1, 1), arguments=[arguments])
 
 
+@lru_cache(maxsize=64)
 def _kernels(device_index: int) -> tuple[LoadedKernel, LoadedKernel]:
     """For tables, and for single calls. Both are loaded with the first call, since a model is
     called before it is captured."""

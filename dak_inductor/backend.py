@@ -103,11 +103,11 @@ def compile_graph(
 def _read_operators(
     graph_module: GraphModule, example_inputs: Sequence[Any]
 ) -> tuple[GraphModule, OpTable, tuple[CacheStep, ...]]:
-    whole = [
+    whole = {
         index
         for index, value in enumerate(example_inputs)
         if has_memory(value) and address_table.lookup(value.data_ptr()) is None
-    ]
+    }
     graph = normalise(graph_module, whole=whole)
     if isinstance(graph, Refusal):
         log.warning("graph left as it is, its stock kernels read tiered weights: %s", graph.reason)

@@ -33,5 +33,5 @@ def render(found: Iterable[Trial]) -> Table:
     for name in ("product", "measured", "taken"):
         table.add_column(name, overflow="fold")
     for trial in found:
-        table.add_row(*(Text(cell) for cell in (str(trial.call), trial.times, trial.chosen)))
+        table.add_row(*(Text(cell) for cell in (str(trial.call), trial.times, trial.taken)))
     return table

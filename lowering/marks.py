@@ -41,6 +41,11 @@ class Marks:
         self._current()
         return bool(self._nvtx)
 
+    @property
+    def on(self) -> bool:
+        """Whether any mark is made."""
+        return bool(self._makers if self._makers is not None else self._current())
+
     def switch(self, on: bool) -> None:
         """NVTX ranges on or off. Raises OptionError where torch has none."""
         if on:

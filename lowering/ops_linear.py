@@ -136,11 +136,10 @@ def _serve(
     run = _runner()
     if run is None or x.dim() == 0:
         return None
-    if all(_has_dense_rows(weight) for weight in weights):
-        layout = "out_in"
-    else:
+    layout = "out_in"
+    if not all(map(_has_dense_rows, weights)):
         layout, weights = "in_out", tuple(weight.t() for weight in weights)
-        if not all(_has_dense_rows(weight) for weight in weights):
+        if not all(map(_has_dense_rows, weights)):
             return None
     return run(
         x,

@@ -3,15 +3,14 @@
 #include <dlfcn.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <array>
-#include <cstring>
-#include <optional>
+#include <memory>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <vector>
 
 #include "driver.h"
+#include "kernel.h"
 
 namespace dak {
 
@@ -19,30 +18,8 @@ namespace py = pybind11;
 
 namespace {
 
-using Extent = std::array<unsigned int, 3>;
 constexpr Extent one{1, 1, 1};
-using LaunchAttributes = std::array<cu::LaunchAttribute, 2>;
-
-// Each argument starts a line of its own, since a CUtensorMap must be aligned to 64 bytes.
-struct alignas(64) ArgumentLine {
-  unsigned char bytes[64];
-};
-
-std::size_t line_count(std::string_view argument) {
-  constexpr std::size_t line = sizeof(ArgumentLine);
-  return std::max<std::size_t>(1, (argument.size() + line - 1) / line);
-}
-
-// cuFuncGetParamInfo came with CUDA 12.4; without it arguments are launched unchecked.
-using ParameterInfo = cu::Result (*)(cu::Function, std::size_t, std::size_t*, std::size_t*);
-ParameterInfo parameter_info() {
-  static const ParameterInfo found = [] {
-    void* library = dlopen(driver().library.c_str(), RTLD_NOW | RTLD_LOCAL);
-    void* symbol = library ? dlsym(library, "cuFuncGetParamInfo") : nullptr;
-    return reinterpret_cast<ParameterInfo>(symbol);
-  }();
-  return found;
-}
+using PatchTuple = std::tuple<std::size_t, std::size_t, std::size_t>;
 
 // Numbers the captures of this process; 0 where none is open on the stream.
 std::uint64_t capture_id(std::uintptr_t stream) {
@@ -62,141 +39,28 @@ std::uint64_t capture_id(std::uintptr_t stream) {
   return status == cu::CAPTURE_NONE ? 0 : id;
 }
 
-// One kernel on one device. Its module is never unloaded: captured graphs may hold the function,
-// and a process loads each cubin once.
-class Kernel {
- public:
-  Kernel(const py::bytes& image, const std::string& symbol, int device)
-      : symbol_(symbol), device_(device) {
-    const DeviceScope scope(device);
-    const std::string bytes = image;
-    cu::Module module = nullptr;
-    driver().cuModuleLoadData(&module, bytes.data());
-    driver().cuModuleGetFunction(&function_, module, symbol.c_str());
-    const ParameterInfo info = parameter_info();
-    std::size_t offset = 0;
-    std::size_t size = 0;
-    while (info && info(function_, parameter_sizes_.size(), &offset, &size) == cu::SUCCESS) {
-      parameter_sizes_.push_back(size);
-    }
-  }
+void launch(const Kernel& kernel, const Extent& grid, const Extent& block,
+            const std::vector<py::bytes>& arguments, unsigned int shared_bytes,
+            std::uintptr_t stream, const Extent& cluster, bool overlap) {
+  const LaunchShape shape{grid, block, cluster, shared_bytes, overlap};
+  const std::vector<std::string_view> views(arguments.begin(), arguments.end());
+  kernel.check(shape, views);
+  ArgumentBlock block_of(views);
+  kernel.launch(shape, stream, block_of.storage.data(), block_of.lines);
+}
 
-  int device() const { return device_; }
-  const std::vector<std::size_t>& parameter_sizes() const { return parameter_sizes_; }
-
-  int attribute(cu::FunctionAttribute id) const {
-    int value = 0;
-    driver().cuFuncGetAttribute(&value, id, function_);
-    return value;
-  }
-
-  void allow(std::optional<int> dynamic_shared_bytes, bool non_portable_cluster) const {
-    const DeviceScope scope(device_);
-    if (dynamic_shared_bytes) {
-      driver().cuFuncSetAttribute(function_, cu::FUNCTION_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                                  *dynamic_shared_bytes);
-    }
-    if (non_portable_cluster) {
-      driver().cuFuncSetAttribute(function_, cu::FUNCTION_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1);
-    }
-  }
-
-  void launch(const Extent& grid, const Extent& block, const std::vector<py::bytes>& arguments,
-              unsigned int shared_bytes, std::uintptr_t stream, const Extent& cluster,
-              bool overlap) const {
-    check_cluster(grid, cluster);
-    std::vector<std::string_view> views(arguments.begin(), arguments.end());
-    check_arguments(views);
-
-    std::size_t lines = 0;
-    for (const std::string_view view : views) lines += line_count(view);
-    std::vector<ArgumentLine> storage(lines);
-    std::vector<void*> pointers;
-    std::size_t line = 0;
-    for (const std::string_view view : views) {
-      std::memcpy(storage.data() + line, view.data(), view.size());
-      pointers.push_back(storage.data() + line);
-      line += line_count(view);
-    }
-
-    LaunchAttributes attributes{};
-    const cu::LaunchConfig config =
-        configuration(grid, block, shared_bytes, stream, cluster, overlap, attributes);
-    const DeviceScope scope(device_);
-    driver().cuLaunchKernelEx(&config, function_, pointers.data(), nullptr);
-  }
-
-  int maximum_active_clusters(const Extent& block, unsigned int shared_bytes,
-                              const Extent& cluster) const {
-    LaunchAttributes attributes{};
-    const cu::LaunchConfig config =
-        configuration(cluster, block, shared_bytes, 0, cluster, false, attributes);
-    const DeviceScope scope(device_);
-    int clusters = 0;
-    driver().cuOccupancyMaxActiveClusters(&clusters, function_, &config);
-    return clusters;
-  }
-
- private:
-  static cu::LaunchConfig configuration(const Extent& grid, const Extent& block,
-                                        unsigned int shared_bytes, std::uintptr_t stream,
-                                        const Extent& cluster, bool overlap,
-                                        LaunchAttributes& attributes) {
-    unsigned int count = 0;
-    if (cluster != one) {
-      cu::LaunchAttribute& attribute = attributes[count++];
-      attribute.id = cu::LAUNCH_CLUSTER_DIMENSION;
-      attribute.value.clusterDim = {cluster[0], cluster[1], cluster[2]};
-    }
-    if (overlap) {
-      cu::LaunchAttribute& attribute = attributes[count++];
-      attribute.id = cu::LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION;
-      attribute.value.programmaticStreamSerializationAllowed = 1;
-    }
-    cu::LaunchConfig config{};
-    config.gridDimX = grid[0];
-    config.gridDimY = grid[1];
-    config.gridDimZ = grid[2];
-    config.blockDimX = block[0];
-    config.blockDimY = block[1];
-    config.blockDimZ = block[2];
-    config.sharedMemBytes = shared_bytes;
-    config.hStream = reinterpret_cast<cu::Stream>(stream);
-    config.attrs = attributes.data();
-    config.numAttrs = count;
-    return config;
-  }
-
-  void check_cluster(const Extent& grid, const Extent& cluster) const {
-    for (std::size_t axis = 0; axis < grid.size(); ++axis) {
-      if (grid[axis] == 0 || cluster[axis] == 0 || grid[axis] % cluster[axis] != 0) {
-        throw py::value_error(symbol_ + ": axis " + std::to_string(axis) + " of the grid has " +
-                              std::to_string(grid[axis]) + " CTAs, which clusters of " +
-                              std::to_string(cluster[axis]) + " do not fill");
-      }
-    }
-  }
-
-  void check_arguments(const std::vector<std::string_view>& arguments) const {
-    if (!parameter_info()) return;
-    std::string got;
-    std::string expected;
-    std::vector<std::size_t> sizes;
-    for (const std::string_view argument : arguments) {
-      sizes.push_back(argument.size());
-      got += " " + std::to_string(argument.size());
-    }
-    if (sizes == parameter_sizes_) return;
-    for (const std::size_t size : parameter_sizes_) expected += " " + std::to_string(size);
-    throw py::value_error(symbol_ + " takes arguments of (" + expected + " ) bytes, got (" + got +
-                          " )");
-  }
-
-  std::string symbol_;
-  int device_;
-  cu::Function function_ = nullptr;
-  std::vector<std::size_t> parameter_sizes_;
-};
+std::unique_ptr<PreparedLaunch> prepare(const Kernel& kernel, const Extent& grid,
+                                        const Extent& block,
+                                        const std::vector<py::bytes>& arguments,
+                                        const std::vector<PatchTuple>& patches,
+                                        unsigned int shared_bytes, const Extent& cluster,
+                                        bool overlap) {
+  std::vector<Patch> found;
+  for (const auto& [argument, offset, size] : patches) found.push_back({argument, offset, size});
+  const std::vector<std::string_view> views(arguments.begin(), arguments.end());
+  return std::make_unique<PreparedLaunch>(
+      kernel, LaunchShape{grid, block, cluster, shared_bytes, overlap}, views, std::move(found));
+}
 
 py::bytes encode_tensor_map(std::uintptr_t address, int data_type,
                             const std::vector<std::uint64_t>& shape,
@@ -242,14 +106,22 @@ void bind_launch(py::module_& m) {
       .def("allow", &Kernel::allow, py::kw_only(), py::arg("dynamic_shared_bytes") = py::none(),
            py::arg("non_portable_cluster") = false,
            "Permit more dynamic shared memory, or clusters of more than 8 CTAs.")
-      .def("launch", &Kernel::launch, py::kw_only(), py::arg("grid"), py::arg("block"),
+      .def("launch", &launch, py::kw_only(), py::arg("grid"), py::arg("block"),
            py::arg("arguments"), py::arg("shared_bytes") = 0, py::arg("stream") = 0,
            py::arg("cluster") = one, py::arg("overlap") = false,
            "Launch on `stream` (a CUstream as an integer). Each argument is given as its bytes. With "
            "`overlap` it may start before the kernel ahead of it in the stream has ended.")
+      .def("prepare", &prepare, py::kw_only(), py::arg("grid"), py::arg("block"),
+           py::arg("arguments"), py::arg("patches"), py::arg("shared_bytes") = 0,
+           py::arg("cluster") = one, py::arg("overlap") = false, py::keep_alive<0, 1>(),
+           "The same launch again and again. Of each patch (argument, offset, size) the bytes come "
+           "with each launch.")
       .def("maximum_active_clusters", &Kernel::maximum_active_clusters, py::kw_only(),
            py::arg("block"), py::arg("shared_bytes") = 0, py::arg("cluster") = one,
            "How many such clusters the device holds at once.");
+  py::class_<PreparedLaunch>(m, "PreparedLaunch", "A launch of which some bytes change.")
+      .def("launch", &PreparedLaunch::launch, py::arg("stream"), py::arg("values"),
+           "On `stream` (a CUstream as an integer), with the bytes of all patches in order.");
   m.def("capture_id", &capture_id, py::arg("stream"),
         "Which capture is open on a stream (a CUstream as an integer); 0 where none is.");
   m.def("copy_async", &copy_async, py::kw_only(), py::arg("destination"), py::arg("source"),

@@ -106,5 +106,5 @@ def _trials(found: Explanation) -> Html:
     """Products that were timed at their first call."""
     if not found.trials:
         return Html("")
-    rows = [[str(t.call), cell(t.times, "note"), cell(t.chosen, "")] for t in found.trials]
+    rows = [[str(t.call), cell(t.times, "note"), cell(t.taken, "")] for t in found.trials]
     return details("products measured", table(("product", "measured", "taken"), rows))

@@ -29,7 +29,13 @@ from dak_inductor.lowering.ahead.step import (
 from dak_inductor.lowering.ahead.step_costs import link_rates, step_ops, tier_of
 from dak_inductor.lowering.ahead.step_plan import StepPlans
 from dak_inductor.lowering.linear.launch import profile_of
-from dak_inductor.lowering.linear.open_step import OutsideStep, current, enter
+from dak_inductor.lowering.linear.open_step import (
+    OutsideStep,
+    current,
+    enter,
+    spare_host,
+    spares_host,
+)
 from dak_inductor.lowering.linear.queues import queues_of
 from dak_inductor.options import Strategy
 
@@ -134,7 +140,7 @@ class StepMemory:
 
         Inside the step of another graph nothing is staged, and that step does not see the products.
         """
-        known, step = None, None
+        known, step, spared = None, None, spares_host()
         if (outer := current()) is not None:
             before = enter(OutsideStep(measures=outer.measures))
         else:
@@ -142,11 +148,14 @@ class StepMemory:
                 known = self._known(tokens)
                 step = self._begin(tokens, known, device, written)
             before = enter(step)
+            planned = None if known is None else known.plans
+            spare_host(planned is None or planned.eager.spares_host)
         failed = True
         try:
             yield
             failed = False
         finally:
+            spare_host(spared)
             enter(before)
             if known is not None:
                 self._held = None
@@ -233,7 +242,8 @@ class StepMemory:
         calls = sequence.calls
         tier, profile = tier_of(calls), profile_of(index)
         ops = step_ops(calls, tier, index)
-        if ops is None:
+        spared = step_ops(calls, tier, index, spared=True)
+        if ops is None or spared is None:
             return None
         room = max(self._room.nbytes, self.ring_bytes)
         self.least_room = room if self.least_room is None else min(room, self.least_room)
@@ -243,6 +253,7 @@ class StepMemory:
             strategy=self.strategy,
             room=room,
             charged=self._room.charged,
+            spared=spared,
         )
         plan, eager = plans.captured, plans.eager
         log.info(

@@ -27,6 +27,7 @@ def choose(
     strategy: Strategy,
     room: int,
     charged: bool = False,
+    spared: Sequence[StepOp] = (),
 ) -> StepPlans:
     """For "staged" every product that can be, for "auto" what is predicted to be faster than direct
     reads by a margin.
@@ -34,22 +35,29 @@ def choose(
     Args:
         room: bytes of device memory that the ring may have.
         charged: they are taken from weights, which are remote for it.
+        spared: the same products with the ways that spare the host.
     """
     most = ring_within(room)
-    price = partial(_paid, ops, rates) if charged else _seconds
-    found: list[StepPlan] = []
-    reason = "little or nothing of it is remote"
-    if strategy == "direct":
-        reason = "asked for"
-    elif not most:
-        reason = "no room for a ring"
-    else:
-        found = staged_plans(ops, rates, strategy, most, partial(_rank, price))
     least = MARGIN if strategy == "auto" else None
-    return StepPlans(
-        captured=_best(ops, found, reason, price, least),
-        eager=_best(ops, found, reason, price, least, host=True),
-    )
+
+    def best(ops: Sequence[StepOp]) -> tuple[StepPlan, StepPlan]:
+        price = partial(_paid, ops, rates) if charged else _seconds
+        found: list[StepPlan] = []
+        reason = "little or nothing of it is remote"
+        if strategy == "direct":
+            reason = "asked for"
+        elif not most:
+            reason = "no room for a ring"
+        else:
+            found = staged_plans(ops, rates, strategy, most, partial(_rank, price))
+        one = _best(ops, found, reason, price, least)
+        return one, _best(ops, found, reason, price, least, host=True)
+
+    captured, eager = best(ops)
+    if eager.waits_for_host and spared and tuple(spared) != tuple(ops):
+        other = replace(best(spared)[1], spares_host=True)
+        eager = min(eager, other, key=_seconds)
+    return StepPlans(captured, eager)
 
 
 def _rank(price: Callable[[StepPlan], float], plan: StepPlan) -> float:

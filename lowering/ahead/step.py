@@ -12,8 +12,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from dak_inductor.cuda_runtime.current_stream import current_stream
-from dak_inductor.cuda_runtime.nvrtc import extension
+from dak_inductor.cuda_runtime.current_stream import current_capture, current_stream
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.lowering.ahead.player import Player
 from dak_inductor.lowering.ahead.sequence import (
@@ -28,10 +27,8 @@ from dak_inductor.lowering.linear.product import Product
 
 def place_of(device: torch.device) -> tuple[int, int]:
     """The current stream of `device` and the capture that is open on it, 0 for none."""
-    if device.type != "cuda":
-        return 0, 0
-    stream = current_stream(device.index)
-    return stream, extension().capture_id(stream)
+    stream = current_stream(device.index) if device.type == "cuda" else 0
+    return stream, current_capture(device)
 
 
 class LearningStep:

@@ -20,7 +20,7 @@ from dak_inductor.hardware import HardwareProfile, LinkProfile
 from dak_inductor.lowering.ahead.sequence import StepCall
 from dak_inductor.lowering.ahead.step_op import LinkRates, RowSpan, StepOp
 from dak_inductor.lowering.copy_cost import piece_overhead
-from dak_inductor.lowering.host_cost import DIRECT_SECONDS, STOCK_SECONDS, staged_seconds
+from dak_inductor.lowering.host_cost import PRODUCT_SECONDS, RING_SECONDS
 from dak_inductor.lowering.linear import ring_plan
 from dak_inductor.lowering.linear.call_facts import CallFacts
 from dak_inductor.lowering.linear.configuration import DECODE_TOKENS
@@ -47,13 +47,18 @@ def tier_of(calls: Sequence[StepCall]) -> str:
     return found.most_common(1)[0][0] if found else "cpu"
 
 
-def step_ops(calls: Sequence[StepCall], tier: str, device_index: int) -> tuple[StepOp, ...] | None:
+def step_ops(
+    calls: Sequence[StepCall], tier: str, device_index: int, *, spared: bool = False
+) -> tuple[StepOp, ...] | None:
     """The products as the planner sees them, with the splits of this moment; None where the memory
-    of one is gone."""
+    of one is gone.
+
+    spared: those without copies ahead run in the way that spares the host.
+    """
     found = []
     for call in calls:
         if call.facts is None:
-            found.append(StepOp(0.0, 0.0, refusal=call.refusal, host=STOCK_SECONDS))
+            found.append(StepOp(0.0, 0.0, refusal=call.refusal, host=PRODUCT_SECONDS))
             continue
         spans = tuple(weight.span() for weight in call.weights)
         present = tuple(span for span in spans if span is not None)
@@ -65,7 +70,7 @@ def step_ops(calls: Sequence[StepCall], tier: str, device_index: int) -> tuple[S
         facts = call.facts
         if not refusal:
             facts = replace(facts, remote_bytes=tuple(span.remote_bytes for span in present))
-        found.append(_step_op(facts, present, refusal, call.by_kernel, device_index))
+        found.append(_step_op(facts, present, refusal, call.by_kernel, device_index, spared))
     return tuple(found)
 
 
@@ -76,9 +81,10 @@ def _step_op(
     refusal: str,
     by_kernel: bool,
     device_index: int,
+    spared: bool,
 ) -> StepOp:
     profile = profile_of(device_index)
-    direct, link, host = _direct(facts, profile)
+    direct, link, host = _direct(facts, profile, spared=spared)
     if refusal:
         return StepOp(direct, link, refusal=refusal, host=host)
     problem = facts.problem
@@ -90,7 +96,7 @@ def _step_op(
     launch = 0.0
     if by_kernel:
         all_local = replace(facts, remote_bytes=(0,) * len(facts.remote_bytes))
-        launch = _direct(all_local, profile)[0] + cut
+        launch = _direct(all_local, profile, spared=spared)[0] + cut
     rest = profile.operator_floor + cut  # the count
     passes = (facts.activation != "none") + problem.gated + facts.residual
     results = 3 * problem.m * problem.n * ELEMENT_BYTES / profile.hbm_bandwidth
@@ -98,9 +104,11 @@ def _step_op(
     return StepOp(direct, link, spans, local, once, row, rest, launch, host=host)
 
 
-def _direct(facts: CallFacts, profile: HardwareProfile) -> tuple[float, float, float]:
+def _direct(
+    facts: CallFacts, profile: HardwareProfile, *, spared: bool
+) -> tuple[float, float, float]:
     """Seconds of the product as it is served alone, and how long it keeps the link and, outside of
-    CUDA graphs, the host busy. Its own ring queues what copies ahead of it would."""
+    CUDA graphs, the host busy."""
     problem, link = facts.problem, profile.link(facts.tier)
     remote = sum(facts.remote_bytes)
     if problem.m <= DECODE_TOKENS:
@@ -109,14 +117,14 @@ def _direct(facts: CallFacts, profile: HardwareProfile) -> tuple[float, float, f
         busy = remote / link.direct_bandwidth
         seconds = max(local, busy, problem.flops / peak) + op_floor("linear", profile)
         seconds += alone_seconds(problem.m, remote / problem.weight_bytes, profile, link)
-        return seconds, busy, DIRECT_SECONDS
+        return seconds, busy, PRODUCT_SECONDS
     if not _has_ways(facts):
         seconds = ring_plan.estimate(problem, facts.remote_bytes, profile, link)
-        return seconds, remote / link.copy_bandwidth, staged_seconds(1)
+        return seconds, remote / link.copy_bandwidth, RING_SECONDS
     ways = ways_of(problem, facts.remote_bytes, facts.tier, facts.device_index)
-    way = TRIALS.current(facts, ways)
+    way = TRIALS.sparing(facts, ways) if spared else TRIALS.current(facts, ways)
     rate = link.copy_bandwidth if way.name == "ring" else link.direct_bandwidth
-    host = {"ring": staged_seconds(1), "stock": STOCK_SECONDS}.get(way.name, DIRECT_SECONDS)
+    host = RING_SECONDS if way.name == "ring" else PRODUCT_SECONDS
     known = way.seconds or ring_plan.estimate(problem, facts.remote_bytes, profile, link)
     return known, remote / rate, host
 

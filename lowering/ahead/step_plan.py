@@ -32,6 +32,7 @@ class StepPlan:
         seconds: predicted of the products as planned; `direct_seconds` with none staged.
         work: `seconds` without what products wait for.
         host_seconds: what of `seconds` the host is busy; 0 in a CUDA graph.
+        spares_host: products without copies ahead are served in the way that spares the host.
     """
 
     ops: tuple[OpStep, ...]
@@ -42,6 +43,7 @@ class StepPlan:
     direct_seconds: float
     work: float
     host_seconds: float = 0.0
+    spares_host: bool = False
 
     @property
     def staged(self) -> int:

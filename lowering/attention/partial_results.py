@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dak_inductor.lowering import triton_attention
+from dak_inductor.lowering.op_facts import triton_importable
 
 MOST_PENDING = 8
 """Partial results merged at once, what was merged before included: the kernel takes eight."""
@@ -122,7 +122,7 @@ def merge(
 
     `out` [B, rows, Hq, Dv] and `lse` are none of theirs.
     """
-    if out.is_cuda and triton_attention.available():
+    if out.is_cuda and triton_importable():
         from dak_inductor.lowering.triton_attention.merge import launch
 
         inputs = [(p.out, p.lse, start - p.first_row) for p in partials]

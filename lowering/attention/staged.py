@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dak_inductor.lowering import staging, triton_attention
+from dak_inductor.lowering import staging
 from dak_inductor.lowering.attention import staged_plan, stock_forward
 from dak_inductor.lowering.attention.host_lengths import length_of
 from dak_inductor.lowering.attention.operands import AttentionOperands, refusal
@@ -32,6 +32,7 @@ from dak_inductor.lowering.attention.stored_tokens import StoredTokens, count_re
 from dak_inductor.lowering.linear.launch import profile_of
 from dak_inductor.lowering.linear.queues import queues_of
 from dak_inductor.lowering.marks import MARKS
+from dak_inductor.lowering.op_facts import triton_importable
 from dak_inductor.lowering.refusals import log_once
 from dak_inductor.lowering.slots import allocate
 from dak_inductor.lowering.stock_attention import stored
@@ -232,7 +233,7 @@ def _forwards(query: Tensor, key: Tensor, value: Tensor, span: Span) -> tuple[Fo
     stock: tuple[Forward, ...] = ()
     if span.plain and _aligned(key) and _aligned(value):
         stock = stock_forward.available(query, value.shape[3])
-    portable = query.is_cuda and triton_attention.available()
+    portable = query.is_cuda and triton_importable()
     return (*stock, "triton") if portable else stock
 
 

@@ -9,13 +9,14 @@ from functools import partial
 from torch import Tensor
 
 from dak_inductor.cuda_runtime import address_table
+from dak_inductor.cuda_runtime.current_stream import current_capture
 from dak_inductor.lowering import device_counters
 from dak_inductor.lowering.linear import stopwatch, tensor_maps
 from dak_inductor.lowering.linear.configuration import MAXIMUM_TOKENS
 from dak_inductor.lowering.linear.launch import LinearLaunch
-from dak_inductor.lowering.linear.open_step import current
+from dak_inductor.lowering.linear.open_step import current, spares_host
 from dak_inductor.lowering.linear.problem import DTYPES, LinearProblem
-from dak_inductor.lowering.linear.product import Product
+from dak_inductor.lowering.linear.product import Product, key_of
 from dak_inductor.lowering.linear.routes import ROUTES
 from dak_inductor.lowering.linear.trials import TRIALS
 from dak_inductor.lowering.linear.ways import Way, WayName, ways_of
@@ -49,15 +50,24 @@ def run(
     A weight with nothing tiered is declined without a word: the stock op serves it. Other reasons
     are logged once each.
     """
+    step, state = current(), TRIALS.state
+    spared = spares_host() and not current_capture(x.device)
+    route = None
+    if step is None:
+        key = key_of(x, weights, biases, residual, activation, layout)
+        route = ROUTES.find(key, state, spared=spared)
+        served = None if route is None else route.direct(x, residual)
+        if served is not None:
+            return served
     buffers = tuple(address_table.lookup(weight.data_ptr()) for weight in weights)
     if all(buffer is None for buffer in buffers):
         return None
     product = Product(x, weights, buffers, biases, residual, activation, layout)
-    step = current()
-    served = None if step is None else step.serve(product)
-    if served is not None:
-        return served
-    route = ROUTES.find(product, TRIALS.state)
+    if step is not None:
+        served = step.serve(product)
+        if served is not None:
+            return served
+        route = ROUTES.find(product.key, state, spared=spared)
     if route is not None:
         if route.way == "ring" and _is_refused(product.ring_refusal()):
             return None
@@ -66,15 +76,17 @@ def run(
         return None if _is_refused(product.ring_refusal()) else product.staged()
     if _is_refused(kernel_refusal(product)):
         return None
-    return _fastest(product, stock, measures=step is None or step.measures)
+    return _fastest(product, stock, measures=step is None or step.measures, spared=spared)
 
 
 def _fastest(
-    product: Product, stock: Callable[[], Tensor] | None, *, measures: bool
+    product: Product, stock: Callable[[], Tensor] | None, *, measures: bool, spared: bool
 ) -> Tensor | None:
     """By the way that trials and estimates choose; None for the stock operator.
 
-    `measures`: a trial may run.
+    Args:
+        measures: a trial may run.
+        spared: the host's time counts.
     """
     facts = product.facts()
     ways = ways_of(facts.problem, facts.remote_bytes, facts.tier, facts.device_index)
@@ -94,9 +106,11 @@ def _fastest(
             return stopwatch.seconds_of([runs[way.name] for way in ways], product.x.device)
 
     way = TRIALS.choose(facts, ways, measure) if measures else TRIALS.current(facts, ways)
+    if spared:
+        way = TRIALS.sparing(facts, ways)
     launch = _launch(product, facts.problem, way)
     if TRIALS.is_settled(facts, ways) and (launch is None or product.may_launch_again):
-        ROUTES.keep(product, way.name, facts.problem, launch, TRIALS.state)
+        ROUTES.keep(product, way.name, facts.problem, launch, TRIALS.state, spared=spared)
     return _by(way.name, product, facts.problem, launch)
 
 

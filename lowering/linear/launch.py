@@ -30,13 +30,15 @@ from dak_inductor.lowering.linear.configuration import (
     reader_bandwidth,
     step_seconds,
 )
-from dak_inductor.lowering.linear.problem import Activation, LinearProblem
+from dak_inductor.lowering.linear.problem import ELEMENT_BYTES, Activation, LinearProblem
 from dak_inductor.lowering.linear.tail import tail_rule
-from dak_inductor.lowering.linear.tensor_maps import matrix_map
+from dak_inductor.lowering.linear.tensor_maps import ALIGNMENT, matrix_map
 
 _WEIGHT = struct.Struct("<4Q")
-_REST = struct.Struct("<4Q2Q3Q7I3fI4I2I4x")
+_ADDRESSES = struct.Struct("<4Q2q3Q")
+_REST = struct.Struct("<7I3fI4I2I4x")
 _MAP_BYTES = 128
+_BLOCK = (THREADS, 1, 1)
 _CLAIM_WORDS = 32  # the word that all CTAs add to has a line of L2 to itself
 
 
@@ -138,6 +140,22 @@ class LinearLaunch:
         self._grid = (workers * configuration.cluster, 1, 1)
         self._cluster = (configuration.cluster, 1, 1)
         self._shared_bytes = configuration.shared_bytes
+        self._x = problem.dtype, problem.m, problem.k, problem.k * ELEMENT_BYTES, self._cta_tokens
+        own = self._maps[0][:_MAP_BYTES]
+        constants = _REST.pack(*self._constants, self._n, self._n)
+        maps = (*self._maps, own, own, bytes(_MAP_BYTES))
+        self._prepared = self._kernel.prepared(
+            grid=self._grid,
+            block=_BLOCK,
+            arguments=(*maps, self._weights + bytes(_ADDRESSES.size) + constants),
+            patches=[
+                (len(maps) - 1, 0, _MAP_BYTES),
+                (len(maps), len(self._weights), _ADDRESSES.size),
+            ],
+            shared_bytes=self._shared_bytes,
+            cluster=self._cluster,
+            overlap=True,
+        )
 
     @property
     def holds(self) -> bool:
@@ -164,42 +182,78 @@ class LinearLaunch:
 
         Raises DriverError.
         """
-        partials = torch.empty(self._partial_bytes, dtype=torch.uint8, device=self._device)
-        stream = current_stream(self._index)
-        words = words_for(self._index, self._words, stream)
-        window = self._window
-        agreed = launch_window(words, window.number) if window.automatic and self._agrees else 0
+        partials, stream = self._partials(), current_stream(self._index)
+        tokens = _map(x, self._cta_tokens)
+        addresses = self._addresses(stream, partials, residual, out)
+        if not copied:
+            self._prepared.launch(stream, tokens + addresses)
+            return
         in_ring = (*copied, None, None)[:2]
-        arguments = self._weights + _REST.pack(
-            window.address,
-            agreed,
-            out.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
-            out.stride(0),
-            0 if residual is None else residual.stride(0),
-            partials.data_ptr(),
-            words + 4 * _CLAIM_WORDS,
-            words,
-            *self._constants,
-            *[self._n if rows is None else rows.first for rows in in_ring],
-        )
+        firsts = [self._n if rows is None else rows.first for rows in in_ring]
         ring_maps = [
             self._maps[0][:_MAP_BYTES]
             if rows is None
             else _tile_map(rows.tensor, self._configuration)
             for rows in in_ring
         ]
+        arguments = self._weights + addresses + _REST.pack(*self._constants, *firsts)
         self._kernel.launch(
             grid=self._grid,
-            block=(THREADS, 1, 1),
-            arguments=(*self._maps, *ring_maps, _map(x, self._cta_tokens), arguments),
+            block=_BLOCK,
+            arguments=(*self._maps, *ring_maps, tokens, arguments),
             shared_bytes=self._shared_bytes,
             cluster=self._cluster,
             stream=stream,
             # the kernel asks for weights before it waits for the work ahead of it, which for copied
             # rows is the copy
-            overlap=not copied,
+            overlap=False,
         )
+
+    def run(self, x: Tensor, residual: Tensor | None, shape: torch.Size) -> Tensor | None:
+        """The same without looks at the operands, for a call like one that was looked at.
+
+        Args:
+            x: [..., K].
+            residual: [..., N] or None.
+            shape: [..., N] of the result.
+
+        None where x or residual do not lie row after row from a multiple of 16 bytes on.
+        """
+        if not _plain(x) or not (residual is None or _plain(residual)):
+            return None
+        out = torch.empty(shape, dtype=self._x[0], device=self._device)
+        partials, stream = self._partials(), current_stream(self._index)
+        tokens = matrix_map(x.data_ptr(), *self._x, True)
+        addresses = self._addresses(stream, partials, residual, out)
+        self._prepared.launch(stream, tokens + addresses)
+        return out
+
+    def _partials(self) -> Tensor:
+        """Room for sums, to be held until the launch that fills it is queued."""
+        return torch.empty(self._partial_bytes, dtype=torch.uint8, device=self._device)
+
+    def _addresses(
+        self, stream: int, partials: Tensor, residual: Tensor | None, out: Tensor
+    ) -> bytes:
+        """What each launch brings. The rows of `residual` and `out` may be apart where both are
+        matrices; else they are not."""
+        words = words_for(self._index, self._words, stream)
+        window = self._window
+        return _ADDRESSES.pack(
+            window.address,
+            launch_window(words, window.number) if window.automatic and self._agrees else 0,
+            out.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            out.stride(-2) if out.dim() > 1 else self._n,
+            0 if residual is None else residual.stride(-2) if residual.dim() > 1 else self._n,
+            partials.data_ptr(),
+            words + 4 * _CLAIM_WORDS,
+            words,
+        )
+
+
+def _plain(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0
 
 
 @lru_cache(maxsize=1024)
@@ -209,7 +263,7 @@ def worker_count(configuration: LinearConfiguration, device_index: int) -> int:
         return torch.cuda.get_device_properties(device_index).multi_processor_count
     kernel: LoadedKernel = load(configuration.kernel(), device_index)
     return kernel.maximum_active_clusters(
-        block=(THREADS, 1, 1),
+        block=_BLOCK,
         shared_bytes=configuration.shared_bytes,
         cluster=(configuration.cluster, 1, 1),
     )

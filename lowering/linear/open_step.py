@@ -39,6 +39,20 @@ class OutsideStep:
 _open = threading.local()
 
 
+def spares_host() -> bool:
+    """Whether products of this thread, outside of captures, are served in the way that takes the
+    least of both GPU and host. So they are unless the step's plan says that its GPU is slower."""
+    spared: bool = getattr(_open, "spares_host", True)
+    return spared
+
+
+def spare_host(on: bool) -> bool:
+    """Returns what it was before."""
+    before = spares_host()
+    _open.spares_host = on
+    return before
+
+
 def current() -> Step | None:
     """The step that is open in this thread."""
     step: Step | None = getattr(_open, "step", None)

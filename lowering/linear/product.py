@@ -25,6 +25,28 @@ _ACTIVATIONS = {
 }
 
 
+def key_of(
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    activation: str,
+    layout: str,
+) -> Hashable:
+    """What tells two calls apart that may run in different ways, or at different costs. All that
+    refusals ask is in it: where one is refused, so is the other."""
+    return (
+        tuple([(each.data_ptr(), each.shape, each.stride(), each.dtype) for each in weights]),
+        x.shape,
+        x.dtype,
+        x.device,
+        activation,
+        layout,
+        tuple([None if b is None else (b.data_ptr(), b.shape, b.dtype) for b in biases]),
+        None if residual is None else (residual.shape, residual.dtype, residual.device),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Product:
     """activation(x W^T + bias) (* (x up^T + bias)) + residual, [..., N].
@@ -34,8 +56,7 @@ class Product:
     buffers: of each weight the buffer that holds it; None: it is all local.
     biases: [N] or None for each weight.
     residual: [..., N] or None.
-    key: what tells two calls apart that may run in different ways, or at different costs. It holds
-        all that refusals ask: where one is refused, so is the other.
+    key: `key_of` it.
     """
 
     x: Tensor
@@ -48,22 +69,7 @@ class Product:
     key: Hashable = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        residual = self.residual
-        key = (
-            tuple([(w.data_ptr(), w.shape, w.stride(), w.dtype) for w in self.weights]),
-            self.x.shape,
-            self.x.dtype,
-            self.x.device,
-            self.activation,
-            self.layout,
-            tuple(
-                [
-                    None if bias is None else (bias.data_ptr(), bias.shape, bias.dtype)
-                    for bias in self.biases
-                ]
-            ),
-            None if residual is None else (residual.shape, residual.dtype, residual.device),
-        )
+        key = key_of(self.x, self.weights, self.biases, self.residual, self.activation, self.layout)
         object.__setattr__(self, "key", key)
 
     @property

@@ -9,42 +9,60 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.lowering.linear.launch import LinearLaunch
 from dak_inductor.lowering.linear.problem import LinearProblem
 from dak_inductor.lowering.linear.product import Product
 from dak_inductor.lowering.linear.ways import WayName
+from dak_inductor.lowering.marks import MARKS
 
 MOST_ROUTES = 8192
-"""The one used longest ago goes first."""
+"""The one found first goes first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """`launch` is the kernel's, None for other ways."""
+    """How calls with one key are served.
+
+    Attributes:
+        launch: the kernel's; None for other ways.
+        shape: of the result.
+        trials: the state of `Trials` that it was chosen in.
+        splits: of the buffers of its weights.
+        local: addresses of those that are in none.
+    """
 
     way: WayName
     problem: LinearProblem
     launch: LinearLaunch | None
-    trials: int  # the state of `Trials` that it was chosen in
-    buffers: tuple[weakref.ref[TieredBuffer] | None, ...]
-    splits: tuple[int, ...]
+    shape: torch.Size
+    trials: int
+    splits: tuple[tuple[weakref.ref[TieredBuffer], int], ...]
+    local: tuple[int, ...]
 
-    def holds(self, product: Product, trials: int) -> bool:
-        """Whether the call is served alike; its key is the same."""
+    def holds(self, trials: int) -> bool:
+        """Whether calls are still served so. Weights with these addresses are in these buffers, as
+        long as they live."""
         if trials != self.trials or (self.launch is not None and not self.launch.holds):
             return False
-        for buffer, reference, split in zip(
-            product.buffers, self.buffers, self.splits, strict=True
-        ):
-            before = None if reference is None else reference()
-            if before is not buffer or (buffer is not None and buffer.split != split):
+        for reference, split in self.splits:
+            buffer = reference()
+            if buffer is None or buffer.split != split or not buffer.usable:
                 return False
-        return True
+        return not any(address_table.lookup(address) for address in self.local)
+
+    def direct(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
+        """The result, where the kernel gives it at once; else the call is to be looked at."""
+        if self.launch is None or MARKS.on:
+            return None
+        return self.launch.run(x, residual, self.shape)
 
 
 class Routes:
@@ -52,19 +70,17 @@ class Routes:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._found: OrderedDict[Hashable, Route] = OrderedDict()
+        self._found: dict[Hashable, Route] = {}
 
-    def find(self, product: Product, trials: int) -> Route | None:
-        """That of an earlier call like this one."""
+    def find(self, key: Hashable, trials: int, *, spared: bool) -> Route | None:
+        """That of an earlier call with this key, with the host spared or not. No lock: most calls
+        of a process do nothing else."""
+        route = self._found.get((key, spared))
+        if route is None or route.holds(trials):
+            return route
         with self._lock:
-            route = self._found.get(product.key)
-            if route is None:
-                return None
-            if route.holds(product, trials):
-                self._found.move_to_end(product.key)
-                return route
-            del self._found[product.key]
-            return None
+            self._found.pop((key, spared), None)
+        return None
 
     def keep(
         self,
@@ -73,20 +89,28 @@ class Routes:
         problem: LinearProblem,
         launch: LinearLaunch | None,
         trials: int,
+        *,
+        spared: bool,
     ) -> None:
         """Remember how this call was served."""
+        held = [
+            (weight.data_ptr(), buffer)
+            for weight, buffer in zip(product.weights, product.buffers, strict=True)
+        ]
         route = Route(
             way,
             problem,
             launch,
+            torch.Size((*product.x.shape[:-1], problem.n)),
             trials,
-            tuple([None if each is None else weakref.ref(each) for each in product.buffers]),
-            tuple([0 if each is None else each.split for each in product.buffers]),
+            tuple([(weakref.ref(each), each.split) for _, each in held if each is not None]),
+            tuple([address for address, each in held if each is None]),
         )
         with self._lock:
-            self._found[product.key] = route
-            if len(self._found) > MOST_ROUTES:
-                self._found.popitem(last=False)
+            self._found.pop((product.key, spared), None)
+            self._found[product.key, spared] = route
+            while len(self._found) > MOST_ROUTES:
+                del self._found[next(iter(self._found))]
 
 
 ROUTES = Routes()

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dak_inductor import options
 from dak_inductor.lowering.choices import Choices, fastest
+from dak_inductor.lowering.host_cost import PRODUCT_SECONDS, RING_SECONDS
 from dak_inductor.lowering.linear.call_facts import CallFacts, kind_of
 from dak_inductor.lowering.linear.ways import Way, WayName
 
@@ -45,6 +47,18 @@ class Trial:
         return cls(call, timed, ways[fastest(in_a_step)].name)
 
     @property
+    def sparing(self) -> WayName:
+        """The one taken where the host is slower than the GPU."""
+        return min(self.seconds, key=lambda timed: with_host(*timed))[0]
+
+    @property
+    def taken(self) -> str:
+        """For people."""
+        if self.sparing == self.chosen:
+            return self.chosen
+        return f"{self.chosen}; {self.sparing} where the host is slower than the GPU"
+
+    @property
     def times(self) -> str:
         return ", ".join(f"{name} {seconds * 1e6:.1f} us" for name, seconds in self.seconds)
 
@@ -63,7 +77,7 @@ class Trials:
 
     def __init__(self, *, capturing: Callable[[int], bool] | None = None) -> None:
         self._choices = Choices[CallFacts, WayName](capturing=capturing)
-        self._results: list[Trial] = []
+        self._results: dict[CallFacts, Trial] = {}  # by kind, in order
         self._enabled: bool | None = None
         self.state = next(_STATES)
 
@@ -88,17 +102,27 @@ class Trials:
 
     def results(self) -> tuple[Trial, ...]:
         """What was measured, in order."""
-        return tuple(self._results)
+        return tuple(self._results.values())
 
     def result_of(self, call: CallFacts) -> Trial | None:
         """The measurement that chose for calls of this kind, if there was one."""
-        kind = kind_of(call)
-        return next((trial for trial in self.results() if kind_of(trial.call) == kind), None)
+        return self._results.get(kind_of(call))
 
     def current(self, call: CallFacts, ways: Sequence[Way]) -> Way:
         """What `choose` would return without measuring."""
         chosen = self._choices.of(kind_of(call)) if self.enabled else None
         return next((way for way in ways if way.name == chosen), ways[0])
+
+    def sparing(self, call: CallFacts, ways: Sequence[Way]) -> Way:
+        """The one of `ways` whose GPU and host are both done first, by a trial or the estimates."""
+        trial = self.result_of(call) if self.enabled else None
+        measured = {} if trial is None else dict(trial.seconds)
+
+        def seconds(way: Way) -> tuple[float, float]:
+            known = measured.get(way.name, way.seconds)
+            return (math.inf, math.inf) if known is None else with_host(way.name, known)
+
+        return min(ways, key=seconds)
 
     def choose(
         self, call: CallFacts, ways: Sequence[Way], measure: Callable[[], Sequence[float]]
@@ -115,7 +139,7 @@ class Trials:
 
         def trial() -> WayName:
             made = Trial.of(call, ways, measure())
-            self._results.append(made)
+            self._results[kind_of(call)] = made
             log.info("%s", made)
             return made.chosen
 
@@ -126,6 +150,12 @@ class Trials:
             device_index=call.device_index,
         )
         return next((way for way in ways if way.name == chosen), first)
+
+
+def with_host(way: WayName, seconds: float) -> tuple[float, float]:
+    """By what to choose outside of CUDA graphs where a way takes the GPU so long: the slower of GPU
+    and host, and of even ones the GPU."""
+    return max(seconds, RING_SECONDS if way == "ring" else PRODUCT_SECONDS), seconds
 
 
 def is_sure(ways: Sequence[Way]) -> bool:

@@ -4,14 +4,3 @@
 forward in `forward.py` attends to tokens that lie in device memory, under any mask that positions
 give. Device functions are in `device.py`, `decode.py` and `merge.py`.
 """
-
-from __future__ import annotations
-
-import importlib.util
-from functools import lru_cache
-
-
-@lru_cache(maxsize=1)
-def available() -> bool:
-    """Whether triton can be imported."""
-    return importlib.util.find_spec("triton") is not None

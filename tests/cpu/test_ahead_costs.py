@@ -74,10 +74,10 @@ def test_the_host_takes_as_long_for_any_number_of_tokens_but_for_a_ring_of_its_o
     few, more, ring = (
         ops_of(call_of(Layer((weight,)).product(inputs(m, 1024))))[0] for m in (1, 128, 2048)
     )
-    assert few.host == more.host == host_cost.DIRECT_SECONDS
-    assert ring.host == host_cost.STAGED_SECONDS == host_cost.staged_seconds(1)
+    assert few.host == more.host == host_cost.PRODUCT_SECONDS
+    assert ring.host == host_cost.RING_SECONDS
     (stock,) = ops_of(call_of(Layer((weight,)).product(inputs(1, 1024).float())))
-    assert stock.host == host_cost.STOCK_SECONDS
+    assert stock.host == host_cost.PRODUCT_SECONDS
 
 
 def test_reasons_of_what_cannot_be_staged() -> None:

@@ -21,8 +21,9 @@ from dak_inductor.lowering.ahead.step_plan import StepPlan, StepPlans
 from dak_inductor.lowering.ahead.timeline import LOCAL
 from dak_inductor.lowering.host_cost import (
     COPY_SECONDS,
-    DIRECT_SECONDS,
     PART_SECONDS,
+    PRODUCT_SECONDS,
+    RING_SECONDS,
     STAGED_SECONDS,
 )
 
@@ -52,7 +53,7 @@ def op_of(
     return StepOp(
         max(local, link) + 2e-6, link, spans, local, 4e-6, row_bytes / 4e12, 2e-6,
         nbytes / H200.hbm_bandwidth + 2e-6 if launch else 0.0,
-        host=DIRECT_SECONDS,
+        host=PRODUCT_SECONDS,
     )  # fmt: skip
 
 
@@ -208,12 +209,30 @@ def test_outside_of_cuda_graphs_the_host_decides_where_it_takes_longer() -> None
     assert plans.captured.staged == 16 and plans.captured.seconds < 1.4e-3
     eager = plans.eager
     assert eager.staged == 0 and eager.waits_for_host
-    assert eager.seconds == eager.direct_seconds == pytest.approx(32 * DIRECT_SECONDS)
-    assert "ms of the host, direct 2.560 ms" in eager.ops[0].reason
+    assert eager.seconds == eager.direct_seconds == pytest.approx(32 * PRODUCT_SECONDS)
+    assert "ms of the host, direct 2.400 ms" in eager.ops[0].reason
     asked = plan_choice.choose(ops, RATES, strategy="staged", room=256 * MIB).eager
     assert asked.staged == 32 and asked.seconds == pytest.approx(
         32 * STAGED_SECONDS + 8 * PART_SECONDS
     ), "gate and up are two parts"
+
+
+def test_where_the_host_decides_products_take_the_ways_that_spare_it() -> None:
+    """And where the GPU does those that it takes least for, though the host takes longer."""
+    for seconds, spares in ((30e-6, True), (300e-6, False)):
+        ring = [StepOp(seconds, seconds / 2, host=RING_SECONDS)] * 24
+        kernel = [StepOp(1.3 * seconds, seconds / 2, host=PRODUCT_SECONDS)] * 24
+        plans = plan_choice.choose(ring, RATES, strategy="auto", room=64 * MIB, spared=kernel)
+        assert plans.eager.spares_host is spares and not plans.captured.spares_host
+        assert plans.captured.seconds == pytest.approx(24 * seconds)
+        expected = 24 * (PRODUCT_SECONDS if spares else seconds)
+        assert plans.eager.seconds == pytest.approx(expected)
+    slower = [replace(op, direct=10 * RING_SECONDS) for op in kernel]
+    plans = plan_choice.choose(
+        [replace(op, direct=30e-6) for op in ring], RATES, strategy="auto", room=64 * MIB,
+        spared=slower,
+    )  # fmt: skip
+    assert plans.eager.waits_for_host and not plans.eager.spares_host
 
 
 def test_long_products_are_staged_outside_of_cuda_graphs_too() -> None:

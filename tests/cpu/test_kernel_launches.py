@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from dak_inductor import hardware
+from dak_inductor.cuda_runtime import kept_memory, launch_words, read_count, streaming
 from dak_inductor.cuda_runtime import kernel as kernels
-from dak_inductor.cuda_runtime import launch_words, read_count, streaming
 from dak_inductor.errors import UnsupportedDriverError
 from dak_inductor.lowering.attention import configuration as attention_configuration
 from dak_inductor.lowering.attention import launch as attention_launch
@@ -48,6 +48,19 @@ class FakeKernel:
 
     def launch(self, **asked: Any) -> None:
         self.launches.append(asked)
+
+    def prepared(self, *, patches: list[tuple[int, int, int]], **asked: Any) -> Any:
+        def launch(stream: int, values: bytes) -> None:
+            arguments = [bytearray(each) for each in asked["arguments"]]
+            for argument, offset, size in patches:
+                arguments[argument][offset : offset + size] = values[:size]
+                values = values[size:]
+            assert not values
+            self.launches.append(
+                {**asked, "arguments": list(map(bytes, arguments)), "stream": stream}
+            )
+
+        return SimpleNamespace(launch=launch)
 
     def maximum_active_clusters(self, **asked: Any) -> int:
         return self.clusters
@@ -83,16 +96,17 @@ class FakeExtension:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeExtension]:
     found = FakeExtension()
-    for module in (launch_words, tensor_maps, attention_maps, read_count):
+    for module in (kept_memory, launch_words, tensor_maps, attention_maps, read_count):
         monkeypatch.setattr(module, "extension", lambda: found)
-    monkeypatch.setattr(read_count, "_kept", [])
     read_count._captured_counts.cache_clear()
-    for name in ("_words", "_chunks"):
+    read_count._kernels.cache_clear()
+    for name in ("_words", "_memory"):
         monkeypatch.setattr(launch_words, name, {})
     tensor_maps.matrix_map.cache_clear()
     attention_maps._encoded.cache_clear()
     yield found
     read_count._captured_counts.cache_clear()
+    read_count._kernels.cache_clear()
     tensor_maps.matrix_map.cache_clear()  # maps of no driver must not reach another test
     attention_maps._encoded.cache_clear()
 
@@ -441,7 +455,7 @@ def test_tables_of_captures_that_are_long_over_are_forgotten(
     assert len(kernel.launches) == 299 and len(counts._open) == read_count._MOST_OPEN
     addresses = {each["arguments"][0] for each in kernel.launches}
     assert len(addresses) == 299, "a graph may still be replayed"
-    assert len(driver.chunks) == len(read_count._kept) == 3
+    assert len(driver.chunks) == 3
 
 
 def test_a_kernel_is_compiled_and_loaded_once_for_each_gpu(

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,8 @@ def record():
     return library.launch_record().decode().splitlines()
 
 ARGUMENTS = [bytes(range(64)), struct.pack("<III", 1, 2, 3)]
-SIZE = {"grid": (4, 2, 1), "block": (128, 1, 1), "stream": 7}
+SIZE_ALONE = {"grid": (4, 2, 1), "block": (128, 1, 1)}
+SIZE = {**SIZE_ALONE, "stream": 7}
 """
 HEX = bytes(range(64)).hex() + " 010000000200000003000000"
 
@@ -80,6 +82,44 @@ print("\\n".join(record()))
         "launch grid=32,1,1 " + launch.format(0, " attribute4=16,1,1"),
         "launch grid=32,1,1 " + launch.format(0, " attribute4=16,1,1"),
     ]
+
+
+def test_a_prepared_launch_brings_the_bytes_that_change(run):
+    lines = run("""
+kernel = load()
+patches = [(0, 2, 3), (1, 8, 4)]
+prepared = kernel.prepared(
+    grid=(4, 2, 1), block=(128, 1, 1), arguments=ARGUMENTS, patches=patches, shared_bytes=200_000,
+    cluster=(2, 1, 1),
+)
+prepared.launch(7, b"abc" + struct.pack("<I", 9))
+prepared.launch(8, b"xyz" + struct.pack("<I", 10))
+for wrong in (b"", b"12345678"):
+    with pytest.raises(ValueError, match=f"a launch brings 7 bytes, got {len(wrong)}"):
+        prepared.launch(7, wrong)
+for patch in ((2, 0, 1), (1, 12, 1), (1, 2**64 - 1, 1), (0, 64, 2**64 - 1)):
+    with pytest.raises(ValueError, match="are not all of argument"):
+        kernel.prepared(**SIZE_ALONE, arguments=ARGUMENTS, patches=[patch])
+with pytest.raises(ValueError, match=r"got \\( 64 \\)"):
+    kernel.prepared(**SIZE_ALONE, arguments=ARGUMENTS[:1], patches=[])
+del kernel
+prepared.launch(7, b"abc" + struct.pack("<I", 9))
+print("\\n".join(record()))
+""")
+    first = bytes(range(64))
+
+    def launched(stream: int, some: bytes, last: int) -> str:
+        patched = (first[:2] + some + first[5:]).hex()
+        words = struct.pack("<III", 1, 2, last).hex()
+        return (
+            f"launch grid=4,2,1 block=128,1,1 shared=200000 stream={stream} attribute4=2,1,1 "
+            f"{patched} {words} depth=1"
+        )
+
+    assert [line for line in lines if line.startswith("launch")] == [
+        launched(7, b"abc", 9), launched(8, b"xyz", 10), launched(7, b"abc", 9)
+    ]  # fmt: skip
+    assert "set 8=200000 depth=1" in lines
 
 
 def test_wrong_launches_never_reach_the_driver(run):

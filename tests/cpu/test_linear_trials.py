@@ -6,8 +6,10 @@ import logging
 import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,15 +20,25 @@ from hypothesis import strategies as st
 import dak_inductor as dak
 from dak_inductor import hardware, session, trial_report
 from dak_inductor.backend import compile_graph
+from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
 from dak_inductor.lowering import choices, counters, device_counters, ops, ops_linear
 from dak_inductor.lowering.choices import fastest
-from dak_inductor.lowering.linear import dispatch, product, routes, stopwatch, trials, ways
+from dak_inductor.lowering.linear import (
+    dispatch,
+    open_step,
+    product,
+    routes,
+    stopwatch,
+    trials,
+    ways,
+)
 from dak_inductor.lowering.linear.call_facts import CallFacts, kind_of, remote_step, token_step
 from dak_inductor.lowering.linear.configuration import MAXIMUM_TOKENS
 from dak_inductor.lowering.linear.problem import LinearProblem
 from dak_inductor.lowering.linear.trials import Trial, Trials, is_sure
 from dak_inductor.lowering.linear.ways import Way, ways_of
+from dak_inductor.lowering.marks import MARKS
 from dak_inductor.options import BackendOptions
 
 BF16 = torch.bfloat16
@@ -190,6 +202,29 @@ def test_the_stock_operator_must_gain_what_it_costs_in_a_step(chooser: Trials) -
     assert chooser.results()[0].seconds == (("direct", 9e-6), ("stock", 7.8e-6))  # as measured
 
 
+def test_where_the_host_is_slower_it_is_spared(chooser: Trials) -> None:
+    """A ring of its own takes the host longer than one launch."""
+    offered = (RING, DIRECT, STOCK)
+    call = facts_of(m=512)
+    assert chooser.choose(call, offered, Clock(offered, ring=20, direct=60, stock=65)) is RING
+    assert chooser.sparing(call, offered) is DIRECT, "of even ones that of the GPU"
+    (trial,) = chooser.results()
+    assert trial.taken == "ring; direct where the host is slower than the GPU"
+    large = facts_of(m=2048)
+    chooser.choose(large, offered[:2], Clock(offered[:2], ring=500, direct=600))
+    assert chooser.sparing(large, offered[:2]) is RING
+    assert chooser.results()[1].taken == "ring"
+
+
+def test_without_a_trial_the_host_is_spared_by_estimates() -> None:
+    chooser = Trials(capturing=lambda _: False)
+    chooser.switch(False)
+    ring, kernel = Way("ring", 20e-6), Way("direct", 60e-6)
+    assert chooser.sparing(facts_of(m=512), (ring, kernel, STOCK)) is kernel
+    assert chooser.sparing(facts_of(m=512), (STOCK, ring)) is ring, "of stock nothing is known"
+    assert chooser.sparing(facts_of(m=512), (Way("ring", 1.0), Way("direct", 2.0))).name == "ring"
+
+
 def test_a_way_that_a_later_call_lacks_gives_the_estimates_choice(chooser: Trials) -> None:
     call = facts_of(m=1024)
     assert chooser.choose(call, (RING, DIRECT), Clock((RING, DIRECT), ring=9, direct=1)) is DIRECT
@@ -325,6 +360,12 @@ def tried(h200: None, monkeypatch: pytest.MonkeyPatch):
         ran.append("direct")
         return F.linear(self.x, self.weights[0]) + 1
 
+    def at_once(x: torch.Tensor) -> torch.Tensor | None:
+        if not x.is_contiguous():
+            return None
+        ran.append("direct")
+        return F.linear(x, weight) + 1
+
     def staged(self) -> torch.Tensor:
         ran.append("ring")
         return F.linear(self.x, self.weights[0]) + 2
@@ -341,7 +382,7 @@ def tried(h200: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(trials, "SURE", 0.0)  # of so small a weight the ring's estimate is far
     monkeypatch.setattr(stopwatch, "seconds_of", seconds_of)
     monkeypatch.setattr(product.Product, "direct", direct)
-    prepared = SimpleNamespace(holds=True)
+    prepared = SimpleNamespace(holds=True, run=lambda x, *_: at_once(x))
     monkeypatch.setattr(product.Product, "launch", lambda *_: prepared)
     monkeypatch.setattr(product.Product, "staged", staged)
     buffer = SimulatedTier().allocate(512 * 512 * 2, split=512 * 512)
@@ -371,6 +412,26 @@ def test_a_call_is_served_by_the_winner(tried: SimpleNamespace, winner: str) -> 
     assert tried.ran[4:] == [winner]
     call = product.Product(x, (tried.weight,), (tried.buffer,), (None,), None, "none", "out_in")
     assert dispatch.way_of(call) == winner
+
+
+def test_a_call_spares_the_host_unless_the_steps_plan_or_a_capture_says_otherwise(
+    tried: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried.times.update(direct=60e-6, ring=20e-6, stock=70e-6)
+    x = torch.randn(200, 512, dtype=BF16)
+    for _ in range(2):
+        tried.run(x, tried.weight, None)
+    assert tried.ran[3:] == ["direct"] * 2
+    before = open_step.spare_host(False)
+    try:
+        for _ in range(2):
+            tried.run(x, tried.weight, None)
+    finally:
+        assert not open_step.spare_host(before)
+    assert tried.ran[5:] == ["ring"] * 2
+    monkeypatch.setattr(dispatch, "current_capture", lambda _: 1)
+    tried.run(x, tried.weight, None)
+    assert tried.ran[7:] == ["ring"]
 
 
 def test_without_a_stock_operator_it_is_not_tried(tried: SimpleNamespace) -> None:
@@ -438,13 +499,59 @@ def test_routes_are_bounded_and_keep_no_memory_alive(
         for m in (1, 2, 3)
     ]  # fmt: skip
     for call in calls:
-        kept.keep(call, "stock", call.facts().problem, None, 0)
-    assert kept.find(calls[0], 0) is None
-    assert kept.find(calls[2], 0) is not None
-    assert kept.find(calls[2], 1) is None, "trials have another state"
-    assert kept.find(calls[2], 0) is None, "and it is forgotten"
-    found = kept.find(calls[1], 0)
-    assert found is not None and isinstance(found.buffers[0], weakref.ref)
+        kept.keep(call, "stock", call.facts().problem, None, 0, spared=False)
+    assert kept.find(calls[0].key, 0, spared=False) is None
+    assert kept.find(calls[2].key, 0, spared=False) is not None
+    assert kept.find(calls[2].key, 0, spared=True) is None, "another way may be taken"
+    assert kept.find(calls[2].key, 1, spared=False) is None, "trials have another state"
+    assert kept.find(calls[2].key, 0, spared=False) is None, "and it is forgotten"
+    found = kept.find(calls[1].key, 0, spared=False)
+    assert found is not None and found.shape == (2, 512)
+    assert [type(reference) for reference, _ in found.splits] == [weakref.ref]
+    tried.buffer.usable = False
+    assert kept.find(calls[1].key, 0, spared=False) is None, "it is another process's"
+    tried.buffer.usable = True
+
+
+def test_a_route_ends_where_a_local_weight_comes_to_lie_in_a_buffer(
+    tried: SimpleNamespace,
+) -> None:
+    outside = torch.zeros(512, 512, dtype=BF16)
+    call = product.Product(
+        torch.zeros(200, 512, dtype=BF16), (tried.weight, outside), (tried.buffer, None),
+        (None, None), None, "silu", "out_in",
+    )  # fmt: skip
+    kept = routes.Routes()
+    kept.keep(call, "ring", call.facts().problem, None, 0, spared=False)
+    assert kept.find(call.key, 0, spared=False) is not None
+
+    class Late:
+        address, nbytes, usable = outside.data_ptr(), outside.nbytes, True
+
+    late: Any = Late()
+    address_table.register(late)
+    assert kept.find(call.key, 0, spared=False) is None
+    address_table.forget(late)
+
+
+def test_marks_and_other_operands_take_the_long_way(tried: SimpleNamespace) -> None:
+    """It makes marks, and copies of what the kernel cannot read."""
+    tried.times.update(direct=1.0, ring=2.0, stock=2.0)
+    x = torch.randn(200, 512, dtype=BF16)
+    names: list[str] = []
+
+    @contextmanager
+    def maker(name: str):
+        names.append(name)
+        yield
+
+    tried.run(x, tried.weight, None)
+    with MARKS.recorded(maker):
+        tried.run(x, tried.weight, None)
+    apart = torch.randn(200, 520, dtype=BF16)[:, :512]
+    result = tried.run(apart, tried.weight, None)
+    torch.testing.assert_close(result, F.linear(apart, tried.weight) + 1, rtol=0, atol=0)
+    assert tried.ran[3:] == ["direct"] * 3
 
 
 def test_what_the_ring_refuses_is_stock_without_a_trial(tried: SimpleNamespace) -> None:

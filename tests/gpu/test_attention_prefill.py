@@ -35,7 +35,6 @@ from dak_inductor.benchmarks.harness.linear_reference import poison_free_memory
 from dak_inductor.benchmarks.harness.timing import capture
 from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tier_bytes import TierBytes
-from dak_inductor.lowering import triton_attention
 from dak_inductor.lowering.attention import (
     host_lengths,
     partial_results,
@@ -45,6 +44,7 @@ from dak_inductor.lowering.attention import (
     stock_forward,
 )
 from dak_inductor.lowering.attention.staged_parts import Forward, PrefillProblem
+from dak_inductor.lowering.op_facts import triton_importable
 
 HALF = (torch.bfloat16, torch.float16)
 FORWARDS: tuple[Forward, ...] = ("cudnn", "flash", "triton")
@@ -536,7 +536,7 @@ def test_time_is_near_the_estimate(tier: Tier, device: torch.device, queries: in
         seconds = median_seconds(step)
         problem = PrefillProblem(1, 32, 8, queries, queries, 128, 128, "bfloat16", True)
         names: tuple[Forward, ...] = stock_forward.available(case.tiered.query, 128)
-        if triton_attention.available():
+        if triton_importable():
             names = (*names, "triton")
         plan = staged_plan.choose(problem, local, profile, link, names)
         remote = sum(buffer.bytes_by_tier().remote for buffer in case.buffers)

@@ -254,27 +254,28 @@ def test_writes_of_every_kind(tier: VmmTier) -> None:
 
 @pytest.mark.alone
 def test_loading_rate_into_host_pages() -> None:
-    """5 GB/s, or nearly what the driver needs to make the pages and nothing else."""
+    """5 GB/s, or nearly what the driver needs to make the pages and nothing else, at that time:
+    other processes of the machine slow down both."""
     tier = vmm_tier()
     source = torch.randint(0, 255, (256 << 20,), dtype=torch.uint8)
     total = 8 * GIB
     rates = []
-    for _ in range(3):  # the first also makes the machine give the memory
+    for _ in range(4):  # the first also makes the machine give the memory
         start = time.perf_counter()
         buffers = []
         for buffer in tier.allocate_each([(source.numel(), 0)] * (total // source.numel())):
             buffer.write(source)
             buffers.append(buffer)
-        rates.append(total / (time.perf_counter() - start) / 1e9)
+        loaded = total / (time.perf_counter() - start) / 1e9
         assert torch.equal(buffers[-1].tensor(torch.uint8, (source.numel(),)).cpu(), source)
         buffers.clear()
         del buffer
         gc.collect()
         vmm.drain(60)
-    alone = page_rate(tier, total) / 1e9
-    print(f"host tier load rates, GB/s: {rates}; making the pages alone: {alone:.2f}")
+        rates.append((loaded, page_rate(tier, total) / 1e9))
+    print(f"loading into the host tier, and making the pages alone, GB/s: {rates}")
     if (os.cpu_count() or 1) >= 16:
-        assert max(rates[1:]) >= min(5.0, 0.9 * alone)
+        assert any(loaded >= min(5.0, 0.9 * alone) for loaded, alone in rates[1:])
 
 
 def test_more_than_there_is_is_refused() -> None:
