@@ -43,7 +43,13 @@ class SimulatedBuffer(TieredBuffer):
         self, tier: SimulatedTier, nbytes: int, split: int, pages: int, *, growing: bool = False
     ) -> None:
         make = np.zeros if growing else np.empty
-        block = make((pages + 1) * tier.page_bytes, dtype=np.uint8)
+        try:
+            block = make((pages + 1) * tier.page_bytes, dtype=np.uint8)
+        except MemoryError as error:
+            raise HostMemoryError(
+                f"this machine gives no range of {pages * tier.page_bytes} bytes, in which the "
+                "simulated tier keeps a tensor. Ask for less, or for fewer tokens of a KV cache"
+            ) from error
         base = -(-block.ctypes.data // tier.page_bytes) * tier.page_bytes
         super().__init__(
             nbytes=nbytes,

@@ -15,7 +15,7 @@ from dak_inductor.cuda_runtime.host_memory import available_host_memory
 from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tiers import open_tier
 from dak_inductor.errors import BudgetError, CacheError, ModelError, OptionError, TierError
-from dak_inductor.kv_cache_geometry import CacheGeometry, read_geometry
+from dak_inductor.kv_cache_geometry import CacheGeometry, keeps_latents, read_geometry
 from dak_inductor.kv_cache_plan import join, place_with_weights, splits_by_ratio
 from dak_inductor.kv_cache_storage import CacheStorage
 from dak_inductor.kv_cache_tensors import TensorPlan, tensor_plans
@@ -73,7 +73,11 @@ def kv_cache(
     record = record_of(module)
     _check_options(record, offload_ratio, remote, host_memory)
     geometry = read_geometry(
-        _config(module), batch=batch, max_len=max_len, dtype=dtype or _dtype(module)
+        _config(module),
+        batch=batch,
+        max_len=max_len,
+        dtype=dtype or _dtype(module),
+        latents=keeps_latents(module),
     )
     expected = _expected(expected_len, max_len)
     chunk = _positive("prefill_chunk", prefill_chunk)

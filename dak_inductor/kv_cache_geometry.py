@@ -48,8 +48,16 @@ class CacheGeometry:
         return row * layer.key_dim, row * layer.value_dim
 
 
-def read_geometry(config: Any, *, batch: int, max_len: int, dtype: torch.dtype) -> CacheGeometry:
-    """The geometry of a cache for a model with this transformers config.
+def keeps_latents(model: torch.nn.Module) -> bool:
+    """Whether latent attention hands a cache its latents, expanded behind it, and not keys and
+    values: no config tells, it changed between releases of transformers 5."""
+    return any(hasattr(module, "expand_kv") for module in model.modules())
+
+
+def read_geometry(
+    config: Any, *, batch: int, max_len: int, dtype: torch.dtype, latents: bool = False
+) -> CacheGeometry:
+    """The geometry of a cache for a model with this transformers config, see `keeps_latents`.
 
     Raises CacheError for layers that keep no keys and values, sizes that the config does not say,
     and an empty cache.
@@ -65,7 +73,7 @@ def read_geometry(config: Any, *, batch: int, max_len: int, dtype: torch.dtype) 
             "dak.kv_cache serves decoder-only models"
         )
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    shape = _shape(text)
+    shape = _latent_shape(text) if latents else _shape(text)
     layers = []
     for number, kind in enumerate(_layer_types(text)):
         if kind == _SLIDING:
@@ -109,6 +117,11 @@ def _shape(config: Any) -> tuple[int, int, int]:
         return queries, rope + plain, _number(config, "v_head_dim")
     dim = _first(config, "head_dim") or _number(config, "hidden_size") // queries
     return heads, dim, dim
+
+
+def _latent_shape(config: Any) -> tuple[int, int, int]:
+    """One head: the latents of keys and values, and the rotated part of the keys."""
+    return 1, _number(config, "kv_lora_rank"), _number(config, "qk_rope_head_dim")
 
 
 def _first(config: Any, *names: str) -> int:

@@ -10,7 +10,7 @@ outside of `torch.compiler.is_compiling()` only.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ import dak_inductor.lowering.ops_cache  # noqa: F401  (registers torch.ops.dak.w
 from dak_inductor.attention_function import note_bounds
 from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.errors import CacheError
+from dak_inductor.kv_cache_checks import check_starts, check_states, starts_of
 from dak_inductor.kv_cache_layer_storage import LayerStorage
 from dak_inductor.kv_cache_storage import CacheStorage, owner_of
 from dak_inductor.offloaded import size_text
@@ -71,7 +72,7 @@ class TieredLayer(CacheLayerMixin):
         another model, ContextLengthError past the cache's length, HostMemoryError or
         DeviceMemoryError where it cannot grow; then nothing is written.
         """
-        self._check(key_states, value_states)
+        check_states(key_states, value_states, self.keys, self.values)
         tokens = key_states.shape[-2]
         if self.slides and tokens > self.room:
             return self._update_long(key_states, value_states)
@@ -114,28 +115,6 @@ class TieredLayer(CacheLayerMixin):
         if not torch.compiler.is_compiling():
             self._advance(tokens)
         return keys, values
-
-    def _check(self, key_states: Tensor, value_states: Tensor) -> None:
-        pairs = (("keys", key_states, self.keys), ("values", value_states, self.values))
-        for name, states, own in pairs:
-            batch, heads, _, dim = states.shape
-            if batch != own.shape[0]:
-                raise CacheError(
-                    f"a batch of {batch} for a KV cache of batch {own.shape[0]} (beams count): "
-                    f"make one with dak.kv_cache(model, batch={batch}, ...)"
-                )
-            if heads != own.shape[1] or dim != own.shape[3]:
-                raise CacheError(
-                    f"{name} of {heads} heads x {dim}, and the KV cache was made for a model with "
-                    f"{own.shape[1]} x {own.shape[3]}: make one with dak.kv_cache(model, ...)"
-                )
-            if states.dtype != own.dtype:
-                raise CacheError(
-                    f"{name} of {states.dtype} for a KV cache of {own.dtype}: make one with "
-                    f"dak.kv_cache(model, ..., dtype={states.dtype})"
-                )
-            if states.device != own.device:
-                raise CacheError(f"{name} on {states.device} for a KV cache on {own.device}")
 
     def _leave_note(self, tokens: int, *, written: bool) -> None:
         torch.ops.dak.kv_step.default(
@@ -203,6 +182,13 @@ class TieredCache(Cache):
     def __init__(self, storage: CacheStorage) -> None:
         super().__init__(layers=[TieredLayer(layer) for layer in storage.layers])
         self.storage = storage
+        self._step = (0, 0)  # of the last step begun outside of traces: tokens at its end, and new
+
+    def __reduce__(self) -> NoReturn:
+        raise CacheError(
+            "a tiered KV cache is not copied (copy.deepcopy, pickle): it is this process's memory. "
+            "To go on from a prompt several times, crop(tokens) it back, or make further caches"
+        )
 
     def __repr__(self) -> str:
         geometry, held = self.storage.geometry, self.bytes_by_tier()
@@ -231,7 +217,15 @@ class TieredCache(Cache):
     def _check_tokens(self, layer_idx: int, tokens: int) -> None:
         """A step writes the same tokens to each layer, to the first one first."""
         first, own = (self.storage.layers[index].tokens for index in (0, layer_idx))
-        if layer_idx and own + tokens != first:
+        if not layer_idx:
+            self._step = first + tokens, tokens
+        elif own + tokens != first:
+            end, given = self._step
+            if end == first and tokens != given:
+                raise CacheError(
+                    f"layer {layer_idx} is given {tokens} tokens in a step of {given}: of cross "
+                    "attention, to an image or an encoder, dak.kv_cache holds no keys"
+                )
             raise CacheError(
                 f"layer {layer_idx} of the KV cache would have {own + tokens} tokens and layer 0 "
                 f"has {first}: an earlier step ended half way; reset() the cache"
@@ -264,13 +258,10 @@ class TieredCache(Cache):
         if (attention_mask is None) == (starts is None):
             raise CacheError("say one of attention_mask and starts")
         if attention_mask is not None:
-            if attention_mask.dim() != 2:
-                raise CacheError("attention_mask has two dimensions, [batch, tokens]")
-            padding = attention_mask == 0
-            starts = padding.sum(-1)
-            if (padding.int().diff(dim=-1) > 0).any():
-                raise CacheError("attention_mask has padding behind tokens: pad on the left")
+            starts = starts_of(attention_mask)
         assert starts is not None
+        geometry = self.storage.geometry
+        check_starts(starts, batch=geometry.batch, max_len=geometry.max_len)
         self.storage.set_starts(starts)
 
     def reset(self) -> None:

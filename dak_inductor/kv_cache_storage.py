@@ -194,10 +194,6 @@ class CacheStorage:
 
     def set_starts(self, starts: torch.Tensor) -> None:
         """int [batch]: the first token of each sequence that is not padding."""
-        if tuple(starts.shape) != (self.geometry.batch,):
-            raise CacheError(
-                f"starts of shape {tuple(starts.shape)}: one per sequence, {self.geometry.batch}"
-            )
         for layer in self.layers:
             layer.padded = True
             layer.starts.copy_(starts.to(self.device) - layer.base).clamp_(min=0)

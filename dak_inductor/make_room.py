@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 
 from dak_inductor import hardware, placement
@@ -23,12 +24,14 @@ def make_room(inventory: Inventory, request: OffloadRequest, budget: DeviceBudge
     A model's share is that of its divided bytes among all. Nothing moves where the new model fits,
     or was asked for by ratio or plan. Raises MoveError; the earlier models stay usable in any case.
     """
-    others = [model for model in budget.models if model.offload_ratio is None]
-    if request.gpu_memory is None or not others:
-        return
-    available = budget_terms(inventory, budget).available
     mine = inventory.tierable_bytes
-    if available >= mine:
+    available = budget_terms(inventory, budget).available
+    if available >= mine or not (budget.models or budget.loose_caches):
+        return
+    gc.collect()  # a compiled model is in a cycle of references, and holds memory until this
+    others = [model for model in budget.models if model.offload_ratio is None]
+    available = budget_terms(inventory, budget).available
+    if request.gpu_memory is None or not others or available >= mine:
         return
     held = sum(model.claimed_bytes().local for model in others)
     theirs = sum(model.planned_bytes().total for model in others)

@@ -8,7 +8,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.errors import ModelError
-from dak_inductor.inventory import QUANTISED_PARAMETERS
+from dak_inductor.inventory import QUANTISED_PARAMETERS, is_wrapper
 
 _SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
 
@@ -61,7 +61,7 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
             f"{name} is a bitsandbytes {kind.__name__} that is not quantised yet: move the "
             "model to the GPU once (that quantises it), then offload"
         )
-    if tensor.layout == torch.strided and tensor.device.type != "meta" and _is_tiered(tensor):
+    if _is_tiered(tensor):
         raise ModelError(
             f"{name} is offloaded already. Call dak.restore(model) first, or change the placement "
             "with a new plan"
@@ -80,9 +80,12 @@ def _is_quantised(tensor: torch.Tensor) -> bool:
 
 
 def _is_tiered(tensor: torch.Tensor) -> bool:
+    if is_wrapper(tensor):
+        attributes, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        return any(_is_tiered(getattr(tensor, attribute)) for attribute in attributes)
+    if tensor.layout != torch.strided or tensor.device.type == "meta":
+        return False
     try:
         return address_table.lookup(tensor.data_ptr()) is not None
-    except RuntimeError as error:  # a wrapper subclass has no address of its own
-        if isinstance(error, ModelError):
-            raise
+    except RuntimeError:  # a subclass that computes at each access has no address of its own
         return False

@@ -80,6 +80,8 @@ def _obstacle(graph_module: GraphModule, placeholders: list[Node]) -> str | None
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             return f"higher-order operator {node.target.name()} is not traced again"
         value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor) and value.is_nested:
+            return f"{node.name} is a nested tensor, for which our operators have no form"
         if isinstance(value, (torch.Tensor, torch.SymInt, torch.SymBool, torch.SymFloat)) and (
             free_unbacked_symbols(value)
         ):

@@ -24,6 +24,7 @@ from dak_inductor.offload_request import OffloadRequest
 from dak_inductor.offloaded import OffloadedModel, OffloadedWeight, register
 from dak_inductor.placement import LAUNCH_LOCK
 from dak_inductor.plan import Plan
+from dak_inductor.restore import forget_replaced
 from dak_inductor.transfer import Transfer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -82,6 +83,7 @@ def offload_now(
 ) -> OffloadedModel:
     """`offload` for a request, without the line. The caller holds the launch lock."""
     check_model(model)
+    forget_replaced(model)
     target = request.resolved_device()
     tier = request.open_tier(target)
     inventory = take_inventory(model, minimum_bytes=request.minimum_bytes(tier))

@@ -277,9 +277,12 @@ def symbols_of(placeholders: list[Node]) -> tuple[tuple[SymbolSource, ...], dict
         expression = size_of(size)
         if isinstance(expression, int) or not expression.is_Symbol:
             return
+        hint = size.node.hint
+        if isinstance(hint, torch.SymInt):  # of a nested tensor: it stands for several lengths
+            return
         name = str(expression)
         found.setdefault(name, SymbolSource(name, placeholder, dimension))
-        if (hint := size.node.hint) is not None:
+        if hint is not None:
             hints.setdefault(name, int(hint))
 
     for position, node in enumerate(placeholders):

@@ -47,12 +47,28 @@ def restore(model: Model, device: torch.device | str | int = "cpu") -> Model:
         for entry in inventory:
             plain_copy(entry, target)
         rewrap_all(inventory, target)
-        for name, parameter in module.named_parameters():
-            if record.required_grad.get(name, False) and parameter.is_leaf:
-                parameter.requires_grad_(True)
-        drop(module)
+        _forget(module, record)
     restore_attention_function(module)
     return model
+
+
+def forget_replaced(model: nn.Module) -> None:
+    """Drop the records in a model of which nothing lies in a tier any more (`.half()`, `.to()`).
+
+    They would hold its old memory, as that of another model, while the new one is taken. Caches
+    live on.
+    """
+    for module in list(model.modules()):
+        record = record_of(module)
+        if record is not None:
+            _forget(module, record)
+
+
+def _forget(module: nn.Module, record: OffloadedModel) -> None:
+    for name, parameter in module.named_parameters():
+        if record.required_grad.get(name, False) and parameter.is_leaf:
+            parameter.requires_grad_(True)
+    drop(module)
 
 
 def _check_room(record: OffloadedModel, target: torch.device) -> None:

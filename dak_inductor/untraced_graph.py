@@ -74,7 +74,8 @@ def _touched(table: Node) -> Size:
         if user.target is not torch.nn.functional.embedding or len(user.args) < 2:
             return whole
         indices = value_of(user.args[0])
-        if free_unbacked_symbols(indices):  # no call says how many rows those are
+        # no call says how many rows those are
+        if free_unbacked_symbols(indices) or indices.is_nested:
             return whole
         rows = add(rows, product(shape_of(indices)))
     return minimum(whole, product((rows, *shape_of(value)[1:], value.element_size())))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from dak_inductor.errors import (
     OptionError,
 )
 
+from .more_architectures import CAUSAL
 from .small_models import FAMILIES, build, prompt
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -269,6 +272,11 @@ def test_starts_come_from_a_mask_or_are_given():
     assert cache.layers[1].lengths.tolist() == [90, 90]
     with pytest.raises(CacheError, match=r"one per sequence, 2"):
         cache.set_padding(starts=torch.tensor([1, 2, 3]))
+    for starts in ([-1, 0], [0, 101]):
+        with pytest.raises(CacheError, match=r"each is from 0 to max_len=100"):
+            cache.set_padding(starts=torch.tensor(starts))
+    with pytest.raises(CacheError, match=r"whole numbers"):
+        cache.set_padding(starts=torch.tensor([0.5, 1.0]))
     for wrong in ([1, 1, 1, 1, 0], [0, 1, 0, 1, 1]):
         with pytest.raises(CacheError, match=r"pad on the left"):
             cache.set_padding(torch.tensor([wrong, [1] * 5]))
@@ -329,6 +337,41 @@ def test_another_model_batch_or_dtype_is_an_error():
         cache.batch_select_indices(torch.tensor([0]))
 
 
+def test_what_a_cache_of_this_very_model_cannot_hold_says_so():
+    model, inputs = build(), prompt(2, 10)
+    for dtype in (None, torch.bfloat16):
+        cache = make(model, dtype=dtype)
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            pytest.raises(CacheError, match=r"Autocast .* model\.to\(torch\.bfloat16\)"),
+        ):
+            generate(model, inputs, 5, past_key_values=cache)
+    cache = make(model)
+    states = torch.zeros(2, 1, 3, 32), torch.zeros(2, 1, 3, 16)
+    with pytest.raises(CacheError, match=r"1 heads x 32, .* other keys .* than its config"):
+        cache.update(*states, 0)
+    for layer, tokens in ((0, 3), (1, 16)):
+        states = (torch.zeros(2, 2, tokens, 16),) * 2
+        if layer:
+            with pytest.raises(CacheError, match=r"layer 1 .* 16 tokens in a step of 3: of cross"):
+                cache.update(*states, layer)
+        else:
+            cache.update(*states, layer)
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_cache_is_not_copied(how):
+    with pytest.raises(CacheError, match=r"not copied .* crop"):
+        how(make(build()))
+
+
+def test_a_cache_for_which_there_are_no_addresses_is_refused_by_name():
+    model = build()
+    with pytest.raises(HostMemoryError, match=r"gives no range of \d+ bytes"):
+        make(model, max_len=10**13)
+    generate(model, prompt(2, 10), 5, past_key_values=make(model))
+
+
 def test_what_cannot_be_made_says_why():
     model = build()
     with pytest.raises(OptionError, match=r"not offloaded, .* say offload_ratio"):
@@ -376,6 +419,19 @@ def test_bfloat16_and_other_architectures():
     generate(model, prompt(2, 10), 20, past_key_values=cache)
     assert cache.bytes_by_tier().total > 0
     gc.collect()
+
+
+@pytest.mark.parametrize("attention", [True, False], ids=["dak", "stock"])
+def test_latents_are_kept_as_the_model_hands_them_over(attention):
+    stem, sizes = CAUSAL["deepseek_v3"]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{stem}Config")(**sizes)
+    model = getattr(transformers, f"{stem}ForCausalLM")(config).eval()
+    inputs = prompt(2, 10, padding=3)
+    expected = generate(model, inputs, 6)
+    cache = make(model, offload_ratio=0.9, attention=attention)
+    assert torch.equal(generate(model, inputs, 6, past_key_values=cache), expected)
+    assert cache.bytes_by_tier().remote > 0
 
 
 def test_restore_gives_the_model_its_own_attention_back():

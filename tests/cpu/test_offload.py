@@ -234,6 +234,46 @@ def test_offloading_twice_names_restore(model):
             on_simulated(target)
 
 
+def test_a_wrapper_is_not_offloaded_twice():
+    model = nn.Linear(64, 64)
+    model.weight = nn.Parameter(TwoTensor(torch.randn(64, 64), torch.randn(64, 64)))
+    on_simulated(model)
+    with pytest.raises(ModelError, match=r"weight is offloaded already.*dak\.restore"):
+        on_simulated(model)
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_a_model_whose_weights_were_replaced_is_offloaded_as_a_new_one(model, around):
+    """The record that it had holds no budget, refuses no export and loses no grad flags."""
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    flags["head.weight"] = model.head.weight.requires_grad_(False).requires_grad
+    offload(model, gpu_memory=100_000, remote="simulated")
+    model.half()
+    asked = nn.Sequential(model) if around else model
+    everything = 20_000 + sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    offload(asked, gpu_memory=everything, remote="simulated")
+    record = record_of(asked)
+    assert record.bytes_by_tier().remote == 0 and offloaded_models() == [record]
+    restore(asked)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert not model._forward_pre_hooks and offloaded_models() == []
+
+
+def test_a_dead_model_in_a_cycle_of_references_takes_no_share(model):
+    dead = Network()
+    dead.compile(backend="eager")  # it holds itself from here on
+    everything = 20_000 + sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    gc.collect()
+    gc.disable()
+    try:
+        offload(dead, gpu_memory=everything, remote="simulated")
+        del dead
+        offload(model, gpu_memory=everything, remote="simulated")
+    finally:
+        gc.enable()
+    assert record_of(model).bytes_by_tier().remote == 0
+
+
 def test_state_dict_and_in_place_updates_keep_the_tiers(model, ids):
     on_simulated(model)
     record = record_of(model)

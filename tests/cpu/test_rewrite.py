@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import dak_inductor as dak
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
 from dak_inductor.lowering import counters
 from dak_inductor.normalise import normalise
 from dak_inductor.op_table import build_op_table
 from dak_inductor.refusal import Refusal
 from dak_inductor.rewrite import rewrite
+
+from .test_random_programs import recording
 
 
 class Recorder:
@@ -194,3 +197,34 @@ def test_checkpointed_regions_are_refused_and_still_run():
     (refusal,) = recorder.normalised
     assert isinstance(refusal, Refusal)
     assert "higher-order" in refusal.reason
+
+
+class Padded(nn.Module):
+    """An embedding, and a product behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(100, 64)
+        self.product = nn.Linear(64, 64)
+
+    def forward(self, ids):
+        return self.product(self.table(ids)).relu()
+
+
+def test_nested_tensors_are_refused_and_still_counted():
+    torch._dynamo.reset()
+    model = Padded().eval()
+    lengths = (3, 5)
+    ids = torch.nested.nested_tensor([torch.arange(n) for n in lengths], layout=torch.jagged)
+    with torch.no_grad():
+        expected = model(ids).values()
+    dak.offload(model, offload_ratio=0.5, remote="simulated")
+    made = []
+    model.compile(backend=recording(made))
+    dak.stats(reset=True)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(model(ids).values(), expected)
+    assert dak.stats().total.remote > 0
+    (refusal,) = made[0].table.refusals
+    assert "nested tensor" in refusal.reason and "nested tensor" in str(dak.explain(model))
