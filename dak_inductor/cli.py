@@ -206,7 +206,7 @@ def bench(
 def report(
     context: typer.Context,
     results: Annotated[
-        list[Path], typer.Argument(help="Records (JSON) of benchmarks, and plans of dak plan.")
+        list[Path], typer.Argument(help="Records (JSON) of benchmarks, plans and traces.")
     ],
     out: Annotated[Path, typer.Option("--out", help="The HTML file.")] = Path("dak-report.html"),
     figures: Annotated[

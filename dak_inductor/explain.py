@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from rich.console import Console, Group
 
 from dak_inductor import ahead_report, hardware, plan_report, template_report, trial_report
-from dak_inductor.ahead_report import StepStrategy
+from dak_inductor.ahead_report import EAGER, StepStrategy
 from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.errors import ModelError
 from dak_inductor.link_window import LinkWindow, window_changes, window_in_force
@@ -19,13 +20,17 @@ from dak_inductor.measured_ops import measured_seconds
 from dak_inductor.memory_curve import MemoryPoint, memory_curve
 from dak_inductor.memory_curve import render as render_curve
 from dak_inductor.offloaded import OffloadedModel, find_resident_copies, record_of
-from dak_inductor.plan import Plan
-from dak_inductor.plan_report import OpSeconds, bytes_text
+from dak_inductor.op_notes import OpKey, OpNotes
+from dak_inductor.plan import OpPlan, Plan
+from dak_inductor.plan_report import bytes_text
 from dak_inductor.planner import make_plan
 from dak_inductor.replanning import problem_of
 from dak_inductor.report.window_history import WindowUpdate, updates_of
 from dak_inductor.session import SESSION
 from dak_inductor.template_report import OpTemplate, templates_of
+
+_WIDTH = 172
+"""Of `str()`: room for every column of the operators of a Llama."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +59,26 @@ class Explanation:
     trials: tuple[Trial, ...] = ()
     curve: tuple[MemoryPoint, ...] = ()
     strategies: tuple[StepStrategy, ...] = ()
-    measured: OpSeconds = field(default_factory=dict)
+    measured: Mapping[OpKey, float] = field(default_factory=dict)
     window_history: tuple[WindowUpdate, ...] = ()
     replaced: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=150, color_system=None, force_terminal=False)
-        console.print(self)
+        return self.to_text()
+
+    def __rich__(self) -> Any:
+        return self._tables(all_ops=False)
+
+    def to_text(self, *, all_ops: bool = False, width: int = _WIDTH) -> str:
+        """The report; with `all_ops` a row for every operator, which `str()` sums over layers."""
+        console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+        console.print(self._tables(all_ops=all_ops))
         assert isinstance(console.file, io.StringIO)
         return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
-    def __rich__(self) -> Any:
-        parts = [plan_report.render(self.plan, title=self._title())]
+    def _tables(self, *, all_ops: bool) -> Group:
+        title, notes = self._title(), self.notes
+        parts = [plan_report.render(self.plan, title=title, all_ops=all_ops, notes=notes)]
         if self.curve:
             parts.append(render_curve(self.curve))
         if self.templates:
@@ -75,6 +88,23 @@ class Explanation:
         if self.trials:
             parts.append(trial_report.render(self.trials))
         return Group(*parts, *([str(self.window)] if self.window else []))
+
+    @property
+    def notes(self) -> OpNotes:
+        """What is known of each operator besides its plan. Strategies are those of the steps that
+        were planned, in CUDA graphs where the two differ; the plan's for operators of others."""
+        steps: dict[str, dict[str, str]] = {}
+        for step in self.strategies:
+            if step.where != EAGER:
+                own = steps.setdefault(step.graph, {})
+                own.update((name, op.strategy) for op in step.ops for name in op.tensors)
+        strategies: dict[OpKey, str] = {}
+        for op in self.plan.ops:
+            if op.remote_share:
+                key, told = (op.graph, op.op), _strategy(op, steps.get(op.graph))
+                strategies[key] = max(told, strategies.get(key, told))  # staged, if one weight is
+        kernels = {(op.graph, op.op): op.template for op in self.templates}
+        return OpNotes(self.measured, strategies, kernels)
 
     def to_html(self) -> str:
         """The same as one HTML page that loads nothing, with every operator and its source line."""
@@ -110,6 +140,10 @@ class Explanation:
             f"; KV cache at full length {bytes_text(self.caches.local)} and "
             f"{bytes_text(self.caches.remote)}"
         )
+
+
+def _strategy(op: OpPlan, of_step: Mapping[str, str] | None) -> str:
+    return op.strategy if of_step is None else of_step.get(op.tensor, "direct")
 
 
 def explain(model: torch.nn.Module) -> Explanation:

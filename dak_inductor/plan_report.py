@@ -11,15 +11,13 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
+from dak_inductor.op_notes import OpNotes
 from dak_inductor.plan import OpPlan, Plan
 from dak_inductor.refusal import Refusal
 from dak_inductor.tensor_names import role
 
 _LIMITS = {"hbm": "HBM", "link": "link", "compute": "compute"}
 _REFUSALS_SHOWN = 12
-
-OpSeconds = Mapping[tuple[str, str], float]
-"""Of one call, by graph and operator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +35,16 @@ class OpGroup:
     time: float  # of all of them
     limits: str
     source: str
-    measured: float | None = None  # of all of them, where each was
+    measured: float | None  # of all of them, where each was
+    strategies: str  # of those that have remote bytes
+    kernels: str
 
     @classmethod
-    def of(cls, label: str, ops: Sequence[OpPlan], measured: OpSeconds) -> OpGroup:
+    def of(cls, label: str, ops: Sequence[OpPlan], notes: OpNotes) -> OpGroup:
         """The sums over `ops`, of which there is at least one."""
         shares = [op.remote_share for op in ops]
-        known = [measured.get(key) for key in dict.fromkeys((op.graph, op.op) for op in ops)]
+        keys = list(dict.fromkeys((op.graph, op.op) for op in ops))
+        known = [notes.seconds.get(key) for key in keys]
         return cls(
             label=label,
             kind=ops[0].kind,
@@ -59,11 +60,17 @@ class OpGroup:
             ),
             source=ops[0].source.rsplit("/", 1)[-1],
             measured=None if None in known else sum(seconds or 0.0 for seconds in known),
+            strategies=_each(notes.strategies.get(key) for key in keys),
+            kernels=_each(notes.kernels.get(key) for key in keys),
         )
 
 
+def _each(texts: Iterable[str | None]) -> str:
+    return ", ".join(dict.fromkeys(filter(None, texts)))
+
+
 def group_ops(
-    ops: Iterable[OpPlan], *, all_ops: bool = False, measured: OpSeconds | None = None
+    ops: Iterable[OpPlan], *, all_ops: bool = False, notes: OpNotes | None = None
 ) -> list[OpGroup]:
     """Rows of the report, in order of first appearance; one operator each with `all_ops`."""
     groups: dict[tuple[object, ...], list[OpPlan]] = {}
@@ -72,7 +79,8 @@ def group_ops(
         label = name if all_ops else role(name)
         key = (label, op.kind, op.m, number if all_ops else -1)
         groups.setdefault(key, []).append(op)
-    return [OpGroup.of(str(key[0]), members, measured or {}) for key, members in groups.items()]
+    known = notes or OpNotes()
+    return [OpGroup.of(str(key[0]), members, known) for key, members in groups.items()]
 
 
 def seconds_text(seconds: float) -> str:
@@ -97,6 +105,7 @@ def render(
     title: str = "",
     all_ops: bool = False,
     measured: Mapping[str, float] | None = None,
+    notes: OpNotes | None = None,
 ) -> RenderableType:
     """The whole report for a rich console.
 
@@ -105,10 +114,11 @@ def render(
         title: first line; by default model, hardware and tier.
         all_ops: one row per operator instead of one per group of equal layers.
         measured: seconds of a step by graph, shown beside the prediction.
+        notes: what is known of operators besides, in columns of their own where there is room.
     """
     parts: list[RenderableType] = [Text(title or _title(plan), style="bold"), Text(_placed(plan))]
     for graph in plan.step_times:
-        parts += [Text(), _GraphTable(plan, graph, all_ops, (measured or {}).get(graph))]
+        parts += [Text(), _GraphTable(plan, graph, all_ops, (measured or {}).get(graph), notes)]
     if plan.refusals:
         parts += [Text(), _refusal_table(plan.refusals, all_ops)]
     parts += [Text(), Text("\n".join(_summary(plan, measured or {})))]
@@ -139,35 +149,36 @@ def _share_text(group: OpGroup) -> str:
 class _GraphTable:
     """The operators of one graph; a narrow console gets fewer columns."""
 
-    def __init__(self, plan: Plan, graph: str, all_ops: bool, measured: float | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        graph: str,
+        all_ops: bool,
+        measured: float | None,
+        notes: OpNotes | None = None,
+    ) -> None:
         self.step = plan.step_times[graph]
         self.title = f"{graph}: {seconds_text(self.step)} predicted"
         self.title += f", {seconds_text(plan.bound[graph])} bound"
         if measured is not None:
             self.title += f", {seconds_text(measured)} measured"
-        self.groups = group_ops((op for op in plan.ops if op.graph == graph), all_ops=all_ops)
-        self.all_ops = all_ops
+        ops = (op for op in plan.ops if op.graph == graph)
+        self.groups = group_ops(ops, all_ops=all_ops, notes=notes)
+        self.all_ops, self.noted = all_ops, notes is not None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         local = sum(group.local_bytes for group in self.groups)
         remote = sum(group.remote_bytes for group in self.groups)
         total = _Row(
-            "total",
-            "",
-            str(sum(group.count for group in self.groups)),
-            "",
-            f"{remote / (local + remote):.1%}" if local + remote else "",
-            bytes_text(local),
-            bytes_text(remote),
-            seconds_text(self.step),
-            "",
-            "",
-            "",
+            operator="total",
+            operators=str(sum(group.count for group in self.groups)),
+            remote=f"{remote / (local + remote):.1%}" if local + remote else "",
+            HBM=bytes_text(local),
+            link=bytes_text(remote),
+            time=seconds_text(self.step),
         )
         rows = [_row(group, self.step) for group in self.groups]
-        names = _NARROW if options.max_width < _WIDE_COLUMNS else _ROW_FIELDS[:-1]
-        if self.all_ops:
-            names = (*names, "source")
+        names = self._names(options.max_width, any(row.measured for row in rows))
         table = Table(
             title=self.title,
             title_justify="left",
@@ -180,7 +191,7 @@ class _GraphTable:
             table.add_column(
                 "count" if name == "operators" else name.replace("_", " "),
                 Text(getattr(total, name)),
-                justify="left" if folds or name in ("kind", "bound_by") else "right",
+                justify="left" if folds or name in _TEXTS else "right",
                 no_wrap=not folds,
                 overflow="fold" if folds else "ellipsis",
                 min_width=16 if folds else None,
@@ -189,24 +200,40 @@ class _GraphTable:
             table.add_row(*(Text(getattr(row, name)) for name in names))
         yield table
 
+    def _names(self, width: int, measured: bool) -> tuple[str, ...]:
+        wide = _WIDE_COLUMNS + (_NOTES_COLUMNS if self.noted else 0)
+        names = _NARROW if width < wide else _WIDE
+        if self.noted and width >= _WIDE_COLUMNS:
+            names = (*names, *(("measured",) if measured else ()), "strategy", "kernel")
+        elif self.noted:
+            names = (*names, "strategy")
+        if self.all_ops or (self.noted and width >= _SOURCE_COLUMNS):
+            names = (*names, "source")
+        return names
+
 
 class _Row(NamedTuple):
     operator: str
-    kind: str
-    operators: str
-    rows: str
-    remote: str
-    HBM: str
-    link: str
-    time: str
-    share: str
-    bound_by: str
-    source: str
+    kind: str = ""
+    operators: str = ""
+    rows: str = ""
+    remote: str = ""
+    HBM: str = ""
+    link: str = ""
+    time: str = ""
+    share: str = ""
+    bound_by: str = ""
+    measured: str = ""
+    strategy: str = ""
+    kernel: str = ""
+    source: str = ""
 
 
-_ROW_FIELDS = _Row._fields
 _NARROW = ("operator", "operators", "rows", "remote", "link", "time", "bound_by")
-_WIDE_COLUMNS = 106
+_WIDE = ("operator", "kind", "operators", "rows", "remote", "HBM", "link", "time", "share",
+         "bound_by")  # fmt: skip
+_TEXTS = ("kind", "bound_by", "strategy", "kernel")
+_WIDE_COLUMNS, _NOTES_COLUMNS, _SOURCE_COLUMNS = 106, 30, 165
 
 
 def _row(group: OpGroup, step: float) -> _Row:
@@ -221,6 +248,9 @@ def _row(group: OpGroup, step: float) -> _Row:
         time=seconds_text(group.time),
         share=f"{group.time / step:.1%}" if step else "",
         bound_by=group.limits,
+        measured="" if group.measured is None else seconds_text(group.measured),
+        strategy=group.strategies,
+        kernel=group.kernels,
         source=group.source,
     )
 

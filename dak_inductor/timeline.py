@@ -1,28 +1,34 @@
 """The predicted timeline of a planned step: what HBM, the link and the cores do, op by op.
 
 Operators run one after the other; within one, both memories and the cores start together, and the
-slowest of them ends it. That is the cost model's picture of direct reads, no measurement.
+slowest of them ends it. Remote rows that are copied ahead come before, one copy after the other, as
+soon as the ring has room; an operator does not end before its copies. That is the cost model's
+picture, no measurement.
 """
 
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dak_inductor.copy_ring import PARTS_IN_RING, RING_BYTES
 from dak_inductor.cost_model import local_bandwidth, op_floor
 from dak_inductor.hardware import HardwareProfile
 from dak_inductor.plan import OpPlan, Plan
 
-LANES = ("operator", "local", "remote", "compute")
+LANES = ("operator", "local", "remote", "copy", "compute")
 _NAMES = {
     "operator": "operators",
     "local": "local reads (HBM)",
     "remote": "remote reads (link, direct)",
+    "copy": "copies ahead (link, staged)",
     "compute": "compute (cores)",
 }
 _MICROSECONDS = 1e6
+_PART_BYTES = RING_BYTES / PARTS_IN_RING
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +46,7 @@ class Span:
 def timeline(
     plan: Plan, profile: HardwareProfile, compute: Mapping[str, float] | None = None
 ) -> list[Span]:
-    """Spans of every graph in order of start; lanes that are idle in an operator have none.
+    """Spans of every graph, operator by operator; lanes that are idle in one have none there.
 
     compute: seconds on the cores by operator. A plan does not hold them; where they are left out,
     compute is shown for the operators that it bounds alone.
@@ -48,22 +54,53 @@ def timeline(
     link = profile.link(plan.remote)
     spans: list[Span] = []
     for graph in plan.step_times:
-        now, ops = 0.0, _by_operator(plan, graph)
-        for uses in ops:
-            label = uses[0].module or uses[0].tensor or uses[0].op
-            took = sum(use.time for use in uses)
+        now, copies = 0.0, _Copies(link.copy_bandwidth)
+        for uses in _by_operator(plan, graph):
+            label, took = uses[0].module or uses[0].tensor or uses[0].op, sum(u.time for u in uses)
+            copied = sum(use.remote_bytes for use in uses if use.strategy == "staged")
+            if copied:
+                start, end = copies.queue(copied)
+                spans.append(Span(graph, "copy", label, start, end - start, uses[0]))
+                took = max(took, end - now)
+                copies.read_until(now + took, copied)
+            direct = sum(use.remote_bytes for use in uses) - copied
+            local = sum(use.local_bytes for use in uses) + copied  # copied rows are read there too
             busy = {
                 "operator": took,
-                "local": sum(use.local_bytes for use in uses) / local_bandwidth(profile),
-                "remote": sum(use.remote_bytes for use in uses) / link.direct_bandwidth,
+                "local": local / local_bandwidth(profile),
+                "remote": direct / link.direct_bandwidth,
                 "compute": _compute(uses, took, profile, compute),
             }
-            for lane in LANES:
-                seconds = min(busy[lane], took)
-                if seconds > 0:
-                    spans.append(Span(graph, lane, label, now, seconds, uses[0]))
+            for lane, seconds in busy.items():
+                if min(seconds, took) > 0:
+                    spans.append(Span(graph, lane, label, now, min(seconds, took), uses[0]))
             now += took
     return spans
+
+
+class _Copies:
+    """One copy after the other on a link, into a ring that readers give back as they end: larger
+    copies come in parts, of which one has to have room."""
+
+    def __init__(self, bandwidth: float) -> None:
+        self._bandwidth = bandwidth
+        self._free_at = self._held = 0.0
+        self._readers: deque[tuple[float, float]] = deque()
+
+    def queue(self, nbytes: float) -> tuple[float, float]:
+        """When a copy begins and ends."""
+        start = self._free_at
+        while self._readers and self._held + min(nbytes, _PART_BYTES) > RING_BYTES:
+            given_back, part = self._readers.popleft()
+            start, self._held = max(start, given_back), self._held - part
+        self._free_at = start + nbytes / self._bandwidth
+        return start, self._free_at
+
+    def read_until(self, end: float, nbytes: float) -> None:
+        """The last copy's reader ends then."""
+        part = min(nbytes, _PART_BYTES)
+        self._readers.append((end, part))
+        self._held += part
 
 
 def _by_operator(plan: Plan, graph: str) -> list[list[OpPlan]]:

@@ -6,6 +6,7 @@ A case that ends its worker, or outlasts its limit, is a row that says so; the n
 from __future__ import annotations
 
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -72,7 +73,8 @@ class ModelRun:
 
     def _one_worker(self) -> str:
         """Run waiting cases in one process until it ends. Returns how it did."""
-        job = {**self.job, "cases": [asdict(case) for case in self.waiting]}
+        cases = [asdict(case) for case in self.waiting]
+        job = {**self.job, "parent": os.getpid(), "cases": cases}
         process = subprocess.Popen(
             self.worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
         )

@@ -2,18 +2,24 @@
 
     python -m dak_inductor.benchmarks.harness.model_worker < job.json
 
-A crash or a hang costs the case that was running; the parent starts another worker with the rest.
+A crash or a hang costs the case that was running; the parent starts another worker with the rest. A
+parent that is killed takes its worker along: left alone, that would go on to hold the card for the
+rest of its case, beside the run that resumes.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import signal
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 MARK = "@dak-bench "
 """Begins each event's line; other lines are what libraries print."""
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def emit(**event: object) -> None:
@@ -34,8 +40,15 @@ def parse(line: str) -> dict[str, Any] | None:
     return event if isinstance(event, dict) else None
 
 
+def end_with_parent() -> None:
+    """Have the kernel kill this process with the one that started it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> int:
     job = json.load(sys.stdin)
+    if os.getppid() != job.get("parent", os.getppid()):  # killed before `end_with_parent`
+        return 0
     from dak_inductor.benchmarks.harness.model_case import PREDICTION, Case
     from dak_inductor.benchmarks.harness.model_prediction import Predictor
 
@@ -85,4 +98,5 @@ def _predicted(predictor: Any, case: Any) -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     raise SystemExit(main())

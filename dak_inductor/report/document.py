@@ -14,6 +14,7 @@ from dak_inductor.report.records import LoadedRecord
 from dak_inductor.report.roofline import roofline
 from dak_inductor.report.run_comparison import comparison
 from dak_inductor.report.style import STYLE
+from dak_inductor.report.trace_view import trace_view
 from dak_inductor.report.verdict_table import verdict_table
 from dak_inductor.report.window_history import updates_of, window_history
 
@@ -47,7 +48,7 @@ def document(records: Sequence[LoadedRecord]) -> str:
             key=lambda r: r.benchmark,
         )
         for old, new in itertools.pairwise(list(group))
-        if new.plan is None
+        if new.is_record
     ]
     links = [
         tag("li", tag("a", f"{record.benchmark} ({record.path.name})", href=f"#r{index}"))
@@ -71,6 +72,8 @@ def _section(index: int, record: LoadedRecord) -> Html:
     title = tag("h2", f"{record.benchmark}: {record.path.name}", id=f"r{index}")
     if record.plan is not None:
         return join([title, plan_view(record.plan)])
+    if record.trace is not None:
+        return join([title, trace_view(record.trace)])
     notes, models = record.data.get("notes"), record.benchmark == "models"
     lines = [tag("li", note) for note in notes] if isinstance(notes, list) else []
     return join(

@@ -25,7 +25,7 @@ def explanation_page(found: Explanation, title: str) -> str:
         _tiers(found),
         _memory(found.curve),
         tag("h2", "Operators"),
-        plan_view(found.plan, found.measured),
+        plan_view(found.plan, found.notes),
         _kernels(found.templates),
         _ahead(found.strategies),
         _trials(found),

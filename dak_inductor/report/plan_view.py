@@ -6,41 +6,49 @@ from collections.abc import Sequence
 
 from dak_inductor import hardware
 from dak_inductor.errors import DakError
+from dak_inductor.op_notes import OpNotes
 from dak_inductor.plan import Plan
-from dak_inductor.plan_report import OpGroup, OpSeconds, bytes_text, group_ops, seconds_text
+from dak_inductor.plan_report import OpGroup, bytes_text, group_ops, seconds_text
 from dak_inductor.refusal import Refusal
 from dak_inductor.report.html import Html, cell, details, join, table, tag
-from dak_inductor.timeline import LANES, Span, timeline
+from dak_inductor.report.strip import Bar, strip
+from dak_inductor.timeline import LANES, timeline
 
-MOST_SPANS = 600
-"""Of one graph in the picture, the longest ones: more are thinner than a pixel."""
-_LANE_TEXT = {"operator": "op", "local": "HBM", "remote": "link", "compute": "cores"}
+_LANE_TEXT = {
+    "operator": "op", "local": "HBM", "remote": "direct", "copy": "copies", "compute": "cores",
+}  # fmt: skip
 
 
-def plan_view(plan: Plan, measured: OpSeconds | None = None) -> Html:
+def plan_view(plan: Plan, notes: OpNotes | None = None) -> Html:
     """What goes where and what it costs: sums, one table for each graph, refusals, timelines."""
-    total = plan.total_bytes
+    notes, total = notes or _planned(plan), plan.total_bytes
     share = plan.remote_bytes / total if total else 0.0
     words = (
         f"{plan.model or 'model'} on {plan.hardware}, remote tier {plan.remote}: "
         f"{bytes_text(plan.remote_bytes)} of {bytes_text(total)} remote ({share:.1%}). "
         "Times are predictions of the cost model"
-        + ("; measured ones are of trials, by the way that was taken." if measured else ".")
+        + ("; measured ones are of trials, by the way that was taken." if notes.seconds else ".")
     )
     parts = [tag("p", words)]
     for graph in plan.step_times:
-        parts += [graph_view(plan, graph, measured or {})]
+        parts += [graph_view(plan, graph, notes)]
     parts += [refusals(plan.refusals)]
     return join(parts)
 
 
-def graph_view(plan: Plan, graph: str, measured: OpSeconds) -> Html:
+def _planned(plan: Plan) -> OpNotes:
+    """Of a plan that nothing has run yet."""
+    remote = (op for op in plan.ops if op.remote_share)
+    return OpNotes(strategies={(op.graph, op.op): op.strategy for op in remote})
+
+
+def graph_view(plan: Plan, graph: str, notes: OpNotes) -> Html:
     """Equal layers in one row; every operator, with its source line, folded away."""
     step, bound = plan.step_times[graph], plan.bound.get(graph, 0.0)
     over = f", {step / bound:.2f}x of its bound" if bound else ""
     ops = [op for op in plan.ops if op.graph == graph]
-    layers = group_ops(ops, measured=measured)
-    every = group_ops(ops, all_ops=True, measured=measured)
+    layers = group_ops(ops, notes=notes)
+    every = group_ops(ops, all_ops=True, notes=notes)
     return join([
         tag("h3", f"{graph}: {seconds_text(step)} predicted{over}"),
         _picture(plan, graph),
@@ -51,8 +59,10 @@ def graph_view(plan: Plan, graph: str, measured: OpSeconds) -> Html:
 
 def _groups(groups: Sequence[OpGroup], step: float) -> Html:
     timed = any(group.measured is not None for group in groups)
-    headings = ("operator", "kind", "source", "count", "rows", "remote", "share", "HBM", "link",
-                "time", *(["measured"] if timed else []), "bound by")  # fmt: skip
+    served = any(group.kernels for group in groups)
+    headings = ("operator", "kind", "count", "rows", "remote", "share", "HBM", "link",
+                "time", *(["measured"] if timed else []), "bound by", "strategy",
+                *(["kernel"] if served else []), "source")  # fmt: skip
     rows = []
     for group in groups:
         low, high = group.lowest_share, group.highest_share
@@ -61,7 +71,6 @@ def _groups(groups: Sequence[OpGroup], step: float) -> Html:
             [
                 group.label,
                 cell(group.kind, ""),
-                cell(group.source, "note"),
                 group.count,
                 group.m or "",
                 _bar(high, share),
@@ -71,9 +80,12 @@ def _groups(groups: Sequence[OpGroup], step: float) -> Html:
                 seconds_text(group.time),
                 *([_seconds(group.measured)] if timed else []),
                 cell(group.limits, ""),
+                cell(group.strategies, ""),
+                *([cell(group.kernels, "")] if served else []),
+                cell(group.source, ""),
             ]
         )
-    return table(headings, rows, numbers=range(3, 11 if timed else 10))
+    return table(headings, rows, numbers=range(2, 10 if timed else 9))
 
 
 def _seconds(known: float | None) -> str:
@@ -105,40 +117,12 @@ def refusals(found: Sequence[Refusal]) -> Html:
 
 
 def _picture(plan: Plan, graph: str) -> Html:
-    """The timeline as a strip for each lane; nothing where the profile is not at hand."""
+    """The timeline; nothing where the profile is not at hand."""
     try:
         spans = [s for s in timeline(plan, hardware.load(plan.hardware)) if s.graph == graph]
     except DakError:
         return Html("")
-    total = plan.step_times[graph]
-    if not spans or not total:
-        return Html("")
-    shown = sorted(spans, key=lambda span: -span.seconds)[:MOST_SPANS]
-    width, height, left = 1000, 24, 52
-    lanes = [lane for lane in LANES if any(span.lane == lane for span in shown)]
-    parts: list[Html] = []
-    for row, lane in enumerate(lanes):
-        y = row * height
-        parts.append(tag("text", _LANE_TEXT[lane], x=0, y=y + 16))
-        parts += [_rectangle(s, total, left, width, y) for s in shown if s.lane == lane]
-    picture = tag(
-        "svg", *parts, viewBox=f"0 0 {left + width} {height * len(lanes)}", class_="strip",
-        role="img",
-    )  # fmt: skip
-    words = f"predicted timeline of {graph}, {seconds_text(total)}"
-    if len(spans) > len(shown):
-        words += f"; the {len(shown)} longest of {len(spans)} spans"
-    return tag("figure", tag("div", picture, class_="scroll"), tag("figcaption", words))
-
-
-def _rectangle(span: Span, total: float, left: int, width: int, y: int) -> Html:
-    told = f"{span.label}: {seconds_text(span.seconds)} at {seconds_text(span.start)}"
-    return tag(
-        "rect",
-        tag("title", told),
-        x=f"{left + span.start / total * width:.2f}",
-        y=y + 3,
-        width=f"{max(span.seconds / total * width, 0.3):.2f}",
-        height=18,
-        class_=f"lane-{span.lane}",
-    )
+    bars = [Bar(span.lane, span.label, span.start, span.seconds) for span in spans]
+    lanes = [(lane, _LANE_TEXT[lane]) for lane in LANES]
+    step = seconds_text(plan.step_times[graph])
+    return strip(bars, lanes, f"predicted timeline of {graph}, {step}")

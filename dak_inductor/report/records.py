@@ -1,4 +1,4 @@
-"""The files that a report is made of: benchmark records and plans, as the JSON has them."""
+"""The files that a report is made of: benchmark records, plans and traces, as the JSON has them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ from dak_inductor.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class LoadedRecord:
-    """One record, or one plan (`plan` is set then and `data` empty)."""
+    """One record, or one plan or trace (`plan` or `trace` is set then and `data` empty)."""
 
     path: Path
     data: Mapping[str, Any]
     plan: Plan | None = None
+    trace: Mapping[str, Any] | None = None
 
     @property
     def benchmark(self) -> str:
-        return str(self.data.get("benchmark", "plan"))
+        return str(self.data.get("benchmark", "plan" if self.trace is None else "timeline"))
+
+    @property
+    def is_record(self) -> bool:
+        return self.plan is None and self.trace is None
 
     @property
     def cells(self) -> list[Mapping[str, Any]]:
@@ -73,7 +78,7 @@ def load_all(paths: Sequence[Path]) -> list[LoadedRecord]:
 
 
 def load(path: Path) -> LoadedRecord:
-    """A record with the field `benchmark`, a plan, or what `dak plan --json` prints."""
+    """A record with the field `benchmark`, a plan, what `dak plan --json` prints, or a trace."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -84,4 +89,6 @@ def load(path: Path) -> LoadedRecord:
         return LoadedRecord(path, data)
     if isinstance(data, dict) and "ops" in data.get("plan", data):
         return LoadedRecord(path, {}, Plan.from_json(json.dumps(data.get("plan", data))))
-    raise OptionError(f"{path} is neither a benchmark's record nor a plan")
+    if isinstance(data, dict) and isinstance(data.get("traceEvents"), list):
+        return LoadedRecord(path, {}, trace=data)
+    raise OptionError(f"{path} is neither a benchmark's record nor a plan or a trace")

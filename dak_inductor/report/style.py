@@ -52,7 +52,10 @@ border-radius:50%;margin-right:.35rem}.dot.limit{background:var(--fg);height:.2r
 vertical-align:middle}.legend{font-size:.84rem}
 .strip{width:100%;min-width:40rem;height:auto;display:block}
 .lane-operator{fill:var(--s7)}.lane-local{fill:var(--s0)}.lane-remote{fill:var(--s1)}
-.lane-compute{fill:var(--s2)}.strip rect{stroke:var(--bg);stroke-width:.3}
+.lane-compute{fill:var(--s2)}.lane-copy{fill:var(--s6)}
+.lane-graph{fill:var(--s7)}.lane-direct{fill:var(--s1)}.lane-staged{fill:var(--s4)}
+.lane-stock{fill:var(--s5)}.lane-trial,.lane-move{fill:var(--s13)}.lane-ring{fill:var(--s4)}
+.lane-simulated{fill:var(--s0)}.strip rect{stroke:var(--bg);stroke-width:.3}
 .share{position:relative;display:block;min-width:5rem}
 .share i{position:absolute;left:0;top:0;bottom:0;
 background:var(--s1);opacity:.3}

@@ -17,6 +17,7 @@ from dak_inductor.measured_ops import measured_seconds
 from dak_inductor.plan import OpPlan, Plan
 from dak_inductor.refusal import Refusal
 from dak_inductor.report.window_history import WindowUpdate
+from dak_inductor.template_report import OpTemplate
 
 SHAPES = {"up": (512, 256), "gate": (512, 256), "down": (256, 512)}
 SIZES = {name: n * k * 2 for name, (n, k) in SHAPES.items()}
@@ -95,6 +96,37 @@ def test_a_sum_is_shown_only_where_each_of_its_products_was_measured() -> None:
     all_ = replace(some, measured={("decode", "a"): 37e-6, ("decode", "a1"): 38e-6})
     assert "75 us" in all_.to_html() and "75 us" not in some.to_html()
     assert some.to_html().count("37 us") == 1
+
+
+def test_each_operator_has_its_strategy_and_kernel_in_text_and_page() -> None:
+    known = StepStrategy("decode", "1 tokens", (OpStrategy(("up",), "staged", ""),), 0, 1.0, 1.0)
+    eager = replace(known, ops=(OpStrategy(("up",), "direct", ""),), where="outside of CUDA graphs")
+    served = (OpTemplate("decode", "a", "", "linear", "", "triton", ()),)
+    here = replace(op("d", "down", "linear"), remote_share=0.0)
+    found = replace(
+        explained(), strategies=(known, eager), templates=served, measured={("decode", "a"): 37e-6},
+        plan=plan_of(op("a", "up", "linear"), op("b", "down", "linear"),
+                     op("c", "up", "gated_linear"), op("c", "gate", "gated_linear"), here,
+                     op("e", "down", "linear", graph="other")),
+    )  # fmt: skip
+    assert found.notes.kernels == {("decode", "a"): "triton"}
+    assert found.notes.strategies == {
+        ("decode", "a"): "staged", ("decode", "b"): "direct", ("decode", "c"): "staged",
+        ("other", "e"): "direct",
+    }  # fmt: skip
+    rows = [line.split() for line in str(found).splitlines() if " layers.*.a " in line]
+    assert rows[0][-2:] == ["staged", "triton"] and "37 us" in " ".join(rows[0])
+    page = found.to_html()
+    assert "<td>staged<td>triton" in page and ">strategy</th>" in page and ">kernel</th>" in page
+
+
+def test_the_text_may_have_a_row_for_every_operator() -> None:
+    layers = [replace(op(f"a{i}", "up", "linear"), module=f"layers.{i}.a", source=f"m.py:{i}")
+              for i in range(3)]  # fmt: skip
+    found = replace(explained(), plan=plan_of(*layers))
+    assert "layers.*.a" in str(found) and "layers.1.a" not in str(found)
+    text = found.to_text(all_ops=True, width=120)
+    assert all(f"layers.{i}.a" in text and f"m.py:{i}" in text for i in range(3))
 
 
 def test_copies_ahead_are_on_the_page_as_in_the_text() -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
 import sys
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -113,3 +116,31 @@ def test_lines_that_are_no_events_are_left_alone() -> None:
     assert model_worker.parse("a library speaks\n") is None
     assert model_worker.parse(model_worker.MARK + '{"event": "ro') is None, "cut off"
     assert model_worker.parse(model_worker.MARK + "[1]") is None
+
+
+_RUN = """
+import os, time
+from dak_inductor.benchmarks.harness.model_worker import end_with_parent
+if not os.fork():
+    end_with_parent()
+    print("worker", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_worker_ends_with_a_run_that_is_killed() -> None:
+    command = [sys.executable, "-c", _RUN]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None and run.stdout.readline() == "worker\n"
+        begun = time.perf_counter()
+        run.kill()
+        assert run.stdout.read() == ""  # ends when nobody holds it, the worker neither
+    assert time.perf_counter() - begun < 30
+
+
+def test_a_worker_whose_run_has_ended_begins_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], machines: list[Machine]
+) -> None:
+    asked = [case(SIMULATION, "dak")]
+    assert events(asked, monkeypatch, capsys, parent=os.getppid() + 1) == []
+    assert machines == []

@@ -158,6 +158,18 @@ def test_folder_of_others_is_neither_read_nor_written(kernels, cache):
     assert entries(cache) == []
 
 
+def test_folder_of_another_user_is_neither_read_nor_written(kernels, cache, monkeypatch):
+    Compiler(cache, kernels=kernels).cubin(ADD_ONE)
+    (path,) = entries(cache)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    compiler = Compiler(cache, kernels=kernels)
+    compiler.cubin(ADD_ONE)
+    assert compiler.compilations == 1, "what another user put there is not loaded"
+    path.unlink()
+    Compiler(cache, kernels=kernels).cubin(ADD_ONE)
+    assert entries(cache) == []
+
+
 def test_symlink_is_not_a_private_folder(kernels, cache, tmp_path):
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     cache.symlink_to(tmp_path / "elsewhere")

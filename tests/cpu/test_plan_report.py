@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from dak_inductor.hardware import load
+from dak_inductor.op_notes import OpNotes
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
 from dak_inductor.plan_report import bytes_text, group_ops, render, seconds_text
 from dak_inductor.planner import make_plan
@@ -79,6 +80,23 @@ def test_measured_times_stand_beside_predictions() -> None:
     text = to_text(PLAN, measured={"decode": 0.123})
     assert text.count("123 ms measured") == 1 and "measured 123 ms" in text
     assert "measured" not in to_text(PLAN)
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [(80, {"staged"}), (110, {"staged", "triton", "9.5 us"}),
+     (172, {"staged", "triton", "9.5 us", "HBM", "kind", "[model].py:0"})],
+)  # fmt: skip
+def test_what_is_known_of_operators_stands_where_there_is_room(width: int, shown: set[str]) -> None:
+    keys = [(op.graph, op.op) for op in PLAN.ops]
+    notes = OpNotes(
+        dict.fromkeys(keys, 2.375e-6), dict.fromkeys(keys, "staged"), dict.fromkeys(keys, "triton")
+    )
+    text = to_text(PLAN, width=width, notes=notes)
+    assert max(map(len, text.splitlines())) <= width
+    everything = {"staged", "triton", "9.5 us", "kind", "[model].py:0"}
+    assert {word for word in everything if word in text} == shown & everything
+    assert "strategy" in text and "bound by" in text and "model.layers" in text
 
 
 def test_a_title_replaces_the_first_line() -> None:

@@ -165,6 +165,26 @@ def test_a_plan_is_shown_with_operators_refusals_and_timeline(tmp_path: Path) ->
     assert "40.0%" in page
 
 
+def test_a_trace_is_shown_by_lanes_and_damaged_events_are_left_out(tmp_path: Path) -> None:
+    def event(lane: str, start: Any, took: Any, name: str = "up_proj", **more: Any) -> Any:
+        return {"name": name, "cat": lane, "ph": "X", "pid": 2, "tid": 1, "ts": start,
+                "dur": took, **more}  # fmt: skip
+
+    named = {"name": "process_name", "ph": "M", "pid": 2, "args": {"name": "GPU 0: measured"}}
+    good = [event("direct", 0, 250.0), event("copy", 100, 500.0, EVIL), event("compute", 600, 400)]
+    bad = [None, 7, {}, event("copy", "soon", 1), event("copy", -1, 1), event("copy", True, 1),
+           event("copy", 0, 10**400), event("copy", 0, 1, pid=[])]  # fmt: skip
+    trace = {"traceEvents": [named, *good, *bad], "otherData": {"what": "measured <here>"}}
+    page = report(write(tmp_path, "step.json", trace), write(tmp_path, "two.json", trace))
+    _Balance(page)
+    assert page.count("GPU 0: measured") == 2 and "measured &lt;here&gt;" in page
+    assert [page.count(f'class="lane-{n}"') for n in ("direct", "copy", "compute")] == [2, 2, 2]
+    assert "<script" not in page and "up_proj: 250 us at 0 s" in page
+    assert "500 us<td class=n>50.0%" in page and "Runs compared" not in page
+    for damaged in ({"traceEvents": []}, {"traceEvents": bad, "otherData": 3}):
+        _Balance(report(write(tmp_path, "empty.json", damaged)))
+
+
 def test_limit_and_colours() -> None:
     assert limit(0.0, 4000.0, 50.0) == 4000 and limit(1.0, 4000.0, 50.0) == 50
     assert limit(50 / 4050, 4000.0, 50.0) == pytest.approx(4050)

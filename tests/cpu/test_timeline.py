@@ -50,6 +50,32 @@ def test_link_is_busy_for_the_remote_bytes(plan: Plan) -> None:
     assert sum(span.seconds for span in decode) == pytest.approx(remote / link, rel=1e-6)
 
 
+@pytest.mark.parametrize("remote", [8, 150])
+def test_what_is_copied_ahead_is_a_lane_of_its_own(remote: int) -> None:
+    """8 MiB hide behind HBM; of 150 the link is the bottleneck, and each product waits for it."""
+    size, rows = 100 << 20, 64 * 8192 * 2
+    uses = tuple(
+        OpUse(f"p{i}", "decode", f"w{i}", "linear", size, 1e5, 1e8, 1.0, m=1) for i in range(8)
+    )
+    tensors = tuple(TensorSpec(f"w{i}", size, row_block=rows) for i in range(8))
+    problem = PlanProblem(tensors, uses, remote << 20, "cpu", ring_bytes=64 << 20)
+    plan = make_plan(problem, H200)
+    copied = {op.op: op.remote_bytes for op in plan.ops if op.strategy == "staged"}
+    spans = timeline(plan, H200)
+    copies = [span for span in spans if span.lane == "copy"]
+    assert copied.keys() == {span.op.op for span in copies}
+    bandwidth = H200.link("cpu").copy_bandwidth
+    assert sum(copied.values()) >= remote << 20
+    assert sum(s.seconds for s in copies) == pytest.approx(sum(copied.values()) / bandwidth)
+    for before, after in itertools.pairwise(copies):
+        assert after.start >= before.start + before.seconds
+    ends = {s.op.op: s.start + s.seconds for s in spans if s.lane == "operator"}
+    assert all(s.start + s.seconds <= ends[s.op.op] * (1 + 1e-9) for s in copies)
+    late = max(ends.values()) - plan.step_times["decode"]
+    assert -1e-9 <= late <= copies[0].seconds + 1e-9, "the first copy has nothing to hide behind"
+    assert not [s for s in spans if s.lane == "remote"], "no byte of it is read in place"
+
+
 def test_compute_is_that_of_the_uses_or_of_what_it_bounds(plan: Plan) -> None:
     def lane(spans: list[object]) -> list[str]:
         return [s.op.op for s in spans if s.lane == "compute"]  # type: ignore[attr-defined]
