@@ -214,9 +214,10 @@ def test_an_error_of_the_users_own_passes_through(tmp_path):
 
 def test_a_budget_too_small_is_said_before_anything_is_read(tmp_path):
     saved(tmp_path, *LLAMA)
+    before = set(map(id, address_table.live_buffers()))  # of other tests
     with (
         pytest.raises(BudgetError, match="too small"),
         loading(gpu_memory=50_000, remote="simulated", placement={"lm_head": "gpu"}),
     ):
         AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert address_table.live_buffers() == []
+    assert set(map(id, address_table.live_buffers())) <= before
