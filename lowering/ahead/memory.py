@@ -149,7 +149,7 @@ class StepMemory:
                 step = self._begin(tokens, known, device, written)
             before = enter(step)
             planned = None if known is None else known.plans
-            spare_host(planned is None or planned.eager.spares_host)
+            spare_host(planned is not None and planned.eager.spares_host)
         failed = True
         try:
             yield

@@ -20,7 +20,7 @@ from dak_inductor.hardware import HardwareProfile, LinkProfile
 from dak_inductor.lowering.ahead.sequence import StepCall
 from dak_inductor.lowering.ahead.step_op import LinkRates, RowSpan, StepOp
 from dak_inductor.lowering.copy_cost import piece_overhead
-from dak_inductor.lowering.host_cost import PRODUCT_SECONDS, RING_SECONDS
+from dak_inductor.lowering.host_cost import PRODUCT_SECONDS, ring_seconds
 from dak_inductor.lowering.linear import ring_plan
 from dak_inductor.lowering.linear.call_facts import CallFacts
 from dak_inductor.lowering.linear.configuration import DECODE_TOKENS
@@ -120,11 +120,11 @@ def _direct(
         return seconds, busy, PRODUCT_SECONDS
     if not _has_ways(facts):
         seconds = ring_plan.estimate(problem, facts.remote_bytes, profile, link)
-        return seconds, remote / link.copy_bandwidth, RING_SECONDS
+        return seconds, remote / link.copy_bandwidth, ring_seconds(remote)
     ways = ways_of(problem, facts.remote_bytes, facts.tier, facts.device_index)
     way = TRIALS.sparing(facts, ways) if spared else TRIALS.current(facts, ways)
     rate = link.copy_bandwidth if way.name == "ring" else link.direct_bandwidth
-    host = RING_SECONDS if way.name == "ring" else PRODUCT_SECONDS
+    host = ring_seconds(remote) if way.name == "ring" else PRODUCT_SECONDS
     known = way.seconds or ring_plan.estimate(problem, facts.remote_bytes, profile, link)
     return known, remote / rate, host
 

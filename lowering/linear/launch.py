@@ -184,7 +184,8 @@ class LinearLaunch:
         """
         partials, stream = self._partials(), current_stream(self._index)
         tokens = _map(x, self._cta_tokens)
-        addresses = self._addresses(stream, partials, residual, out)
+        added = (0, 0) if residual is None else (residual.data_ptr(), residual.stride(0))
+        addresses = self._addresses(stream, partials, added, (out.data_ptr(), out.stride(0)))
         if not copied:
             self._prepared.launch(stream, tokens + addresses)
             return
@@ -224,7 +225,9 @@ class LinearLaunch:
         out = torch.empty(shape, dtype=self._x[0], device=self._device)
         partials, stream = self._partials(), current_stream(self._index)
         tokens = matrix_map(x.data_ptr(), *self._x, True)
-        addresses = self._addresses(stream, partials, residual, out)
+        # not their strides: those of dimensions of one element are anything
+        added = (0, 0) if residual is None else (residual.data_ptr(), self._n)
+        addresses = self._addresses(stream, partials, added, (out.data_ptr(), self._n))
         self._prepared.launch(stream, tokens + addresses)
         return out
 
@@ -233,19 +236,18 @@ class LinearLaunch:
         return torch.empty(self._partial_bytes, dtype=torch.uint8, device=self._device)
 
     def _addresses(
-        self, stream: int, partials: Tensor, residual: Tensor | None, out: Tensor
+        self, stream: int, partials: Tensor, residual: tuple[int, int], out: tuple[int, int]
     ) -> bytes:
-        """What each launch brings. The rows of `residual` and `out` may be apart where both are
-        matrices; else they are not."""
+        """What each launch brings. `residual` and `out`: address, and elements from row to row."""
         words = words_for(self._index, self._words, stream)
         window = self._window
         return _ADDRESSES.pack(
             window.address,
             launch_window(words, window.number) if window.automatic and self._agrees else 0,
-            out.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
-            out.stride(-2) if out.dim() > 1 else self._n,
-            0 if residual is None else residual.stride(-2) if residual.dim() > 1 else self._n,
+            out[0],
+            residual[0],
+            out[1],
+            residual[1],
             partials.data_ptr(),
             words + 4 * _CLAIM_WORDS,
             words,

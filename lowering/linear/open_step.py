@@ -41,8 +41,8 @@ _open = threading.local()
 
 def spares_host() -> bool:
     """Whether products of this thread, outside of captures, are served in the way that takes the
-    least of both GPU and host. So they are unless the step's plan says that its GPU is slower."""
-    spared: bool = getattr(_open, "spares_host", True)
+    least of GPU and host together. So they are where a step's plan finds the host slower."""
+    spared: bool = getattr(_open, "spares_host", False)
     return spared
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from dak_inductor import options
 from dak_inductor.lowering.choices import Choices, fastest
-from dak_inductor.lowering.host_cost import PRODUCT_SECONDS, RING_SECONDS
+from dak_inductor.lowering.host_cost import PRODUCT_SECONDS, ring_seconds
 from dak_inductor.lowering.linear.call_facts import CallFacts, kind_of
 from dak_inductor.lowering.linear.ways import Way, WayName
 
@@ -49,7 +49,8 @@ class Trial:
     @property
     def sparing(self) -> WayName:
         """The one taken where the host is slower than the GPU."""
-        return min(self.seconds, key=lambda timed: with_host(*timed))[0]
+        remote = sum(self.call.remote_bytes)
+        return min(self.seconds, key=lambda timed: with_host(*timed, remote))[0]
 
     @property
     def taken(self) -> str:
@@ -114,13 +115,14 @@ class Trials:
         return next((way for way in ways if way.name == chosen), ways[0])
 
     def sparing(self, call: CallFacts, ways: Sequence[Way]) -> Way:
-        """The one of `ways` whose GPU and host are both done first, by a trial or the estimates."""
+        """The one of `ways` that takes the least of GPU and host together, by a trial or the
+        estimates."""
         trial = self.result_of(call) if self.enabled else None
         measured = {} if trial is None else dict(trial.seconds)
 
-        def seconds(way: Way) -> tuple[float, float]:
+        def seconds(way: Way) -> float:
             known = measured.get(way.name, way.seconds)
-            return (math.inf, math.inf) if known is None else with_host(way.name, known)
+            return math.inf if known is None else with_host(way.name, known, sum(call.remote_bytes))
 
         return min(ways, key=seconds)
 
@@ -152,10 +154,10 @@ class Trials:
         return next((way for way in ways if way.name == chosen), first)
 
 
-def with_host(way: WayName, seconds: float) -> tuple[float, float]:
-    """By what to choose outside of CUDA graphs where a way takes the GPU so long: the slower of GPU
-    and host, and of even ones the GPU."""
-    return max(seconds, RING_SECONDS if way == "ring" else PRODUCT_SECONDS), seconds
+def with_host(way: WayName, seconds: float, remote_bytes: int) -> float:
+    """By what to choose where the host is slower than the GPU, of which a way takes so long: both
+    together, since what a long product takes of the GPU may make that the slower one."""
+    return seconds + (ring_seconds(remote_bytes) if way == "ring" else PRODUCT_SECONDS)
 
 
 def is_sure(ways: Sequence[Way]) -> bool:

@@ -75,7 +75,7 @@ def test_the_host_takes_as_long_for_any_number_of_tokens_but_for_a_ring_of_its_o
         ops_of(call_of(Layer((weight,)).product(inputs(m, 1024))))[0] for m in (1, 128, 2048)
     )
     assert few.host == more.host == host_cost.PRODUCT_SECONDS
-    assert ring.host == host_cost.RING_SECONDS
+    assert ring.host == host_cost.STAGED_SECONDS
     (stock,) = ops_of(call_of(Layer((weight,)).product(inputs(1, 1024).float())))
     assert stock.host == host_cost.PRODUCT_SECONDS
 

@@ -177,6 +177,32 @@ def test_a_product_is_packed_as_its_header_has_it(
     assert 1 <= words[22] <= SMS
 
 
+def test_a_call_like_an_earlier_one_is_packed_alike(
+    driver: FakeExtension, kernel: FakeKernel, window: Any
+) -> None:
+    """Of dimensions of one element a stride says nothing."""
+    problem, configuration = linear(m=2)
+    weights = (operand(256, 128, 0x100, bias=True),)
+    launch = LinearLaunch(problem, configuration, weights, Activation.NONE, CARD)
+    x = torch.zeros(2, 1, 128, dtype=torch.bfloat16)
+    memory = torch.zeros(2, 256, dtype=torch.bfloat16)
+    residual = memory.as_strided((2, 1, 256), (256, 7 * 256, 1))
+    assert residual.is_contiguous()
+    out = launch.run(x, residual, torch.Size((2, 1, 256)))
+    assert out is not None and out.shape == (2, 1, 256) and out.dtype == torch.bfloat16
+    launch(x.view(2, 128), memory, out.view(2, 256))
+    first, second = kernel.launches
+    assert first["arguments"][:-1] == second["arguments"][:-1]
+    words, others = (LINEAR.unpack(each["arguments"][-1]) for each in (first, second))
+    assert words[:14] == others[:14] and words[15:] == others[15:], "all but where the sums go"
+    assert words[10:14] == (out.data_ptr(), memory.data_ptr(), 256, 256)
+    apart = torch.zeros(2, 1, 136, dtype=torch.bfloat16)[..., :128]
+    assert launch.run(apart, residual, out.shape) is None
+    unaligned = torch.zeros(2 * 256 + 1, dtype=torch.bfloat16)[1:].view(2, 1, 256)
+    assert launch.run(x, unaligned, out.shape) is None
+    assert len(kernel.launches) == 2
+
+
 HEADER = (
     PRELUDE
     + """
