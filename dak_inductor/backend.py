@@ -15,6 +15,7 @@ import torch
 from torch.fx import GraphModule
 
 from dak_inductor import options as option_parser
+from dak_inductor.attention_masks import mend_masks
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.epilogues import fuse_epilogues
 from dak_inductor.errors import DakError, TieredTensorError
@@ -112,6 +113,7 @@ def _read_operators(
     if isinstance(graph, Refusal):
         log.warning("graph left as it is, its stock kernels read tiered weights: %s", graph.reason)
         return graph_module, untraced_table(graph_module, graph), ()
+    mend_masks(graph)
     steps = take_steps(graph)
     return graph, build_op_table(graph), steps
 

@@ -50,7 +50,7 @@ class Trial:
     def sparing(self) -> WayName:
         """The one taken where the host is slower than the GPU."""
         remote = sum(self.call.remote_bytes)
-        return min(self.seconds, key=lambda timed: with_host(*timed, remote))[0]
+        return min(self.seconds, key=lambda timed: with_host(timed[0], timed[1], remote))[0]
 
     @property
     def taken(self) -> str:
