@@ -31,12 +31,13 @@ BY_SHARE = {"linear": 16, "linear_peer": 16, "attention": None, "attention_peer"
 """Grids whose T - L is shown by share remote, at that many tokens."""
 STEPS = (
     "decode_step", "decode_step_16", "decode_step_64", "decode_step_70b", "decode_step_peer",
-    "decode_step_peer_direct", "prefill_1", "prefill_4", "pre1",
+    "decode_step_peer_direct", "b1", "b64", "prefill_1", "prefill_4",
+    "pre1",
 )  # fmt: skip
 TOPICS = {
     "system": (
         "planner", "cost_model", "compile", "move", "load", "pages", "over_budget", "marks",
-        "soak",
+        "soak", "models_quick",
     ),
     "linears": (*GRIDS[:4], "lin0"),
     "attention": (*GRIDS[4:], "att0", "long_context"),
