@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from dak_inductor.lowering.ahead import memory as memory_module
 from dak_inductor.lowering.ahead.step_plan import StepPlans
+from dak_inductor.lowering.linear.open_step import spares_host
 
 from .ahead_model import BF16, shrink
 from .test_ahead_step import Run, captured, three
@@ -83,3 +86,38 @@ def test_a_capture_after_a_move_is_planned_in_it(monkeypatch: pytest.MonkeyPatch
         captured(patched, (0, 7))
         assert run() == [True] * 3
     assert run.asked == 1, "room is not asked for in a capture"
+
+
+@pytest.mark.parametrize("spares", [True, False])
+def test_products_spare_the_host_while_a_step_is_open_whose_plan_says_so(
+    monkeypatch: pytest.MonkeyPatch, spares: bool
+) -> None:
+    real = memory_module.choose
+
+    def chosen(*args, **options) -> StepPlans:
+        plans = real(*args, **{**options, "strategy": "direct"})
+        assert len(options["spared"]) == 3
+        return replace(plans, eager=replace(plans.eager, spares_host=spares))
+
+    monkeypatch.setattr(memory_module, "choose", chosen)
+    run = Run(three())
+    seen: list[bool] = []
+    layer: Any = run.layers[1]
+
+    def asking(x: torch.Tensor) -> Any:
+        seen.append(spares_host())
+        return layer(x)
+
+    asking.expected = layer.expected  # type: ignore[attr-defined]
+    run.layers[1] = asking  # type: ignore[assignment]
+    run()
+    run()
+    with pytest.raises(KeyError):
+        run(fail=True)
+    assert seen == [False, spares, spares], "nothing is known at the first call"
+    assert not spares_host()
+    with run.memory.opened((), torch.device("cpu")):
+        other = Run(three())
+        with other.memory.opened((), torch.device("cpu")):
+            assert not spares_host(), "of another graph nothing is known"
+        assert spares_host() is spares
