@@ -21,7 +21,7 @@ from dak_inductor.benchmarks.harness.model_case import (
     whole_model_providers,
 )
 from dak_inductor.benchmarks.harness.model_prediction import sequence_length
-from dak_inductor.benchmarks.harness.peers.dak_backend import DakBackend
+from dak_inductor.benchmarks.harness.peers.dak_backend import DakBackend, strategies_text
 from dak_inductor.benchmarks.harness.peers.provider import (
     Prepared,
     Provider,
@@ -234,19 +234,26 @@ def _whole(
 
 
 def _predicted(case: Case, model: WholeModel) -> dict[str, object]:
-    """Of the graphs that the backend saw: the one with most rows is the first step."""
+    """Of the graphs that the backend saw: the one with most rows is the first step. And how it
+    serves each of them."""
     if case.provider != "dak":
         return {}
     import dak_inductor as dak
 
-    plan = dak.explain(model).plan
+    explained = dak.explain(model)
+    plan = explained.plan
     rows = {
         graph: max((op.m for op in plan.ops if op.graph == graph), default=0)
         for graph in plan.step_times
     }
     order = sorted(rows, key=lambda graph: -rows[graph])
     names = ("predicted_ttft_ms", *(("predicted_tpot_ms",) if model.generates else ()))
-    return {name: plan.step_times[g] * 1e3 for name, g in zip(names, order, strict=False)}
+    made: dict[str, object] = {
+        name: plan.step_times[g] * 1e3 for name, g in zip(names, order, strict=False)
+    }
+    by_graph = [(rows.get(each.graph), strategies_text([each])) for each in explained.strategies]
+    told = "; ".join(f"{count} rows: {text}" for count, text in by_graph if count)
+    return made | ({"note": told} if told else {})
 
 
 def _callable(

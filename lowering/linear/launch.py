@@ -140,7 +140,9 @@ class LinearLaunch:
         self._grid = (workers * configuration.cluster, 1, 1)
         self._cluster = (configuration.cluster, 1, 1)
         self._shared_bytes = configuration.shared_bytes
-        self._x = problem.dtype, problem.m, problem.k, problem.k * ELEMENT_BYTES, self._cta_tokens
+        self._dtype = problem.dtype
+        # of the tokens' map: rows, columns, bytes from row to row, rows of a box
+        self._rows = problem.m, problem.k, problem.k * ELEMENT_BYTES, self._cta_tokens
         own = self._maps[0][:_MAP_BYTES]
         constants = _REST.pack(*self._constants, self._n, self._n)
         maps = (*self._maps, own, own, bytes(_MAP_BYTES))
@@ -222,9 +224,9 @@ class LinearLaunch:
         """
         if not _plain(x) or not (residual is None or _plain(residual)):
             return None
-        out = torch.empty(shape, dtype=self._x[0], device=self._device)
+        out = torch.empty(shape, dtype=self._dtype, device=self._device)
         partials, stream = self._partials(), current_stream(self._index)
-        tokens = matrix_map(x.data_ptr(), *self._x, True)
+        tokens = matrix_map(x.data_ptr(), self._dtype, *self._rows, True)
         # not their strides: those of dimensions of one element are anything
         added = (0, 0) if residual is None else (residual.data_ptr(), self._n)
         addresses = self._addresses(stream, partials, added, (out.data_ptr(), self._n))

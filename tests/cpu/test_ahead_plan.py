@@ -375,8 +375,8 @@ def test_a_step_is_planned_in_milliseconds() -> None:
     ops = llama(0.1, layers=75)
     seconds = []
     for _ in range(5):
-        begun = time.perf_counter()
+        begun = time.process_time()
         choose(ops, RATES, strategy="auto", room=64 * MIB)
-        seconds.append(time.perf_counter() - begun)
-    assert min(seconds) < 0.05  # 10 ms alone; other processes share the machine
+        seconds.append(time.process_time() - begun)
+    assert min(seconds) < 0.05  # 10 ms alone
     print(f"{min(seconds) * 1e3:.2f} ms for {len(ops)} products")
