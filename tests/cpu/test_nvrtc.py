@@ -302,6 +302,7 @@ def test_missing_extension_says_how_to_build(monkeypatch):
         raise ImportError(f"No module named {name!r}")
 
     monkeypatch.setattr("dak_inductor.cuda_runtime.nvrtc.importlib.import_module", missing)
+    nvrtc.extension.cache_clear()
     with pytest.raises(UnsupportedDriverError, match=r"pip install \."):
         nvrtc.extension()
 
