@@ -8,11 +8,18 @@ softmax(QK^T)V, spelled out and in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from dak_inductor.dead_nodes import erase_unused
+from dak_inductor.normalise import value_of
+from dak_inductor.views import memory_behind
+from dak_inductor.written_inputs import written_memory
 
 _aten = torch.ops.aten
 _SDPA = _aten.scaled_dot_product_attention.default
@@ -28,34 +35,31 @@ def mend_masks(graph_module: GraphModule) -> None:
     bounds = _Bounds(graph_module)
     changed = False
     for node in graph_module.graph.find_nodes(op="call_function", target=_SDPA):
-        mask = _mask_of(node)
-        if mask is None:
+        mask = node.args[_MASK] if len(node.args) > _MASK else node.kwargs.get("attn_mask")
+        if not isinstance(mask, Node):
             continue
-        if mask.meta["val"].dtype == torch.bool and (bounds.of(mask) or 0) >= 1:
-            node.args, node.kwargs = _with_mask(node, None)
+        value = value_of(mask)
+        if value.dtype == torch.bool and (bounds.of(mask) or 0) >= 1:
+            _replace(node, mask, None)
+            erase_unused(mask)
             changed = True
-        elif _is_broadcast(mask.meta["val"]):
+        elif _is_broadcast(value):
             with graph_module.graph.inserting_before(node):
                 dense = graph_module.graph.call_function(
                     _aten.clone.default, (mask,), {"memory_format": torch.contiguous_format}
                 )
-            dense.meta = {**mask.meta, "val": mask.meta["val"].contiguous()}
-            node.args, node.kwargs = _with_mask(node, dense)
+            dense.meta = {**mask.meta, "val": value.contiguous()}
+            _replace(node, mask, dense)
             changed = True
     if changed:
-        graph_module.graph.eliminate_dead_code()
         graph_module.recompile()
 
 
-def _mask_of(node: Node) -> Node | None:
-    mask = node.args[_MASK] if len(node.args) > _MASK else node.kwargs.get("attn_mask")
-    return mask if isinstance(mask, Node) and "val" in mask.meta else None
+def _replace(node: Node, mask: Node, other: Node | None) -> None:
+    def chosen(each: Node) -> Node | None:
+        return other if each is mask else each
 
-
-def _with_mask(node: Node, mask: Node | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if len(node.args) > _MASK:
-        return (*node.args[:_MASK], mask, *node.args[_MASK + 1 :]), dict(node.kwargs)
-    return node.args, {**node.kwargs, "attn_mask": mask}
+    node.args, node.kwargs = map_arg(node.args, chosen), map_arg(node.kwargs, chosen)
 
 
 def _is_broadcast(mask: torch.Tensor) -> bool:
@@ -67,12 +71,7 @@ class _Bounds:
 
     def __init__(self, graph_module: GraphModule) -> None:
         self._known: dict[Node, Bound] = {}
-        self._written = {
-            _root(each)
-            for node in graph_module.graph.nodes
-            if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-            for each in node.all_input_nodes
-        }
+        self._written = written_memory(graph_module)
 
     def of(self, node: object) -> Bound:
         """Of a tensor or a number; a number that a call decides is unknown."""
@@ -82,16 +81,9 @@ class _Bounds:
             return None
         if node not in self._known:
             rule = _RULES.get(node.target)
-            unknown = rule is None or _root(node) in self._written
+            unknown = rule is None or memory_behind(node) in self._written
             self._known[node] = None if unknown or rule is None else rule(node, self.of)
         return self._known[node]
-
-
-def _root(node: Node) -> Node:
-    """The node that made the memory, or an earlier one."""
-    while node.target in _VIEWS and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node
 
 
 _Of = Callable[[object], Bound]
@@ -106,8 +98,8 @@ def _same(node: Node, of: _Of) -> Bound:
 def _converted(node: Node, of: _Of) -> Bound:
     """To bool, to an integer that may hold fewer values, or to the same."""
     bound, source = of(node.args[0]), node.args[0]
-    before = source.meta["val"].dtype if isinstance(source, Node) else None
-    after = node.meta["val"].dtype
+    before = value_of(source).dtype if isinstance(source, Node) else None
+    after = value_of(node).dtype
     if bound is None or after.is_floating_point or after.is_complex:
         return None
     if after == torch.bool:
@@ -122,13 +114,13 @@ def _arange(node: Node, of: _Of) -> Bound:
     if node.target is _aten.arange.start_step and len(node.args) > 2:
         step = node.args[2]  # type: ignore[assignment]
     known = isinstance(start, int) and isinstance(step, int) and step > 0
-    return start if known and not node.meta["val"].dtype.is_floating_point else None
+    return start if known and not value_of(node).dtype.is_floating_point else None
 
 
 def _sum(node: Node, of: _Of) -> Bound:
     left, right = (of(each) for each in node.args[:2])
     scaled = node.kwargs.get("alpha", 1) != 1
-    if left is None or right is None or scaled or node.meta["val"].dtype != torch.int64:
+    if left is None or right is None or scaled or value_of(node).dtype != torch.int64:
         return None  # smaller integers may wrap around
     return left + right
 
@@ -139,31 +131,28 @@ def _filled(value: int) -> _Rule:
 
 def _full(node: Node, of: _Of) -> Bound:
     value = of(node.args[1])
-    integral = not node.meta["val"].dtype.is_floating_point
+    integral = not value_of(node).dtype.is_floating_point
     return value if integral else None
 
 
-def _at_least(node: Node, of: _Of) -> Bound:
-    left, right = of(node.args[0]), node.args[1]
-    return int(left is not None and isinstance(right, int) and left >= right)
+def _compared(holds: Callable[[int, int], bool]) -> _Rule:
+    def rule(node: Node, of: _Of) -> Bound:
+        left, right = of(node.args[0]), node.args[1]
+        return int(left is not None and isinstance(right, int) and holds(left, right))
+
+    return rule
 
 
-def _above(node: Node, of: _Of) -> Bound:
-    left, right = of(node.args[0]), node.args[1]
-    return int(left is not None and isinstance(right, int) and left > right)
+def _combined(choose: Callable[[Iterable[int]], int]) -> _Rule:
+    def rule(node: Node, of: _Of) -> Bound:
+        return choose(of(each) or 0 for each in node.args[:2]) if _of_bools(node) else None
 
-
-def _both(node: Node, of: _Of) -> Bound:
-    return min(of(each) or 0 for each in node.args[:2]) if _of_bools(node) else None
-
-
-def _either(node: Node, of: _Of) -> Bound:
-    return max(of(each) or 0 for each in node.args[:2]) if _of_bools(node) else None
+    return rule
 
 
 def _of_bools(node: Node) -> bool:
     return all(
-        isinstance(each, Node) and each.meta["val"].dtype == torch.bool for each in node.args[:2]
+        isinstance(each, Node) and value_of(each).dtype == torch.bool for each in node.args[:2]
     )
 
 
@@ -182,13 +171,10 @@ _RULES: Mapping[Any, _Rule] = {
     **dict.fromkeys((_aten.to.dtype, _aten.to.dtype_layout, _aten.to.device,
                      _aten._to_copy.default), _converted),
     **dict.fromkeys((_aten.add.Tensor, _aten.add.Scalar), _sum),
-    _aten.ge.Scalar: _at_least,
-    _aten.gt.Scalar: _above,
+    _aten.ge.Scalar: _compared(operator.ge),
+    _aten.gt.Scalar: _compared(operator.gt),
     **dict.fromkeys((_aten.__and__.Tensor, _aten.bitwise_and.Tensor, _aten.logical_and.default),
-                    _both),
+                    _combined(min)),
     **dict.fromkeys((_aten.__or__.Tensor, _aten.bitwise_or.Tensor, _aten.logical_or.default),
-                    _either),
+                    _combined(max)),
 }  # fmt: skip
-
-_VIEWS = frozenset(target for target, rule in _RULES.items() if rule in (_same, _converted))
-"""And copies: what a graph writes to one of them is as good as written to all."""

@@ -17,13 +17,18 @@ def written_inputs(graph_module: GraphModule) -> tuple[int, ...]:
     """Indices of the graph inputs to whose memory an operator may write, ascending."""
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     index = {node: number for number, node in enumerate(placeholders)}
-    owners = {
+    owners = written_memory(graph_module)
+    return tuple(sorted(index[owner] for owner in owners if owner in index))
+
+
+def written_memory(graph_module: GraphModule) -> set[Node]:
+    """The nodes to whose memory an operator may write, views followed."""
+    return {
         memory_behind(written)
         for node in graph_module.graph.nodes
         if node.op == "call_function"
         for written in _written(node)
     }
-    return tuple(sorted(index[owner] for owner in owners if owner in index))
 
 
 def buffers_of(arguments: Sequence[object], inputs: tuple[int, ...]) -> list[TieredBuffer]:

@@ -39,6 +39,15 @@ def written_before(x: Tensor) -> Tensor:
     return mask
 
 
+def written_through(view: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def mask(x: Tensor) -> Tensor:
+        made = torch.ones(2, 1, x.shape[1], x.shape[1], dtype=torch.bool)
+        view(made)[..., :1].fill_(False)
+        return made
+
+    return mask
+
+
 ALL_TRUE: dict[str, Callable[[Tensor], Tensor]] = {
     "as transformers makes it": lambda x: spread(column(x.shape[1]) >= 0, x.shape[1]),
     "shifted": lambda x: spread(column(x.shape[1]) + 3 > 2, x.shape[1]),
@@ -57,6 +66,9 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
     "numbers, that are added": lambda x: torch.ones(x.shape[1], 1).expand(2, 1, x.shape[1], -1),
     "written to": written,
     "of a row that is written to": written_before,
+    "written to without a gradient": written_through(lambda made: made.detach()),
+    "a piece of it written to": written_through(lambda made: made.chunk(2)[1]),
+    "its strides given": written_through(lambda made: made.as_strided((4, 1), (1, 1))),
     "wraps around": lambda x: spread(
         column(x.shape[1]).to(torch.int8) + 120 >= 100, x.shape[1]
     ),
