@@ -36,9 +36,9 @@ def mend_masks(graph_module: GraphModule) -> None:
     changed = False
     for node in graph_module.graph.find_nodes(op="call_function", target=_SDPA):
         mask = node.args[_MASK] if len(node.args) > _MASK else node.kwargs.get("attn_mask")
-        if not isinstance(mask, Node):
-            continue
         value = value_of(mask)
+        if not isinstance(mask, Node) or not isinstance(value, torch.Tensor):
+            continue
         if value.dtype == torch.bool and (bounds.of(mask) or 0) >= 1:
             _replace(node, mask, None)
             erase_unused(mask)
@@ -97,14 +97,13 @@ def _same(node: Node, of: _Of) -> Bound:
 
 def _converted(node: Node, of: _Of) -> Bound:
     """To bool, to an integer that may hold fewer values, or to the same."""
-    bound, source = of(node.args[0]), node.args[0]
-    before = value_of(source).dtype if isinstance(source, Node) else None
-    after = value_of(node).dtype
+    bound, after = of(node.args[0]), value_of(node).dtype
     if bound is None or after.is_floating_point or after.is_complex:
         return None
     if after == torch.bool:
         return 1 if bound >= 1 else 0
-    return bound if before == torch.bool or after == before else None
+    before = value_of(node.args[0]).dtype
+    return bound if before in (torch.bool, after) else None
 
 
 def _arange(node: Node, of: _Of) -> Bound:

@@ -223,19 +223,19 @@ def _whole(
     """Tokens per second as `dak plan` reckons them, and what the planner had predicted."""
     made: dict[str, object] = {}
     if "ttft_ms" not in row:
-        return _predicted(case, model)
+        return _as_planned(case, model)
     first, later = cast(float, row["ttft_ms"]), cast(float, row.get("tpot_ms", 0.0))
     if DECODE in inputs.tensors:
         seconds = (first + later * (case.new - 1)) / 1e3
         made["tokens_per_second"] = case.batch * case.new / seconds
     elif not model.pixels:
         made["tokens_per_second"] = case.batch * case.prompt / first * 1e3
-    return made | _predicted(case, model)
+    return made | _as_planned(case, model)
 
 
-def _predicted(case: Case, model: WholeModel) -> dict[str, object]:
-    """Of the graphs that the backend saw: the one with most rows is the first step. And how it
-    serves each of them."""
+def _as_planned(case: Case, model: WholeModel) -> dict[str, object]:
+    """Predictions for the graphs that the backend saw, of which the one with most rows is the first
+    step, and how it serves each of them."""
     if case.provider != "dak":
         return {}
     import dak_inductor as dak

@@ -65,6 +65,12 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
     "every key but one": lambda x: (torch.arange(x.shape[1]) > 0).expand(2, 1, x.shape[1], -1),
     "numbers, that are added": lambda x: torch.ones(x.shape[1], 1).expand(2, 1, x.shape[1], -1),
     "written to": written,
+    "of values in the graph": lambda x: torch.tensor([[True], [False]] * (TOKENS // 2)).expand(
+        2, 1, TOKENS, TOKENS
+    ),
+    "of values in the graph, converted and combined": lambda x: (
+        torch.tensor([[1], [0]] * (TOKENS // 2)).to(torch.bool) & (torch.arange(TOKENS) >= 0)
+    ),
     "of a row that is written to": written_before,
     "written to without a gradient": written_through(lambda made: made.detach()),
     "a piece of it written to": written_through(lambda made: made.chunk(2)[1]),
