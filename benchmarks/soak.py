@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import dak_inductor as dak
 from dak_inductor.backend import compile_graph
@@ -38,6 +39,10 @@ from dak_inductor.options import BackendOptions
 COLUMNS = ("part", "phase", "steps", "moved_bytes", "misses", "host_bytes", "device_bytes",
            "objects")  # fmt: skip
 SCRIPTS = 3
+MISSED = "fail_on_recompile"
+"""The stance of torch.compile in which code that is not found is an error that names the stance."""
+LOOK_UPS = 100
+"""Of one step, before what is missed counts as not there."""
 THREADS, MODELS = 8, 2
 CACHE_RATIO = 0.6
 
@@ -118,6 +123,21 @@ def decode(model: SoakModel, arguments: argparse.Namespace, part: int) -> list[d
     return cells
 
 
+def found_again(step: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """A step of code that is compiled, and how often torch missed the code before.
+
+    A missed step has not begun: nothing ran twice. Raises RuntimeError where the code is missed
+    `LOOK_UPS` times.
+    """
+    for missed in range(LOOK_UPS):
+        try:
+            return step(), missed
+        except RuntimeError as error:
+            if MISSED not in str(error):
+                raise
+    raise RuntimeError(f"compiled code was not found in {LOOK_UPS} look-ups: it is not there")
+
+
 class Pauses:
     """Moments at which all of a number of threads have let go of what they hold for a sequence."""
 
@@ -159,7 +179,7 @@ def serve(
     moves the weights. What is held is counted between sequences: one that is under way then is cut
     short, and its tokens so far are compared."""
     stop, lock = threading.Event(), threading.Lock()
-    counts = {"steps": 0, "misses": 0, "sequences": 0, "moved_bytes": 0}
+    counts = {"steps": 0, "misses": 0, "sequences": 0, "moved_bytes": 0, "look_ups_missed": 0}
     errors: list[BaseException] = []
     pauses = Pauses(THREADS + 1)
 
@@ -181,14 +201,19 @@ def serve(
         script = model.scripts[next(counter) % len(model.scripts)]
         cache = model.cache(CACHE_RATIO)
         start, end = model.size.prompt, script.tokens.shape[1]
-        taken = [model.step(cache, script.tokens[:, :start])]
-        while len(taken) < end - start and not (stop.is_set() or pauses.wanted):
+        taken: list[Tensor] = []
+        missed = 0
+        while len(taken) < end - start and not (taken and (stop.is_set() or pauses.wanted)):
             at = start + len(taken)
-            taken.append(model.step(cache, script.tokens[:, at - 1 : at]))
+            given = script.tokens[:, at - 1 if taken else 0 : at]
+            token, again = found_again(partial(model.step, cache, given))
+            taken.append(token)
+            missed += again
         misses = script.misses(torch.stack(taken, dim=1))
         with lock:
             counts["steps"] += len(taken)
             counts["misses"] += misses
+            counts["look_ups_missed"] += missed
             counts["sequences"] += 1
 
     def move_one(chance: random.Random) -> None:
@@ -204,16 +229,18 @@ def serve(
     threads = [threading.Thread(target=guarded, args=(each,)) for each in work]
     cells: list[dict[str, object]] = []
     end = time.monotonic() + seconds
-    for thread in threads:
-        thread.start()
-    with contextlib.suppress(threading.BrokenBarrierError):
-        while time.monotonic() < end and not stop.wait(every):
-            with pauses.paused():
-                cells.append({"part": part, "phase": "threads", **counts, **sample()})
-    stop.set()
-    pauses.end()
-    for thread in threads:
-        thread.join()
+    with torch.compiler.set_stance(MISSED):
+        for thread in threads:
+            thread.start()
+        # an interrupt ends the threads early, and what was counted until then is kept
+        with contextlib.suppress(threading.BrokenBarrierError, KeyboardInterrupt):
+            while time.monotonic() < end and not stop.wait(every):
+                with pauses.paused():
+                    cells.append({"part": part, "phase": "threads", **counts, **sample()})
+        stop.set()
+        pauses.end()
+        for thread in threads:
+            thread.join()
     if errors:
         raise errors[0]
     return cells
