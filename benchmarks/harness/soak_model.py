@@ -117,12 +117,11 @@ class SoakModel:
         resident = copy.deepcopy(self.model).to(device)
         exact = copy.deepcopy(resident).float()
         generator = torch.Generator().manual_seed(seed)
-        shape = (size.batch, size.prompt)
-        prompts = [
-            torch.randint(1, size.vocabulary, shape, generator=generator).to(device)
-            for _ in range(scripts)
-        ]
-        self.scripts = [script(resident, exact, size, prompt) for prompt in prompts]
+        shape = (scripts * size.batch, size.prompt)
+        prompts = torch.randint(1, size.vocabulary, shape, generator=generator).to(device)
+        found = script(resident, exact, size, prompts)  # all at once: it is one long loop
+        pairs = zip(found.tokens.chunk(scripts), found.near_tie.chunk(scripts), strict=True)
+        self.scripts = [Script(*pair) for pair in pairs]
         del resident, exact
         dak.offload(self.model, offload_ratio=ratio, remote=remote)
         compiler(self.model)
