@@ -11,7 +11,7 @@ from dak_inductor.hardware import HardwareProfile, LinkProfile
 from dak_inductor.plan import OpUse, PlanProblem
 from dak_inductor.split_grid import SplitGrid
 
-_PRODUCTS = ("linear", "linear_epilogue", "gated_linear")
+PRODUCTS = ("linear", "linear_epilogue", "gated_linear")
 _Kinks = tuple[tuple[float, float], ...]  # (share, jump of the slope)
 
 
@@ -76,7 +76,7 @@ def cost_lines(problem: PlanProblem, profile: HardwareProfile, link: LinkProfile
         copied = (
             problem.ring_bytes > 0
             and tensor >= 0
-            and use.kind in _PRODUCTS
+            and use.kind in PRODUCTS
             and problem.tensors[tensor].row_block > 0
             and use.touched_bytes == problem.tensors[tensor].nbytes
             and not untouched

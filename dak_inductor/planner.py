@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import NamedTuple
 
 from dak_inductor import ahead_placement
 from dak_inductor.copy_ring import MARGIN
@@ -73,13 +74,25 @@ def make_plan(
     return best.plan(objective_bound)
 
 
-def seconds_of(problem: PlanProblem, remote: Mapping[str, int], profile: HardwareProfile) -> float:
-    """Sum of calls x time with these `remote` bytes of each tensor, wherever they may be split."""
+class GraphSeconds(NamedTuple):
+    """Sums of calls x time over a graph's products and over its other uses."""
+
+    products: float
+    others: float
+
+
+def seconds_by_graph(
+    problem: PlanProblem, remote: Mapping[str, int], profile: HardwareProfile
+) -> dict[str, GraphSeconds]:
+    """With these `remote` bytes of each tensor, wherever they may be split; all that placements are
+    compared by (`Schedule.expected`)."""
     grids = [split_grid(spec) for spec in problem.tensors]
     lines = cost_lines(problem, profile, profile.link(problem.remote))
     columns = UseColumns(problem, profile, lines, grids)
     wanted = [remote[spec.name] for spec in problem.tensors]
-    return Schedule(columns, wanted).objective
+    of_products, of_others = Schedule(columns, wanted).expected_by_graph()
+    sums = zip(columns.graphs, map(GraphSeconds, of_products, of_others), strict=True)
+    return dict(sums)
 
 
 def _check(problem: PlanProblem, grids: list[SplitGrid]) -> None:

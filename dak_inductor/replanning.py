@@ -12,32 +12,23 @@ from dak_inductor.binding import Binding
 from dak_inductor.copy_ring import expected_ring_bytes, ring_within
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.default_plan import default_uses
-from dak_inductor.hardware import HardwareProfile
+from dak_inductor.expected_calls import expected_calls
+from dak_inductor.move_gain import gain_by_steps, gain_of
 from dak_inductor.offloaded import OffloadedModel
 from dak_inductor.plan import OpUse, Plan, PlanProblem
 from dak_inductor.plan_file import load_plan
-from dak_inductor.planner import make_plan, seconds_of
+from dak_inductor.planner import make_plan
 from dak_inductor.refusal import Refusal
 
 log = logging.getLogger(__name__)
 
 # Calls at which a binding's plan is looked at again: the first, then at ever longer intervals.
 _DUE = frozenset(16**power for power in range(12))
-# A graph of few rows is a decode step, of which more will come; a prefill may never come again.
-_DECODE_ROWS = 256
-_DECODE_CALLS = 16
 
 
 def is_due(binding: Binding) -> bool:
     """True at calls 1, 16, 256, ... of a binding, and when a size grew past all earlier calls."""
     return binding.calls in _DUE or binding.grew
-
-
-def expected_calls(binding: Binding) -> float:
-    """Calls still to come: as many as there were, and at least 16 of a decode step."""
-    if binding.rows <= _DECODE_ROWS:
-        return float(max(binding.calls, _DECODE_CALLS))
-    return float(max(binding.calls, 1))
 
 
 def problem_of(model: OffloadedModel, bindings: Iterable[Binding]) -> PlanProblem:
@@ -50,7 +41,7 @@ def problem_of(model: OffloadedModel, bindings: Iterable[Binding]) -> PlanProble
     uses: list[OpUse] = []
     refusals: dict[tuple[str, str], Refusal] = {}
     bindings = list(bindings)
-    for binding in bindings:
+    for binding, calls in zip(bindings, expected_calls(bindings), strict=True):
         bound = {
             index: names[id(buffer)]
             for index, buffer in binding.live_buffers().items()
@@ -58,7 +49,6 @@ def problem_of(model: OffloadedModel, bindings: Iterable[Binding]) -> PlanProble
         }
         if not bound:
             continue
-        calls = expected_calls(binding)
         uses.extend(
             binding.table.uses(bound, graph=binding.graph, calls=calls, values=binding.values)
         )
@@ -126,6 +116,9 @@ def replan(
     if user_plan is None and short <= 0:
         gain = gain_of(problem, plan, profile)
         cost = moved / profile.link(model.remote).copy_bandwidth
+        if gain > cost:  # steps are planned in milliseconds
+            splits = {id(buffer): split for buffer, split in _wanted(model, plan)}
+            gain = min(gain, gain_by_steps(problem, plan, profile, bindings, splits))
         if gain <= cost:
             log.debug("plan kept: moving %.3f GB would take %.1f ms and gain %.1f ms",
                       moved / 1e9, cost * 1e3, gain * 1e3)  # fmt: skip
@@ -175,9 +168,3 @@ def _wanted(model: OffloadedModel, plan: Plan) -> Iterator[tuple[TieredBuffer, i
     for tensor in model.tensors():
         buffer = tensor.buffer
         yield buffer, buffer.nearest_split(buffer.nbytes - plan.splits[tensor.name])
-
-
-def gain_of(problem: PlanProblem, plan: Plan, profile: HardwareProfile) -> float:
-    """Seconds that the plan saves over the calls expected, against the placement as it is."""
-    now = {spec.name: spec.current_remote or 0 for spec in problem.tensors}
-    return seconds_of(problem, now, profile) - seconds_of(problem, plan.splits, profile)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from dak_inductor.copies_ahead import CopiesAhead, StagedStep
 from dak_inductor.copy_ring import MARGIN
+from dak_inductor.cost_curve import PRODUCTS
 from dak_inductor.cost_model import step_bound
 from dak_inductor.plan import OpPlan, Plan
 from dak_inductor.use_columns import Column, UseColumns
@@ -80,8 +81,19 @@ class Schedule:
     def expected(self) -> float:
         """The objective and what products take longer in a step that read both memories themselves.
         That is no part of their convex cost, so the greedy fill does not see it."""
-        longer = np.where(self._is_staged, 0.0, self._read_directly)
-        return self.objective + math.fsum((self._columns.calls * longer).tolist())
+        return self.objective + math.fsum((self._columns.calls * self._longer).tolist())
+
+    def expected_by_graph(self) -> tuple[list[float], list[float]]:
+        """The same, of each graph's products and of its other uses."""
+        columns = self._columns
+        seconds = columns.calls * (self.times + self._longer)
+        products = np.array([line.use.kind in PRODUCTS for line in columns.lines], dtype=bool)
+        of_products = columns.by_graph(np.where(products, seconds, 0.0))
+        return of_products, columns.by_graph(np.where(products, 0.0, seconds))
+
+    @property
+    def _longer(self) -> Column:
+        return np.where(self._is_staged, 0.0, self._read_directly)
 
     @cached_property
     def objective(self) -> float:

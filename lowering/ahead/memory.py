@@ -19,8 +19,9 @@ from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.errors import ProfileError
 from dak_inductor.lowering.ahead.plan_choice import choose
 from dak_inductor.lowering.ahead.player import Player
+from dak_inductor.lowering.ahead.prediction import predicted_seconds
 from dak_inductor.lowering.ahead.prepared_plan import PreparedPlan
-from dak_inductor.lowering.ahead.sequence import CallSequence, Splits
+from dak_inductor.lowering.ahead.sequence import CallSequence, SplitOf, Splits
 from dak_inductor.lowering.ahead.step import (
     LearningStep,
     PlayedStep,
@@ -126,6 +127,22 @@ class StepMemory:
         for tokens, known in self._steps.items():
             if known.plans is not None or known.off:
                 yield tokens, known
+
+    def predicted(self, split_of: SplitOf, device_index: int) -> float | None:
+        """Seconds of the step called last, were its buffers split so; None where that is not known.
+        Never asked during a capture."""
+        known = next(reversed(self._steps.values()), None)
+        if known is None or known.off or known.sequence is None:
+            return None
+        room = self._room or self._ask_room()
+        return predicted_seconds(
+            known.sequence,
+            split_of,
+            strategy=self.strategy,
+            room=max(room.nbytes, self.ring_bytes),
+            charged=room.charged,
+            device_index=device_index,
+        )
 
     @contextmanager
     def opened(

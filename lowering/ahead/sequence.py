@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -18,6 +18,12 @@ from dak_inductor.lowering.linear.ring_plan import LEAST_FEATURES
 
 BufferReference = weakref.ref[TieredBuffer] | None
 Splits = tuple[tuple[int | None, ...], ...]
+SplitOf = Callable[[TieredBuffer], int]
+
+
+def present_split(buffer: TieredBuffer) -> int:
+    """The split of this moment."""
+    return buffer.split
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +35,14 @@ class StoredWeight:
     row_bytes: int
     buffer: BufferReference
 
-    def span(self) -> RowSpan | None:
-        """Which rows are where now; None where its memory is gone."""
+    def span(self, split_of: SplitOf = present_split) -> RowSpan | None:
+        """Which rows are where with that split of its buffer; None where its memory is gone."""
         if self.buffer is None:
             return RowSpan(self.rows, self.rows, self.rows, self.row_bytes)
         buffer = self.buffer()
         if buffer is None:
             return None
-        first = buffer.split - (self.address - buffer.address)
+        first = split_of(buffer) - (self.address - buffer.address)
         local = min(max(first, 0), self.rows * self.row_bytes)
         remote = -(-local // self.row_bytes)
         start = local // self.row_bytes // LEAST_FEATURES * LEAST_FEATURES

@@ -17,7 +17,7 @@ from dak_inductor.cost_model import (
     peak_flops,
 )
 from dak_inductor.hardware import HardwareProfile, LinkProfile
-from dak_inductor.lowering.ahead.sequence import StepCall
+from dak_inductor.lowering.ahead.sequence import SplitOf, StepCall, present_split
 from dak_inductor.lowering.ahead.step_op import LinkRates, RowSpan, StepOp
 from dak_inductor.lowering.copy_cost import piece_overhead
 from dak_inductor.lowering.host_cost import PRODUCT_SECONDS, ring_seconds
@@ -48,10 +48,15 @@ def tier_of(calls: Sequence[StepCall]) -> str:
 
 
 def step_ops(
-    calls: Sequence[StepCall], tier: str, device_index: int, *, spared: bool = False
+    calls: Sequence[StepCall],
+    tier: str,
+    device_index: int,
+    *,
+    spared: bool = False,
+    split_of: SplitOf = present_split,
 ) -> tuple[StepOp, ...] | None:
-    """The products as the planner sees them, with the splits of this moment; None where the memory
-    of one is gone.
+    """The products as the planner sees them, with the splits of this moment or those that
+    `split_of` gives their buffers; None where the memory of one is gone.
 
     spared: those without copies ahead run in the way that spares the host.
     """
@@ -60,7 +65,7 @@ def step_ops(
         if call.facts is None:
             found.append(StepOp(0.0, 0.0, refusal=call.refusal, host=PRODUCT_SECONDS))
             continue
-        spans = tuple(weight.span() for weight in call.weights)
+        spans = tuple(weight.span(split_of) for weight in call.weights)
         present = tuple(span for span in spans if span is not None)
         if len(present) < len(spans):
             return None
