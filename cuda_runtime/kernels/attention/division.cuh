@@ -11,6 +11,8 @@ namespace dak::attention {
 // At least, where the window lets them.
 constexpr u32 readers = 16;
 constexpr u32 most_of_reader = 64 * 1024;  // bytes in flight
+// By so much readers may be faster than needed, for the remote part to end well before the local one.
+constexpr float time_to_spare = 2.0f;
 // Of a local run: SMs start up to 17 us apart, and a few stream HBM a quarter slower than others while
 // remote memory is read.
 constexpr float claimed_share = 0.125f;
@@ -19,9 +21,11 @@ constexpr float claimed_beside_remote = 0.25f;
 // How many workers read remote memory.
 //
 // As many as fill the window, with a few slots each: boxes give an SM 7 GB/s of host memory,
-// whatever it asks for, so a few must read to fill a link; more would hold up the local part. Where
-// units have few remote tokens each piece takes a worker longer than the link, so that as many
-// workers are needed as have all pieces done in the time of the rest.
+// whatever it asks for, so a few must read to fill a link; more would hold up the local part. A link
+// that could be idle for most of the time need not be full: a share of them, with time to spare,
+// leaves the others to local memory. Where units have few remote tokens each piece takes a worker
+// longer than the link, so that as many workers are needed as have all pieces done in the time of the
+// rest.
 __device__ __forceinline__ u32 count_readers(const Arguments& arguments, const Count& count,
                                              u32 workers, u32 window, u32 tile, u32 row_bytes,
                                              u32 slots) {
@@ -32,11 +36,15 @@ __device__ __forceinline__ u32 count_readers(const Arguments& arguments, const C
   const u32 most = max(1u, min(slots, most_of_reader / largest));
   const u32 each = max(1u, min(fit / readers, most));
   const float tiles = static_cast<float>(count.remote_tokens) * (1.0f / tile);
-  const float rest = max(static_cast<float>(count.tiles[0]), tiles * arguments.remote_tile);
+  const float link = tiles * arguments.remote_tile;
+  const float rest = max(static_cast<float>(count.tiles[0]), link);
   const float pieces =
       __fdividef(static_cast<float>(count.remote_units) * arguments.remote_piece, rest);
   const u32 for_pieces = static_cast<u32>(min(pieces, static_cast<float>(workers))) + 1;
-  u32 found = min(fit, max(fit / each, for_pieces));
+  const float busy = min(1.0f, time_to_spare * __fdividef(link, rest));
+  const u32 filling = fit / each;
+  const u32 for_link = min(filling, static_cast<u32>(static_cast<float>(filling) * busy) + 1);
+  u32 found = min(fit, max(for_link, for_pieces));
   // Slots are whole: one more for each of a few readers less, or else as many readers as have them.
   // 18 readers that could have 32 slots would have one each, and the window would be half empty.
   const u32 more = fit / found + 1;
