@@ -12,6 +12,8 @@ SUMMARY_HEAD = (
     "cause", "cells and bars", "worst, of the limit", "T - L, us", "T - C, us",
     "T less that with nothing remote, us",
 )  # fmt: skip
+_OURS = ("direct", "kernel")
+"""What records call our own kernel, of linears and of attention."""
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -120,7 +122,8 @@ def over_bound(grid: GridRecord, tokens: int | None = None) -> str:
     lines: dict[str, dict[float, str]] = {}
     for cell in cells:
         more = cell["microseconds"] - cell["L_microseconds"]
-        way = "" if cell.get("served_by", "direct") == "direct" else f" {cell['served_by']}"
+        served = cell.get("served_by")
+        way = "" if served in (None, *_OURS) else f" {served}"
         lines.setdefault(cell["shape"], {})[cell["fraction"]] = f"{more:.1f}{way}"
     rows = ([shape, *(found.get(share, "-") for share in shares)] for shape, found in lines.items())
     return markdown(("shape", *map(_share, shares)), rows)
