@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch._inductor.utils import fresh_cache
 
 from dak_inductor.benchmarks.harness.accuracy import Errors, errors, judge, poison
 from dak_inductor.benchmarks.harness.comparison import complete, release
+from dak_inductor.benchmarks.harness.compile_caches import CompileCaches
 from dak_inductor.benchmarks.harness.memory import PeakMemory, device_bytes_used, host_bytes_used
 from dak_inductor.benchmarks.harness.model_case import (
     SIMULATION,
@@ -45,7 +45,8 @@ class Machine:
     ceilings: Ceilings | None
     rule: TimingRule
     host_memory: int | None = None
-    cold: bool = False  # compile each case without torch's caches
+    caches: CompileCaches | None = None
+    """What a case's compilation begins with; None: whatever torch's caches hold."""
     references: dict[tuple[object, ...], Any] = field(default_factory=dict)
 
 
@@ -70,17 +71,25 @@ def _measured(case: Case, machine: Machine) -> dict[str, object]:
     reference = _reference(case, machine)
     on_gpu = machine.device.type == "cuda"
     with (
-        fresh_cache() if machine.cold else contextlib.nullcontext(),
+        _caches(case, machine) as cold,
         PeakMemory(device_bytes_used if on_gpu else lambda: 0, interval=0.25) as card,
         PeakMemory(host_bytes_used, interval=0.25) as host,
     ):
         row = _run(case, machine, provider, reference)
     row |= {
-        "compile_cold": machine.cold,
+        "compile_cold": cold,
         "card_peak_bytes": card.peak - card.start if on_gpu else None,
         "host_peak_bytes": host.peak - host.start,
     }
     return row
+
+
+def _caches(case: Case, machine: Machine) -> contextlib.AbstractContextManager[bool]:
+    """Empty for a provider's first share of a model and batch; the others differ in splits alone,
+    and compiling each anew would take most of a run."""
+    if machine.caches is None:
+        return contextlib.nullcontext(False)
+    return machine.caches.of((case.figure, case.model, case.layers, case.batch), case.provider)
 
 
 def _reference(case: Case, machine: Machine) -> dict[str, tuple[torch.Tensor, Errors]]:

@@ -72,21 +72,23 @@ def main() -> int:
 def _machine(job: Mapping[str, Any]) -> Any:
     """Device and ceilings; those of an earlier worker of the run are taken over."""
     from dak_inductor.benchmarks.harness import ceilings, command_line
+    from dak_inductor.benchmarks.harness.compile_caches import CompileCaches
     from dak_inductor.benchmarks.harness.model_measure import Machine
     from dak_inductor.benchmarks.harness.timing import QUICK, TimingRule
     from dak_inductor.benchmarks.harness.yardstick import Ceilings
 
     device = command_line.default_device()
+    caches = None if job["quick"] else CompileCaches()
     rule = QUICK if job["quick"] else TimingRule()
     if device.type != "cuda":
-        return Machine(device, None, TimingRule(0.05, 3, 1), cold=not job["quick"])
+        return Machine(device, None, TimingRule(0.05, 3, 1), caches=caches)
     known = job["ceilings"]
     if known is not None:
         found = Ceilings(**{**known, "methods": tuple(known["methods"].items())})
     else:
         found = ceilings.measure(device, job["remote"], rule, host_memory=job["host_memory"])
         emit(event="ceilings", ceilings=found.as_dict())
-    return Machine(device, found, rule, job["host_memory"], cold=not job["quick"])
+    return Machine(device, found, rule, job["host_memory"], caches)
 
 
 def _predicted(predictor: Any, case: Any) -> dict[str, object]:

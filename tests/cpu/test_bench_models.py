@@ -7,17 +7,20 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from typer.testing import CliRunner
 
 from dak_inductor import plan_command
 from dak_inductor.benchmarks import bench_models
 from dak_inductor.benchmarks.bench_models import BenchRequest, cases_of
 from dak_inductor.benchmarks.harness import model_measure, model_prediction, model_worker
+from dak_inductor.benchmarks.harness.compile_caches import CompileCaches
 from dak_inductor.benchmarks.harness.model_case import (
     DECODERS,
     MODELS,
@@ -108,6 +111,22 @@ def test_simulations_have_bytes_and_no_times() -> None:
     assert row["ttft_counted_remote"] == row["remote_bytes"]
     assert "ttft_ms" not in row and float(str(row["compile_seconds"])) > 0
     assert float(str(row["predicted_ttft_ms"])) > 0
+
+
+def test_a_provider_compiles_a_setting_from_nothing_once() -> None:
+    caches = CompileCaches()
+    own = Machine(CPU, None, TimingRule(0.003, 3, 1), caches=caches)
+    found = []
+    for share, batch in ((0.3, 1), (0.6, 1), (0.6, 2)):
+        torch._dynamo.reset()
+        counters.clear()
+        one = replace(case("dak", "vit-huge", layers=1), share=share, batch=batch)
+        row = run_case(one, own)
+        assert row["status"] == "ok", row.get("traceback") or row.get("reason")
+        hits = counters["inductor"]["fxgraph_cache_hit"]
+        found.append((row["compile_cold"], hits > 0))
+    assert found == [(True, False), (False, True), (True, False)]
+    caches.close()
 
 
 def test_a_step_can_be_run_again_at_its_place() -> None:
