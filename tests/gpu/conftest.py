@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from dak_inductor.cuda_runtime.window import Window
 
 FOLDER = Path(__file__).parent
+COMPILED = ("gpu/test_generate.py", "gpu/test_kv_cache.py", "inductor", "reduce-overhead")
+"""Tests that Inductor compiles models for take longest: they go first, or one worker of many is
+left with them at the end."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,6 +40,7 @@ def missing(gpus: int = 1) -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not any(word in item.nodeid for word in COMPILED))
     for item in items:
         if FOLDER not in item.path.parents:
             continue
