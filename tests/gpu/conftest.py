@@ -40,10 +40,10 @@ def missing(gpus: int = 1) -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not any(word in item.nodeid for word in COMPILED))
-    for item in items:
-        if FOLDER not in item.path.parents:
-            continue
+    own = [item for item in items if FOLDER in item.path.parents]
+    first = [item for item in own if any(word in item.nodeid for word in COMPILED)]
+    items[:] = list(dict.fromkeys([*first, *items]))
+    for item in own:
         marker = item.get_closest_marker("gpus")
         reason = missing(marker.args[0] if marker else 1)
         if reason is not None:
