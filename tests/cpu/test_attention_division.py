@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 
 from dak_inductor.lowering.attention.launch import divisor
 
-from .attention_division import ROW_BYTES, TILE, Case, Found, cases, divide, division_library
+from .attention_division import (
+    NO_SWEEP,
+    ROW_BYTES,
+    TILE,
+    Case,
+    Found,
+    cases,
+    divide,
+    division_library,
+)
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +215,24 @@ def test_divisors_divide(library: ctypes.CDLL, number: int, value: int) -> None:
     library.quotient.restype = ctypes.c_uint
     for each in (value, value // number * number, max(0, value // number * number - 1)):
         assert library.quotient(*divisor(number), each) == each // number
+
+
+def test_a_link_with_time_to_spare_has_fewer_readers(library: ctypes.CDLL) -> None:
+    """32 sequences of 8192 tokens on the H200, at costs of NVLink and of host memory."""
+
+    def readers(remote: int, window: int, remote_tile: float) -> int:
+        batch, heads, tokens = 32, 8, 8192
+        split = (tokens - remote) * batch * heads * ROW_BYTES
+        case = Case(
+            batch=batch, heads=heads, row_blocks=1, queries=1, tokens=tokens, visible=0,
+            workers=264, slots=5, window=window, most_chunks=4, least_chunk=2, sweep=NO_SWEEP,
+            finest_rows=1, remote_tile=remote_tile, remote_piece=1160.0, token_major=True,
+            offsets=(0, 0), splits=(split, split), lengths=(tokens,) * batch, starts=(0,) * batch,
+        )  # fmt: skip
+        return divide(library, case).remote_workers
+
+    few, many = (readers(remote, 2 << 20, 12.7) for remote in (82, 820))
+    assert many == 32  # with four slots of 16 KiB each they fill the window
+    # pieces take 8 us each, and 256 of them the time of 10 readers; a few more for the bytes
+    assert 14 <= few <= 20
+    assert readers(82, 400 << 10, 92.7) == readers(820, 400 << 10, 92.7) == 25
