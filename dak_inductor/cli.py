@@ -56,7 +56,7 @@ def probe(
     json_only: Json = False,
     out: Out = None,
 ) -> None:
-    """Measure this machine: HBM, links, windows, matmul rate. Later plans use the result."""
+    """Measure this machine: HBM, links, windows, matmul rate. `dak.offload` then plans with it."""
     with _named_errors(context):
         from dak_inductor.probe import probe as measure
         from dak_inductor.probe import render
@@ -160,7 +160,13 @@ def bench(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep the rows of an earlier run that are done.")
     ] = False,
-    models: Annotated[str, typer.Option(help="Comma-separated. Default: all.")] = "",
+    models: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated, among llama-3-8b, qwen2.5-14b, mistral-7b, opt-30b, bert-large, "
+            "vit-huge. Default: all."
+        ),
+    ] = "",
     layers: Annotated[
         int | None, typer.Option(min=0, help="Layers built; 0: all. Default: 8, quick 4.")
     ] = None,

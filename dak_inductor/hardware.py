@@ -208,7 +208,7 @@ def load(name_or_path: str | Path) -> HardwareProfile:
     if not path.is_file():
         raise ProfileError(
             f"no hardware profile {str(name_or_path)!r}: it is neither a file nor one of "
-            f"{', '.join(shipped())}; `dak probe` measures this machine and prints where it saved"
+            f"{', '.join(shipped())}; `dak probe --out FILE` writes that of this machine"
         )
     try:
         return HardwareProfile.from_json(path.read_text(encoding="utf-8"))

@@ -52,11 +52,12 @@ def kv_cache(
 
     Args:
         model: a decoder of transformers. Offloaded with `gpu_memory`, weights and cache share that
-            budget: the plan weighs them against each other. Otherwise say `offload_ratio`.
+            budget: the plan weighs them against each other. Not offloaded: say `offload_ratio`.
         batch: sequences, beams counted; every step has that many.
         max_len: tokens of each sequence, prompt and padding included.
         dtype: of keys and values; default the model's.
-        offload_ratio: the share of the cache's bytes at full length that is remote, 0 to 1.
+        offload_ratio: the share of the cache's bytes at full length that is remote, 0 to 1;
+            default that of the model.
         remote: the tier, as in `offload`; default the model's, which no other may stand beside.
         host_memory: as in `offload`, for a model that is not offloaded.
         expected_len: tokens to plan for; default half of `max_len`.

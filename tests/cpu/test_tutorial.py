@@ -70,3 +70,18 @@ def test_every_option_of_the_backend_has_a_row() -> None:
     section = (ROOT / "docs" / "options.md").read_text().split("## The backend")[1]
     rows = re.findall(r"^\| `(\w+)` \|", section.split("\n### ")[0], re.M)
     assert set(rows) == {field.name for field in fields(BackendOptions)} | {"mode"}
+
+
+def test_help_of_bench_lists_the_models() -> None:
+    from dak_inductor.benchmarks.harness.model_case import MODELS
+
+    option = next(p for p in COMMANDS["bench"].params if "--models" in p.opts)
+    assert option.help == f"Comma-separated, among {', '.join(MODELS)}. Default: all."
+
+
+def test_models_of_bench_are_those_of_the_options_page() -> None:
+    from dak_inductor.benchmarks.harness.model_case import MODELS
+
+    page = (ROOT / "docs" / "options.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| `--models` |"))
+    assert tuple(re.findall(r"`([a-z][^`]*)`", row)) == MODELS
