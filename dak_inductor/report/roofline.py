@@ -12,7 +12,8 @@ from dak_inductor.report.records import LoadedRecord
 LEAST = 0.003
 """Ratios below are drawn here: nothing remote has no place on a logarithmic axis."""
 MOST_TOKENS = 32
-"""Above that many tokens a product may be bound by compute, which this picture does not show."""
+"""With more tokens a product, and with more queries attention, may be bound by compute, which this
+picture does not show."""
 
 
 def limit(ratio: float, hbm: float, link: float) -> float:
@@ -29,7 +30,7 @@ def roofline(record: LoadedRecord) -> Html:
     text += (
         "Bandwidth of a step is the limit at the share asked for divided by T / L."
         if _is_of_steps(record)
-        else f"Cells of at most {MOST_TOKENS} tokens: bytes of the tensor over the time."
+        else f"Cells of at most {MOST_TOKENS} tokens or queries: bytes of the tensor over the time."
     )
     return join([*map(chart, found), tag("p", text, class_="small")])
 
@@ -98,7 +99,7 @@ def _of_kernels(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[floa
     for row in cells:
         size, time = _number(row.get("weight_bytes", row.get("cache_bytes"))), row.get("T/L")
         microseconds = _number(row.get("microseconds"))
-        m = int(row.get("M", 1))
+        m = int(row.get("M", 0)) or _queries(row)
         if not size or not microseconds or time is None or m > MOST_TOKENS:
             continue
         name, ratio = str(row.get("shape")), float(row.get("realised", row.get("fraction", 0)))
@@ -106,6 +107,11 @@ def _of_kernels(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[floa
             continue
         found.setdefault(name, []).append((max(ratio, LEAST), size / microseconds / 1e3))
     return found
+
+
+def _queries(row: Mapping[str, Any]) -> int:
+    """Of a sequence, which a shape of attention ends with where there are several."""
+    return int([*str(row.get("shape")).split("x"), "1"][5]) if "cache_bytes" in row else 1
 
 
 def _of_steps(

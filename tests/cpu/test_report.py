@@ -25,7 +25,7 @@ from dak_inductor.report.document import document
 from dak_inductor.report.heat_map import colour
 from dak_inductor.report.html import number, tag
 from dak_inductor.report.records import load_all
-from dak_inductor.report.roofline import limit
+from dak_inductor.report.roofline import limit, pictures
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 EVIL = "<script>alert('x')</script>\" onload=\"x"
@@ -240,6 +240,16 @@ def test_charts_are_written_as_files_of_their_own(tmp_path: Path) -> None:
     record.with_name("taken").write_text("")
     refused = runner.invoke(app, [*arguments[:-1], str(tmp_path / "taken")])
     assert refused.exit_code == ERROR_EXIT_CODE and "no folder" in refused.output
+
+
+def test_charts_of_bandwidth_leave_out_what_compute_binds() -> None:
+    (record,) = load_all([RESULTS / "attention.json"])
+    shapes = {str(row["shape"]) for row in record.cells}
+    drawn = {one.name for one in pictures(record)[1].series} - {"at the limit"}
+    # the last of six numbers are the queries of each sequence
+    few = {shape for shape in shapes if int([*shape.split("x"), "1"][5]) <= 16}
+    assert drawn == few and len(few) < len(shapes)
+    assert "8x16384x8x8x128x16" in drawn and "1x8192x8x4x128x8192" in shapes - drawn
 
 
 def test_charts_are_written_as_png_where_matplotlib_is(tmp_path: Path) -> None:
