@@ -71,7 +71,7 @@ def test_each_case_begins_and_ends_with_an_event(
     assert (row["case"], row["status"], row["model_layers"]) == (cases[0].key, "ok", 32)
     assert row["error"] == "inf", "JSON has no word for it"
     first, second = machines
-    assert first is second and first.ceilings is None and not first.cold
+    assert first is second and first.ceilings is None and first.caches is None
 
 
 def test_a_model_that_cannot_be_planned_is_a_row(
@@ -109,7 +109,8 @@ def test_ceilings_are_measured_once_and_handed_on(
     events(cases, monkeypatch, capsys, ceilings=told, quick=False)
     assert len(measured) == 1, "those of the worker before are taken over"
     assert [machine.ceilings for machine in machines] == [FOUND] * 4
-    assert [machine.cold for machine in machines] == [False, False, True, True]
+    first, second, third, fourth = (machine.caches for machine in machines)
+    assert first is second is None and third is fourth is not None
 
 
 def test_lines_that_are_no_events_are_left_alone() -> None:
