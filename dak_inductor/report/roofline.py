@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ LEAST = 0.003
 MOST_TOKENS = 32
 """With more tokens a product, and with more queries attention, may be bound by compute, which this
 picture does not show."""
+
+_QUERIES = re.compile(r"(?:[^x]+x){5}(\d{1,9})")
+"""A shape of attention that ends with them; one query is left out."""
 
 
 def limit(ratio: float, hbm: float, link: float) -> float:
@@ -95,11 +99,11 @@ def _series(points: Points) -> list[Series]:
 def _of_kernels(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
     """By shape; the least amount of tokens of each."""
     found: dict[str, list[tuple[float, float]]] = {}
-    best: dict[tuple[str, float], int] = {}
+    best: dict[tuple[str, float], float] = {}
     for row in cells:
         size, time = _number(row.get("weight_bytes", row.get("cache_bytes"))), row.get("T/L")
         microseconds = _number(row.get("microseconds"))
-        m = int(row.get("M", 0)) or _queries(row)
+        m = _tokens(row)
         if not size or not microseconds or time is None or m > MOST_TOKENS:
             continue
         name, ratio = str(row.get("shape")), float(row.get("realised", row.get("fraction", 0)))
@@ -109,9 +113,12 @@ def _of_kernels(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[floa
     return found
 
 
-def _queries(row: Mapping[str, Any]) -> int:
-    """Of a sequence, which a shape of attention ends with where there are several."""
-    return int([*str(row.get("shape")).split("x"), "1"][5]) if "cache_bytes" in row else 1
+def _tokens(row: Mapping[str, Any]) -> float:
+    """Of a product, or the queries of a sequence."""
+    if (m := _number(row.get("M"))) is not None:
+        return m
+    found = _QUERIES.fullmatch(str(row.get("shape")))
+    return float(found[1]) if found else 1.0
 
 
 def _of_steps(

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import dak_inductor as dak
 from dak_inductor import hardware
+from dak_inductor.benchmarks.harness.attention_grid import parse_shapes
 from dak_inductor.cli import ERROR_EXIT_CODE, app
 from dak_inductor.plan import OpUse, PlanProblem, TensorSpec
 from dak_inductor.planner import make_plan
@@ -246,10 +247,22 @@ def test_charts_of_bandwidth_leave_out_what_compute_binds() -> None:
     (record,) = load_all([RESULTS / "attention.json"])
     shapes = {str(row["shape"]) for row in record.cells}
     drawn = {one.name for one in pictures(record)[1].series} - {"at the limit"}
-    # the last of six numbers are the queries of each sequence
-    few = {shape for shape in shapes if int([*shape.split("x"), "1"][5]) <= 16}
+    few = {shape for shape in shapes if parse_shapes(shape)[0].queries <= 16}
     assert drawn == few and len(few) < len(shapes)
     assert "8x16384x8x8x128x16" in drawn and "1x8192x8x4x128x8192" in shapes - drawn
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("shape", "1x2x3x4x5xEVIL"), ("shape", "1x2x3x4x5x" + "9" * 5000), ("shape", None),
+     ("M", "EVIL")],
+)  # fmt: skip
+def test_a_cell_of_no_shape_leaves_the_report_whole(
+    name: str, wrong: object, tmp_path: Path
+) -> None:
+    source = json.loads((RESULTS / "attention.json").read_text())
+    source["cells"][3][name] = wrong
+    assert "attention" in report(write(tmp_path, "attention.json", source))
 
 
 def test_charts_are_written_as_png_where_matplotlib_is(tmp_path: Path) -> None:
