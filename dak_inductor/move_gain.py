@@ -3,7 +3,7 @@ known would do with them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from dak_inductor.binding import Binding
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
@@ -13,28 +13,37 @@ from dak_inductor.plan import Plan, PlanProblem
 from dak_inductor.planner import GraphSeconds, seconds_by_graph
 
 
-def gain_of(problem: PlanProblem, plan: Plan, profile: HardwareProfile) -> float:
+def gains_by_graph(
+    problem: PlanProblem, plan: Plan, profile: HardwareProfile
+) -> dict[str, GraphSeconds]:
     """Seconds that the plan saves over the calls expected, against the placement as it is."""
-    return sum(each.products + each.others for each in _gains(problem, plan, profile).values())
+    present = {spec.name: spec.current_remote or 0 for spec in problem.tensors}
+    now = seconds_by_graph(problem, present, profile)
+    then = seconds_by_graph(problem, plan.splits, profile)
+    return {
+        graph: GraphSeconds(
+            now[graph].products - then[graph].products, now[graph].others - then[graph].others
+        )
+        for graph in now
+    }
+
+
+def gain_of(gains: Mapping[str, GraphSeconds]) -> float:
+    """Their sum."""
+    return sum(each.products + each.others for each in gains.values())
 
 
 def gain_by_steps(
-    problem: PlanProblem,
-    plan: Plan,
-    profile: HardwareProfile,
-    bindings: Iterable[Binding],
-    splits: Mapping[int, int],
+    gains: Mapping[str, GraphSeconds], bindings: Sequence[Binding], splits: Mapping[int, int]
 ) -> float:
-    """The same, with the products of steps that are known priced as the step would be planned:
+    """The sum, with the products of steps that are known priced as the step would be planned:
     launches and parts of copies ahead, room in the ring, and what the link does meanwhile.
 
     splits: by id of a buffer, the one that the plan gives it.
     """
-    gains = _gains(problem, plan, profile)
-    known = list(bindings)
     saved: dict[str, float] = {}
     unknown: set[str] = set()
-    for binding, calls in zip(known, expected_calls(known), strict=True):
+    for binding, calls in zip(bindings, expected_calls(bindings), strict=True):
         if binding.graph not in gains or not _reads(binding, splits):
             continue
         now = _predicted(binding, lambda buffer: buffer.split)
@@ -47,18 +56,6 @@ def gain_by_steps(
         each.others + (each.products if graph in unknown else saved.get(graph, each.products))
         for graph, each in gains.items()
     )
-
-
-def _gains(problem: PlanProblem, plan: Plan, profile: HardwareProfile) -> dict[str, GraphSeconds]:
-    present = {spec.name: spec.current_remote or 0 for spec in problem.tensors}
-    now = seconds_by_graph(problem, present, profile)
-    then = seconds_by_graph(problem, plan.splits, profile)
-    return {
-        graph: GraphSeconds(
-            now[graph].products - then[graph].products, now[graph].others - then[graph].others
-        )
-        for graph in now
-    }
 
 
 def _reads(binding: Binding, splits: Mapping[int, int]) -> bool:

@@ -13,7 +13,7 @@ from dak_inductor.copy_ring import expected_ring_bytes, ring_within
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.default_plan import default_uses
 from dak_inductor.expected_calls import expected_calls
-from dak_inductor.move_gain import gain_by_steps, gain_of
+from dak_inductor.move_gain import gain_by_steps, gain_of, gains_by_graph
 from dak_inductor.offloaded import OffloadedModel
 from dak_inductor.plan import OpUse, Plan, PlanProblem
 from dak_inductor.plan_file import load_plan
@@ -114,11 +114,12 @@ def replan(
     moved = bytes_to_move(model, plan)
     short = problem.remote_bytes - sum(spec.current_remote or 0 for spec in problem.tensors)
     if user_plan is None and short <= 0:
-        gain = gain_of(problem, plan, profile)
+        gains = gains_by_graph(problem, plan, profile)
+        gain = gain_of(gains)
         cost = moved / profile.link(model.remote).copy_bandwidth
         if gain > cost:  # steps are planned in milliseconds
             splits = {id(buffer): split for buffer, split in _wanted(model, plan)}
-            gain = min(gain, gain_by_steps(problem, plan, profile, bindings, splits))
+            gain = min(gain, gain_by_steps(gains, bindings, splits))
         if gain <= cost:
             log.debug("plan kept: moving %.3f GB would take %.1f ms and gain %.1f ms",
                       moved / 1e9, cost * 1e3, gain * 1e3)  # fmt: skip

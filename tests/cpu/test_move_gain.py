@@ -13,7 +13,7 @@ import dak_inductor as dak
 from dak_inductor import ahead_room, copy_ring, hardware, placement, replanning
 from dak_inductor.binding import Binding
 from dak_inductor.lowering.ahead.memory import StepMemory
-from dak_inductor.move_gain import gain_by_steps, gain_of
+from dak_inductor.move_gain import gain_by_steps, gain_of, gains_by_graph
 from dak_inductor.offloaded import OffloadedModel, record_of
 from dak_inductor.planner import make_plan
 from dak_inductor.session import SESSION
@@ -89,12 +89,13 @@ def test_where_no_step_is_known_the_gain_is_the_planners(hot) -> None:
     profile = hardware.current(record.device)
     plan = make_plan(problem, profile)
     wanted = {id(t.buffer): t.buffer.nbytes - plan.splits[t.name] for t in record.tensors()}
-    planners = gain_of(problem, plan, profile)
+    gains = gains_by_graph(problem, plan, profile)
+    planners = gain_of(gains)
     assert planners > 0
-    steps = gain_by_steps(problem, plan, profile, [binding], wanted)
+    steps = gain_by_steps(gains, [binding], wanted)
     assert steps > 0 and steps != pytest.approx(planners)
     binding.ahead = None
-    assert gain_by_steps(problem, plan, profile, [binding], wanted) == pytest.approx(planners)
+    assert gain_by_steps(gains, [binding], wanted) == pytest.approx(planners)
 
 
 @pytest.mark.parametrize(("longer", "moves"), [(-1.0, True), (0.0, False), (1.0, False)])
