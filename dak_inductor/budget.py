@@ -19,9 +19,9 @@ from dak_inductor.offloaded import OffloadedModel, PlannedCache
 
 MINIMUM_RESERVE = 512 << 20
 RESERVE_SHARE = 0.06
-PEAK_MARGIN = 320 << 20
-"""Added to a measured peak of the caching allocator, for what it does not see: kernels load lazily,
-and the CUDA context grows with them for some steps."""
+CONTEXT_GROWTH = 320 << 20
+"""Kept beside what activations take: kernels load lazily, and the CUDA context, which torch's
+caching allocator does not see, grows with them for some steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +79,15 @@ class DeviceBudget:
 
     @property
     def reserve(self) -> int:
-        """Bytes kept for activations until a step's peak was measured."""
+        """Bytes kept for activations, and for kernels that are not loaded yet.
+
+        Until a step's peak was measured: a share of the budget, on the safe side.
+        """
         if self._measured_peak is not None:
             return max(0, self._measured_peak - self.tensor_bytes())
         if self.is_simulated:
             return 0
-        return max(MINIMUM_RESERVE, math.ceil(RESERVE_SHARE * self.limit))
+        return max(MINIMUM_RESERVE, math.ceil(RESERVE_SHARE * self.limit)) + CONTEXT_GROWTH
 
     def measured_peak(self, nbytes: int) -> None:
         """Replace the reserve by the peak that torch's caching allocator reserved over a step."""
@@ -97,7 +100,7 @@ class DeviceBudget:
         """
         if self.is_simulated:
             return []
-        peak = torch.cuda.max_memory_reserved(self.device) + PEAK_MARGIN
+        peak = torch.cuda.max_memory_reserved(self.device) + CONTEXT_GROWTH
         if self._measured_peak is not None and peak <= self._measured_peak:
             return []
         before = self.reserve

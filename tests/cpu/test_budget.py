@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dak_inductor.budget import MINIMUM_RESERVE, DeviceBudget, asked_budget
+from dak_inductor.budget import CONTEXT_GROWTH, MINIMUM_RESERVE, DeviceBudget, asked_budget
 from dak_inductor.byte_size import parse_budget, parse_host_memory
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
 from dak_inductor.cuda_runtime.tier_bytes import TierBytes
@@ -103,7 +103,11 @@ def test_the_reserve_is_replaced_by_a_measurement():
     budget.measured_peak(10**8)
     assert budget.reserve == 10**8 and budget.weight_bytes_available() == 9 * 10**8
     assert budget.measure() == []
-    assert MINIMUM_RESERVE == 512 * 2**20
+
+
+@pytest.mark.parametrize(("total", "activations"), [(10**9, MINIMUM_RESERVE), (10**11, 6 * 10**9)])
+def test_a_card_keeps_memory_for_activations_and_for_kernels_not_loaded_yet(total, activations):
+    assert DeviceBudget(torch.device("cuda", 0), total).reserve == activations + CONTEXT_GROWTH
 
 
 def test_a_total_is_taken_back_after_an_error():

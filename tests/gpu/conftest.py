@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,30 @@ if TYPE_CHECKING:
     from dak_inductor.cuda_runtime.window import Window
 
 FOLDER = Path(__file__).parent
-COMPILED = ("gpu/test_generate.py", "gpu/test_kv_cache.py", "inductor", "reduce-overhead")
-"""Tests that Inductor compiles models for take longest: they go first, or one worker of many is
-left with them at the end."""
+LONGEST = ("the_soak", "gpu/test_generate.py", "gpu/test_kv_cache.py", "inductor",
+           "reduce-overhead")  # fmt: skip
+"""The soak, and tests that Inductor compiles models for, take longest: they go first, or one worker
+of many is left with them at the end."""
+
+
+def take_own_card(environment: MutableMapping[str, str]) -> None:
+    """Give a worker of pytest-xdist one of the first CARDS cards: workers take them in turn.
+
+    It sees the others as peers, or with PEERS=0 no other. To be called before CUDA is initialised.
+    """
+    worker = environment.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    count = int(environment.get("CARDS", "1"))
+    if worker and count > 1:
+        visible = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
+        cards = visible.split(",")[:count]
+        own = int(worker) % len(cards)
+        mine = [*cards[own:], *cards[:own]]
+        alone = environment.get("PEERS") == "0"
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine[:1] if alone else mine)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    take_own_card(os.environ)
     config.addinivalue_line("markers", "gpus(count): needs that many GPUs of one host")
     config.addinivalue_line("markers", "alone: measures the time or the memory of the whole card")
 
@@ -41,7 +60,7 @@ def missing(gpus: int = 1) -> str | None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     own = [item for item in items if FOLDER in item.path.parents]
-    first = [item for item in own if any(word in item.nodeid for word in COMPILED)]
+    first = [item for item in own if any(word in item.nodeid for word in LONGEST)]
     items[:] = list(dict.fromkeys([*first, *items]))
     for item in own:
         marker = item.get_closest_marker("gpus")
@@ -99,11 +118,19 @@ def window(tier: Tier, device: torch.device) -> Iterator[Window]:
 
 @pytest.fixture(scope="session")
 def compiled_kernels() -> None:
-    """All kernels in the cache, compiled on all cores: one by one they take minutes."""
-    if missing() is None:
-        from dak_inductor.benchmarks.harness.compile_ahead import compile_ahead
+    """All kernels in the cache, compiled on all cores: one by one they take minutes.
 
-        compile_ahead()
+    Of several workers each compiles its share and meets the rest one by one.
+    """
+    if missing() is None:
+        from dak_inductor.benchmarks.harness.compile_ahead import compile_ahead, compile_part
+
+        worker = os.environ.get("PYTEST_XDIST_WORKER")
+        if worker is None:
+            compile_ahead()
+        else:
+            count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+            compile_part(int(worker.removeprefix("gw")), count)
 
 
 @pytest.fixture(autouse=True)

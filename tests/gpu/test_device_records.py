@@ -29,12 +29,10 @@ def nothing_left_behind() -> Iterator[None]:
     assert vmm.drain(60)
 
 
-@pytest.fixture(params=["cpu", "cuda:1", "registered"])
+@pytest.fixture(params=["cpu", pytest.param("cuda:1", marks=pytest.mark.gpus(2)), "registered"])
 def tier(request: pytest.FixtureRequest) -> Tier:
     if request.param == "registered":
         return RegisteredTier(DEVICE)
-    if request.param == "cuda:1" and torch.cuda.device_count() < 2:
-        pytest.skip("the peer tier needs 2 GPUs")
     return open_tier(request.param, device=DEVICE)
 
 

@@ -13,6 +13,7 @@ import torch
 import dak_inductor as dak
 from dak_inductor.benchmarks.harness.accuracy import errors, judge, token_agreement
 from dak_inductor.benchmarks.harness.generation import freeze
+from dak_inductor.budget import MINIMUM_RESERVE
 from dak_inductor.offloaded import record_of
 from dak_inductor.placement import LAUNCH_LOCK
 
@@ -218,8 +219,8 @@ def test_two_models_share_one_budget(device: torch.device) -> None:
     gc.collect()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    # too little for both, also once the 512 MiB kept for activations are measured to be less
-    budget = total - free + (512 << 20) + (500 << 20)
+    # too little for both, also once what is kept for activations is measured to be less
+    budget = total - free + MINIMUM_RESERVE + (500 << 20)
     for model in (first, second):
         dak.offload(model, gpu_memory=budget)
         model.compile(backend="dak")

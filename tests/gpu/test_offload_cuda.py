@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import dak_inductor as dak
+from dak_inductor.budget import CONTEXT_GROWTH, MINIMUM_RESERVE
 from dak_inductor.cuda_runtime import address_table, vmm
 from dak_inductor.offloaded import OffloadedModel, record_of
 from dak_inductor.placement import LAUNCH_LOCK
@@ -224,8 +225,7 @@ def test_memory_goes_back_with_the_model(device: torch.device) -> None:
 def test_the_card_stays_within_the_budget(device: torch.device, inputs: torch.Tensor) -> None:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    reserve = 512 << 20  # what a budget keeps for activations at least
-    budget = total - free + reserve + (256 << 20)
+    budget = total - free + MINIMUM_RESERVE + CONTEXT_GROWTH + (256 << 20)
     model = dak.offload(Stack(depth=24), gpu_memory=budget)  # 805 MB of weights
     held = record(model).bytes_by_tier()
     assert held.remote > 0.5 * held.total

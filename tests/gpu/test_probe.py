@@ -223,17 +223,15 @@ def test_profile_is_shown_and_says_where_it_is_from(profile):
     assert render(profile).row_count > 10
 
 
+@pytest.mark.gpus(2)
 def test_peers(profile):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     peer = profile.link("cuda:1")
     assert peer.direct_bandwidth > profile.link("cpu").direct_bandwidth
     assert 0.7 * peer.copy_bandwidth < peer.direct_bandwidth
 
 
+@pytest.mark.gpus(2)
 def test_peer_bytes_arrive():
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     with _remote_buffer(DEVICE, "cuda:1") as remote:
         assert isinstance(remote, Range)
         whole = Part(remote.address, 64 * MIB, 16, 8, PIECE)

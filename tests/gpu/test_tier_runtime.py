@@ -50,10 +50,8 @@ def nothing_left_behind() -> Iterator[None]:
     assert vmm.live_handles() == 0
 
 
-@pytest.fixture(params=["cpu", "cuda:1"])
+@pytest.fixture(params=["cpu", pytest.param("cuda:1", marks=pytest.mark.gpus(2))])
 def tier(request: pytest.FixtureRequest) -> VmmTier:
-    if request.param == "cuda:1" and torch.cuda.device_count() < 2:
-        pytest.skip("the peer tier needs 2 GPUs")
     return vmm_tier(request.param)
 
 
