@@ -37,7 +37,7 @@ STEPS = (
 TOPICS = {
     "system": (
         "planner", "cost_model", "compile", "move", "load", "pages", "over_budget", "marks",
-        "soak", "models_quick",
+        "soak", "soak_threads", "models_quick",
     ),
     "linears": (*GRIDS[:4], "lin0"),
     "attention": (*GRIDS[4:], "att0", "long_context"),
