@@ -9,12 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from dak_inductor.benchmarks.harness.model_cards import (
+    SIDE_BY_SIDE,
+    card_groups,
+    run_together,
+    shared_out,
+)
 from dak_inductor.benchmarks.harness.model_case import (
     DECODERS,
     ENCODERS,
@@ -69,6 +78,7 @@ class BenchRequest:
     hardware: str = "h200"
     host_memory: int | None = None
     limit_seconds: float | None = None
+    cards: int | None = None
     commit: str | None = None
 
 
@@ -140,6 +150,7 @@ def run(
     `progress` hears (rows so far, all rows, what runs). Raises OptionError.
     """
     check(request)
+    groups = _groups(request, on_gpu=on_gpu)
     cases = cases_of(request, on_gpu=on_gpu)
     begun = time.perf_counter()
     base = make_record(
@@ -148,7 +159,10 @@ def run(
     rows, found = earlier(request, base, cases) if request.resume else ({}, None)
     if rows:
         base = dataclasses.replace(base, notes=(*base.notes, RESUMED))
+    if len(groups) > 1:
+        base = dataclasses.replace(base, notes=(*base.notes, SIDE_BY_SIDE.format(request.cards)))
     state: dict[str, Any] = {"ceilings": found}
+    lock = threading.Lock()
 
     def written(*, finished: bool = False) -> Record:
         ordered = tuple(rows[case.key] for case in cases if case.key in rows)
@@ -162,9 +176,10 @@ def run(
         return made
 
     def take(row: dict[str, Any]) -> None:
-        rows[row["case"]] = row
-        written()
-        progress(len(rows), len(cases), f"{row['case']}: {row['status']}")
+        with lock:
+            rows[row["case"]] = row
+            written()
+            progress(len(rows), len(cases), f"{row['case']}: {row['status']}")
 
     def ceilings(measured: dict[str, Any]) -> None:
         state["ceilings"] = measured
@@ -176,10 +191,26 @@ def run(
     try:
         request.out.mkdir(parents=True, exist_ok=True)
         with (request.out / f"{NAME}.log").open("a", encoding="utf-8") as log:
-            ModelRun(waiting, job, limits(request, on_gpu=on_gpu), listener, log).run()
+            each = limits(request, on_gpu=on_gpu)
+            run_together(
+                [
+                    ModelRun(own, job, each, listener, log, environment=environment)
+                    for own, environment in zip(
+                        shared_out(waiting, len(groups)), groups, strict=True
+                    )
+                ]
+            )
     except OSError as error:
         raise OptionError(f"{request.out} cannot be written: {error}") from error
     return written(finished=True)
+
+
+def _groups(request: BenchRequest, *, on_gpu: bool) -> list[dict[str, str]]:
+    """What is added to the environment of each worker; those run at the same time."""
+    if request.cards is None:
+        return [{}]
+    present = torch.cuda.device_count() if on_gpu else 0
+    return card_groups(request.cards, request.remote or "cpu", present=present)
 
 
 def limits(request: BenchRequest, *, on_gpu: bool) -> Limits:

@@ -185,6 +185,10 @@ def bench(
     limit_seconds: Annotated[
         float | None, typer.Option(help="Begin no case after that; see --resume.")
     ] = None,
+    cards: Annotated[
+        int | None,
+        typer.Option(min=1, help="GPUs that run cases at the same time, each its own."),
+    ] = None,
     commit: Annotated[str | None, typer.Option(help="Commit, where no git checkout is.")] = None,
 ) -> None:
     """Whole models against their peers; without a GPU predictions and simulations."""
@@ -203,6 +207,7 @@ def bench(
             remote=remote,
             hardware=hardware,
             limit_seconds=limit_seconds,
+            cards=cards,
             commit=commit,
         )
     raise typer.Exit(code)

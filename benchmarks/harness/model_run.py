@@ -42,7 +42,7 @@ class Listener:
 
 
 class ModelRun:
-    """One run over `cases`. `log` takes what the workers print."""
+    """One run over `cases`. `log` takes what workers print, `environment` is added to theirs."""
 
     def __init__(
         self,
@@ -53,21 +53,31 @@ class ModelRun:
         log: IO[str],
         *,
         worker: Sequence[str] = WORKER,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.waiting = list(cases)
         self.job = dict(job)
         self.limits, self.listener, self.log, self.worker = limits, listener, log, list(worker)
+        self.environment = {**os.environ, **(environment or {})}
         self.begun = time.perf_counter()
+        self._stopped = threading.Event()
+        self._process: subprocess.Popen[str] | None = None
+
+    def stop(self) -> None:
+        """End from another thread: the worker is killed, and cases that wait get no row."""
+        self._stopped.set()
+        if self._process is not None:
+            self._process.kill()
 
     def run(self) -> None:
         """Until every case has its row."""
-        while self.waiting:
+        while self.waiting and not self._stopped.is_set():
             if self._elapsed() > self.limits.begin:
                 self._leave_out()
                 return
             before = len(self.waiting)
             ended = self._one_worker()
-            late = self._elapsed() > self.limits.begin
+            late = self._elapsed() > self.limits.begin or self._stopped.is_set()
             if self.waiting and len(self.waiting) == before and not late:  # no case was begun
                 self._row(FAILED, f"the worker did not begin: {ended}; see the log")
 
@@ -76,8 +86,12 @@ class ModelRun:
         cases = [asdict(case) for case in self.waiting]
         job = {**self.job, "parent": os.getpid(), "cases": cases}
         process = subprocess.Popen(
-            self.worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
-        )
+            self.worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
+            env=self.environment,
+        )  # fmt: skip
+        self._process = process
+        if self._stopped.is_set():  # between the look and the start
+            process.kill()
         assert process.stdin is not None and process.stdout is not None
         lines: queue.Queue[str | None] = queue.Queue()
         reader = threading.Thread(target=_read, args=(process.stdout, lines), daemon=True)
@@ -107,7 +121,7 @@ class ModelRun:
             if line is None:
                 status = process.wait()
                 name = f"signal {-status}" if status < 0 else f"exit status {status}"
-                if running:
+                if running and not self._stopped.is_set():
                     self._row(FAILED, f"the process ended with {name} in this case; see the log")
                 return name
             event = parse(line)

@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from dak_inductor.benchmarks import bench_models
 from dak_inductor.benchmarks.bench_models import BenchRequest, cases_of
 from dak_inductor.benchmarks.harness import model_measure, model_prediction, model_worker
 from dak_inductor.benchmarks.harness.compile_caches import CompileCaches
+from dak_inductor.benchmarks.harness.model_cards import card_groups, run_together
 from dak_inductor.benchmarks.harness.model_case import (
     DECODERS,
     MODELS,
@@ -198,7 +200,8 @@ for fields in job["cases"]:
     print("dak: a library speaks", flush=True)
     if fields["provider"] == "crash" and not os.path.exists(PATH): os._exit(11)
     if fields["provider"] == "hang": time.sleep(60)
-    row = {"case": key, **fields, "model_layers": 32, "status": "ok", "kind": "real peer"}
+    row = {"case": key, **fields, "model_layers": 32, "status": "ok", "kind": "real peer",
+           "visible": os.environ.get("CUDA_VISIBLE_DEVICES")}
     print(MARK + json.dumps({"event": "row", "case": key, "row": row}), flush=True)
 """
 
@@ -295,6 +298,59 @@ def test_a_case_that_outlasts_the_run_is_left_out_and_not_failed(tmp_path: Path)
     assert [row["status"] for row in rows] == ["left out", "left out"]
     assert rows[0]["reason"] == "stopped at the limit of the run, 2 s"
     assert rows[1]["reason"] == "time limit: run again with --resume"
+
+
+@pytest.mark.parametrize(
+    ("cards", "remote", "groups"),
+    [(1, "cpu", ["4"]), (3, "cpu", ["4", "5", "6"]), (2, "cuda:1", ["4,5"]),
+     (4, "cuda:1", ["4,5", "6,7"]), (3, "cuda:1", ["4,5"]), (4, "cuda:2", ["4,5,6"])],
+)  # fmt: skip
+def test_each_worker_sees_its_own_cards(
+    cards: int, remote: str, groups: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    found = card_groups(cards, remote, present=4)
+    assert found == [{"CUDA_VISIBLE_DEVICES": group} for group in groups]
+    with pytest.raises(OptionError, match="there are 4"):
+        card_groups(5, remote, present=4)
+    with pytest.raises(OptionError, match="takes 2 for each case"):
+        card_groups(1, "cuda:1", present=4)
+
+
+def test_cards_share_the_cases_and_write_one_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faked: Path
+) -> None:
+    """Peers of one model and batch on one card, in their order; an option that cannot be met is
+    refused before anything runs."""
+    faked.touch()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cases = [case(name, model) for model in DECODERS[:3] for name in ("one", "two")]
+    monkeypatch.setattr(bench_models, "cases_of", lambda request, on_gpu: cases)
+    record = bench_models.run(BenchRequest(tmp_path, cards=2, remote="cpu"), on_gpu=True)
+    assert [row["case"] for row in record.cells] == [each.key for each in cases]
+    assert [row["visible"] for row in record.cells] == ["0", "0", "1", "1", "0", "0"]
+    assert any("2 GPUs at the same time" in note for note in record.notes)
+    with pytest.raises(OptionError, match="--cards 3: there are 2"):
+        bench_models.run(BenchRequest(tmp_path, cards=3), on_gpu=True)
+
+
+def test_an_error_ends_the_workers_of_all_cards(tmp_path: Path) -> None:
+    def refuse(row: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    def run(name: str, heard: Listener, log: Any) -> ModelRun:
+        return ModelRun([case(name), case("later")], {"ceilings": None}, Limits(), heard, log,
+                        worker=fake_worker(tmp_path / "none"))  # fmt: skip
+
+    rows: list[dict[str, Any]] = []
+    begun = time.monotonic()
+    with (tmp_path / "log").open("w") as log:
+        hangs = run("hang", Listener(lambda key: None, rows.append, lambda found: None), log)
+        fails = run("one", Listener(lambda key: None, refuse, lambda found: None), log)
+        with pytest.raises(KeyboardInterrupt):
+            run_together([fails, hangs])
+    assert time.monotonic() - begun < 30 and rows == []
 
 
 def test_ceilings_of_a_worker_reach_the_record_and_the_next_worker(
