@@ -1,7 +1,8 @@
 """How many bytes a device may use, and how many of them weights may take.
 
-`gpu_memory` is everything the process may hold on a device: weights, KV caches, activations, graph
-pools, the CUDA context and its libraries. All models on one device share one budget.
+`gpu_memory` is everything that may be in use on a device: weights, KV caches, activations, graph
+pools, the CUDA context and its libraries, and what other processes hold there. All models of this
+process on one device share one budget.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ ERROR_EXIT_CODE = 2
 
 app = typer.Typer(
     name="dak",
-    help="Run models that do not fit in GPU memory: measure, plan, demonstrate.",
+    help="Run models that do not fit in GPU memory: measure the machine, plan, try, compare.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,7 +36,7 @@ def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
-    """Run models that do not fit in GPU memory: measure, plan, demonstrate."""
+    """Run models that do not fit in GPU memory: measure the machine, plan, try, compare."""
     context.obj = debug
     if version:
         typer.echo(f"dak-inductor {metadata.version('dak-inductor')}")
@@ -51,12 +51,17 @@ def probe(
     ] = None,
     remote: Annotated[
         list[str] | None,
-        typer.Option(help="Tier to measure; may be given several times. Default: all."),
+        typer.Option(
+            help="Remote tier to measure: cpu or cuda:N; may be given several times. Default: all."
+        ),
     ] = None,
     json_only: Json = False,
     out: Out = None,
 ) -> None:
-    """Measure this machine: HBM, links, windows, matmul rate. `dak.offload` then plans with it."""
+    """Measure this machine: GPU memory, links, their windows, matmul rate. Needs a GPU.
+
+    The result is kept, and `dak.offload` plans with it from then on.
+    """
     with _named_errors(context):
         from dak_inductor.probe import probe as measure
         from dak_inductor.probe import render
@@ -76,28 +81,38 @@ def probe(
 def plan(
     context: typer.Context,
     model: Annotated[
-        str, typer.Option(help="A preset, or the path of a transformers config.json.")
+        str,
+        typer.Option(
+            help="A transformers config.json, or its folder, or one of llama-3-8b, llama-3-70b, "
+            "qwen2.5-14b, qwen3-8b, mistral-7b, mixtral-8x7b, opt-30b, gpt2, bert-large, vit-huge."
+        ),
     ],
     hardware: Annotated[
-        str, typer.Option(help="A shipped profile, or a file from dak probe.")
+        str, typer.Option(help="h200, gh200, rtx-pro-6000, or a file of dak probe --out.")
     ] = "h200",
     remote: Annotated[str, typer.Option(help="Remote tier: cpu or cuda:N.")] = "cpu",
     gpu_memory: Annotated[
-        str | None, typer.Option(help='All that may be used: "12GiB", "24GB", "80%". Default: all.')
+        str | None,
+        typer.Option(
+            help='Budget for all that is on the GPU: "12GiB", "24GB", "80%". Default: the card.'
+        ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 1024,
     new: Annotated[int, typer.Option(min=1, help="Tokens generated for each prompt.")] = 128,
-    all_ops: Annotated[bool, typer.Option("--all", help="One row per operator.")] = False,
+    all_ops: Annotated[
+        bool, typer.Option("--all", help="A row for each operator, not one for equal layers.")
+    ] = False,
     json_only: Json = False,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write the plan here, for the option plan=.")
+        Path | None,
+        typer.Option("--out", help="Write the plan (JSON) here, for dak.offload(plan=...)."),
     ] = None,
     trace: Annotated[
         Path | None, typer.Option(help="Write the predicted timeline here, for ui.perfetto.dev.")
     ] = None,
 ) -> None:
-    """What would go where, and what it would cost: any machine, no GPU, no weights."""
+    """Predict what would go where, and what it would cost. Needs no GPU and no weights."""
     with _named_errors(context):
         from dak_inductor.plan_command import PlanRequest, answer
         from dak_inductor.plan_report import render
@@ -134,7 +149,7 @@ def demo(
         Path | None, typer.Option("--json", help="Write the numbers to this file as well.")
     ] = None,
 ) -> None:
-    """A Llama model, partly remote, compiled, and checked against eager."""
+    """Run a small Llama, partly remote and compiled, and check it against eager."""
     with _named_errors(context):
         from dak_inductor.demo import run
 
@@ -168,30 +183,47 @@ def bench(
         ),
     ] = "",
     layers: Annotated[
-        int | None, typer.Option(min=0, help="Layers built; 0: all. Default: 8, quick 4.")
+        int | None, typer.Option(min=0, help="Layers of each model; 0: all. Default: 8, quick 4.")
     ] = None,
-    batches: Annotated[str, typer.Option(help="Comma-separated. Default: 1,16, quick 1.")] = "",
-    shares: Annotated[
-        str, typer.Option(help="Shares of the weights that are remote, such as 0.1,0.5.")
+    batches: Annotated[
+        str, typer.Option(help="Sequences at once, comma-separated. Default: 1,16, quick 1.")
     ] = "",
-    providers: Annotated[str, typer.Option(help="Comma-separated. Default: all.")] = "",
+    shares: Annotated[
+        str,
+        typer.Option(
+            help="Shares of the layers' linear weights that are remote, comma-separated. "
+            "Default: 0.05,0.1,0.3,0.5,1.0, fewer with --quick."
+        ),
+    ] = "",
+    providers: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated, among dak (this backend), resident inductor, resident eager, "
+            "split inductor, split eager, layer prefetch charged eager, layer prefetch eager, "
+            "linear prefetch eager, accelerate cpu_offload. Default: all."
+        ),
+    ] = "",
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 512,
     new: Annotated[int, typer.Option(min=2, help="Tokens generated for each prompt.")] = 32,
     remote: Annotated[str | None, typer.Option(help="Remote tier: cpu or cuda:N.")] = None,
-    hardware: Annotated[str, typer.Option(help="Profile for predictions.")] = "h200",
+    hardware: Annotated[
+        str, typer.Option(help="Profile for predictions, as of dak plan.")
+    ] = "h200",
     host_memory: Annotated[
         str, typer.Option(help='Host memory to take as available: "100GB".')
     ] = "",
     limit_seconds: Annotated[
-        float | None, typer.Option(help="Begin no case after that; see --resume.")
+        float | None, typer.Option(help="Start no case after so many seconds; --resume goes on.")
     ] = None,
     cards: Annotated[
         int | None,
         typer.Option(min=1, help="GPUs that run cases at the same time, each its own."),
     ] = None,
-    commit: Annotated[str | None, typer.Option(help="Commit, where no git checkout is.")] = None,
+    commit: Annotated[
+        str | None, typer.Option(help="Commit to record, outside of a git checkout.")
+    ] = None,
 ) -> None:
-    """Whole models against their peers; without a GPU predictions and simulations."""
+    """Measure whole models against other ways to offload; without a GPU predict and simulate."""
     with _named_errors(context):
         from dak_inductor.bench_command import BenchText, bench_models
 
@@ -227,7 +259,7 @@ def report(
         bool, typer.Option("--png", help="Charts as PNG files too; needs matplotlib.")
     ] = False,
 ) -> None:
-    """One HTML file of benchmark records: grids, rooflines, verdicts, and runs compared."""
+    """Make one HTML file of records, plans and timelines; two of one benchmark are compared."""
     with _named_errors(context):
         from dak_inductor.report.document import document
         from dak_inductor.report.figures import write_figures

@@ -52,8 +52,9 @@ def offload(
 
     Args:
         model: on the CPU, on CUDA, or on meta with a `checkpoint`. Its parameters are frozen.
-        gpu_memory: everything the process may hold on the device: "24GB" (24e9 bytes), "24GiB",
-            "80%" of the card, or bytes. Weights that do not fit beside the rest go remote.
+        gpu_memory: everything that may be in use on the device, by other processes too: "24GB"
+            (24e9 bytes), "24GiB", "80%" of the card, or bytes. Weights that do not fit beside the
+            rest go remote.
         offload_ratio: instead, the share of the weight bytes that goes remote, 0 to 1.
         remote: "cpu" (host memory), "cuda:1" (another GPU), or "simulated" (no GPU needed).
         placement: names or patterns of tensors or modules to "gpu" or "cpu"; the last match wins.

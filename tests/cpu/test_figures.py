@@ -21,6 +21,7 @@ from dak_inductor.report.style import FIGURE_STYLE
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "results.md").read_text()
 MEASUREMENTS = " ".join((ROOT / "docs" / "measurements.md").read_text().split())
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FIGURE = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?) ?(x|times|GB/s|TB/s|ms|us|s|%)(?![\w/])")
@@ -69,8 +70,8 @@ def figures(text: str) -> list[tuple[str, str]]:
 
 
 def measured_rows() -> list[tuple[str, str, str]]:
-    """(measured, wanted, record) of the table under "Measured"."""
-    section = README.split("## Measured")[1].split("\n## ")[0]
+    """(measured, wanted, record) of the table under "Bars"."""
+    section = PAGE.split("## Bars")[1].split("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if ".json` |" in line]
     return [(row[1], row[2], row[3].strip("` ")) for row in rows]
 
@@ -89,7 +90,7 @@ def test_measured_figures_are_in_their_record(measured: str, wanted: str, name: 
 
 
 def linear_ranges(name: str) -> dict[float, str]:
-    """T / L of linears with 1 or 16 tokens and at least 117 MB, by fraction, as the README does."""
+    """T / L of linears with 1 or 16 tokens and at least 117 MB, by fraction, as the page does."""
     found: dict[float, list[float]] = {}
     for cell in record(name)["cells"]:
         if cell["M"] in (1, 16) and cell["weight_bytes"] >= 117e6:
@@ -102,7 +103,7 @@ def linear_ranges(name: str) -> dict[float, str]:
     ("row", "name"), [("host memory", "linear.json"), ("another GPU", "linear_peer.json")]
 )
 def test_table_of_linears_is_that_of_the_record(row: str, name: str) -> None:
-    table = README.split("time over the bound L (`linear.json`")[1]
+    table = PAGE.split("time over the bound L (`linear.json`")[1]
     head = re.search(r"^\| remote \|(.*)\|$", table, re.MULTILINE)
     line = re.search(rf"^\| {row} \|(.*)\|$", table, re.MULTILINE)
     assert head and line
@@ -119,7 +120,7 @@ def test_stock_kernels_beside_linears_are_those_of_the_record() -> None:
     ]
     ratios = [c["microseconds"] / c["peers_microseconds"]["stock on split"] for c in decode]
     slower = sum(ratio > 1.02 for ratio in ratios)
-    words = " ".join(README.split())
+    words = " ".join(PAGE.split())
     assert f"in {slower} of the {len(ratios)} decode cells" in words
     assert f"worst: {max(ratios):.2f} times" in words
     both = zip(decode, ratios, strict=True)
@@ -141,7 +142,7 @@ def test_prefill_of_linears_is_that_of_the_record() -> None:
     few = [c for c in cells if 0 < c["fraction"] <= 0.1 and c["weight_bytes"] < 200e6]
     smaller = max(ratio[id(c)] for c in few if c["weight_bytes"] >= 16e6)
     least = max(ratio[id(c)] for c in few if c["shape"] == "1000x4104")
-    words = " ".join(README.split())
+    words = " ".join(PAGE.split())
     assert f"the median cell takes {statistics.median(large):.2f} of the larger" in words
     assert f"and {sum(x > 1.1 for x in large)} of {len(large)} more than 1.10" in words
     assert f"up to {smaller:.2f} times as long, 1000x4104 up to {least:.2f}" in words
@@ -163,7 +164,7 @@ def test_means_by_share_are_those_of_the_record() -> None:
     few = f"{at[0.005]} and {at[0.01]} at 0.5 and 1%, {at[0.02]} at 2%"
     assert f"{few}, and {min(rest)} to {max(rest)} from 5% on" in MEASUREMENTS
     words = f"{min(rest)} to {max(rest)} of L from 5% remote on, {at[0.005]} to {at[0.01]} at 0.5"
-    assert words in " ".join(README.split())
+    assert words in " ".join(PAGE.split())
 
 
 def test_means_of_attention_are_those_of_the_record() -> None:
@@ -198,7 +199,7 @@ def test_repeats_and_ceilings_are_those_of_the_records() -> None:
     assert f"{words}, and by at most {max(peer):.1f}% in `linear_peer`" in MEASUREMENTS
     links = [record(f"{n}.json")["ceilings"]["link_direct"] for n in ("linear", "linear_prefill")]
     below = f"{100 * (1 - links[0] / links[1]):.1f}% below that"
-    assert below in MEASUREMENTS and below in " ".join(README.split())
+    assert below in MEASUREMENTS and below in " ".join(PAGE.split())
     cells = [
         c
         for c in record("linear.json")["cells"]
@@ -229,14 +230,15 @@ def test_times_of_prefill_attention_are_those_of_the_record() -> None:
 
 def test_the_error_of_predictions_is_that_of_the_record() -> None:
     (median,) = [v for v in record("cost_model.json")["verdicts"] if v["name"] == "median error"]
-    assert f"the median error of all cells is {100 * median['measured']:.1f}%" in README
+    words = f"the median error of all cells is {100 * median['measured']:.1f}%"
+    assert words in " ".join(PAGE.split()) and words in " ".join(README.split())
 
 
 def test_attention_figures_are_those_of_the_record() -> None:
     cells = record("attention.json")["cells"]
     at = {c["fraction"]: f"{c['T/L']:.2f}" for c in cells if c["shape"].startswith("8x32768")}
     low, high = sorted((at[0.1], at[1.0]))
-    words = " ".join(README.split())
+    words = " ".join(PAGE.split())
     assert f"{low} to {high} of the bound for 8 sequences of 32,768 tokens" in words
     assert f"10% and 100% remote, {at[0.01]} at 1%" in words
     half = {c["shape"]: c for c in cells if c["fraction"] == 0.5}
@@ -250,12 +252,13 @@ def test_attention_figures_are_those_of_the_record() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_decimal_figures_beside_a_result_file_are_in_it(page: Path) -> None:
-    """Paragraphs and table rows outside of the README's section and of what is generated from the
-    records, which have tests of their own."""
+    """Paragraphs and table rows, but those of docs/results.md and of what is generated from the
+    records that have tests of their own."""
     text = GENERATED.sub("", page.read_text())
-    if page.name == "README.md":
-        head, rest = text.split("## Measured")
-        text = head + rest.partition("\n## ")[2]
+    if page.name == "results.md":
+        for section in ("## Bars", "## Single linears and attention"):
+            head, rest = text.split(section)
+            text = head + rest.partition("\n## ")[2]
     for part in re.split(r"\n\n|\n(?=\|)", text):
         names = [n for n in re.findall(r"([\w]+\.json)`", part) if (RESULTS / n).exists()]
         values = [value for name in names for value in leaves(record(name))]
@@ -278,4 +281,4 @@ def test_pictures_are_those_of_the_records(path: Path) -> None:
         for picture in pictures(load_all([RESULTS / f"{path.stem.split('-')[0]}.json"])[0])
     }
     assert path.read_text() == made[path.stem]
-    assert f"docs/figures/{path.name}" in README
+    assert f"figures/{path.name}" in PAGE
