@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dak_inductor.binding import Binding
-from dak_inductor.lowering.ahead.memory import KnownStep, tokens_text
+from dak_inductor.lowering.ahead.known_step import KnownStep
+from dak_inductor.lowering.ahead.memory import tokens_text
 from dak_inductor.lowering.ahead.sequence import StepCall
 from dak_inductor.lowering.ahead.step_plan import StepPlan
 from dak_inductor.plan_report import bytes_text, seconds_text

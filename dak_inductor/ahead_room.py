@@ -8,7 +8,8 @@ import torch
 
 from dak_inductor.budget import DeviceBudget
 from dak_inductor.copy_ring import RING_SHARE, expected_ring_bytes
-from dak_inductor.lowering.ahead.memory import Room
+from dak_inductor.lowering.ahead.ring_room import Room
+from dak_inductor.lowering.refusals import HOPPER, capability
 from dak_inductor.offloaded import OffloadedModel
 from dak_inductor.options import copies_ahead_by_default
 
@@ -17,7 +18,13 @@ DEVICES = ("cuda",)
 
 
 def copies_help(device: torch.device) -> bool:
-    """Whether copies ahead can make products on `device` faster; a graph's options may say no."""
+    """Whether copies ahead can make products on `device` faster; a graph's options may say no.
+
+    They are of products that the CUDA templates serve, for which a GPU has to be a Hopper card.
+    """
+    if device.type == "cuda" and torch.cuda.is_available():
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return capability(index) == HOPPER
     return device.type in DEVICES
 
 

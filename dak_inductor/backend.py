@@ -28,6 +28,7 @@ from dak_inductor.resident_copies import has_memory
 from dak_inductor.rewrite import rewrite
 from dak_inductor.session import SESSION, CompiledGraph
 from dak_inductor.templates import with_templates
+from dak_inductor.torch_versions import warn_of_newer_torch
 from dak_inductor.untraced_graph import untraced_table
 from dak_inductor.written_inputs import written_inputs
 
@@ -54,6 +55,7 @@ def dak(
         OptionError: an option that does not exist.
         NothingOffloadedError, ResidentCopyError: under `strict`.
     """
+    warn_of_newer_torch()
     try:
         parsed = option_parser.parse(mode, options)
         executor = _inductor(parsed.inductor)

@@ -43,7 +43,8 @@ class BudgetTerms:
 
     def __str__(self) -> str:
         return (
-            f"{self.total:,} bytes, less {self.context:,} for the CUDA context and libraries, "
+            f"{self.total:,} bytes, less {self.context:,} for the CUDA context, libraries and "
+            f"other processes, "
             f"{self.tensors:,} for tensors that stay whole, {self.reserve:,} kept for activations, "
             f"{self.other_models:,} held by other offloaded models"
         )

@@ -67,18 +67,13 @@ def run(
         TierError: a tier of a GPU on a machine without one.
         DakError: whatever `offload` raises for this machine and ratio.
     """
-    counts = {"layers": (layers, 1), "batch": (batch, 1), "prompt": (prompt, 2), "new": (new, 2)}
-    for name, (value, least) in counts.items():
-        if value is not None and value < least:
-            raise OptionError(f"{name}={value}: must be at least {least}")
+    _check_counts(layers=(layers, 1), batch=(batch, 1), prompt=(prompt, 2), new=(new, 2))
     import dak_inductor as dak
 
     console = Console()
     if not console.is_terminal:  # wide enough for every column
         console = Console(width=120)
-    remote = remote or ("cpu" if torch.cuda.is_available() else "simulated")
-    if remote != "simulated" and not torch.cuda.is_available():
-        raise TierError(f"remote={remote!r} needs a GPU, and there is none; use 'simulated'")
+    remote = _remote_or_default(remote)
     device = torch.device("cpu" if remote == "simulated" else "cuda")
     layers = layers or (8 if device.type == "cuda" else 2)
     if remote == "simulated":
@@ -105,12 +100,7 @@ def run(
     console.print(_bytes_table(free))
     _print_comparison(console, comparison, eager.logits.shape)
     if resident_seconds is not None:
-        step = statistics.median(free.seconds[1:])
-        console.print(
-            f"decode step, median: {step * 1e3:.2f} ms; all resident, compiled by Inductor: "
-            f"{resident_seconds * 1e3:.2f} ms",
-            highlight=False,
-        )
+        _print_seconds(console, free, resident_seconds)
     read_remotely = sum(free.remote_bytes) > 0
     if not read_remotely:
         console.print("FAILED: nothing was read from the remote tier.", style="bold red")
@@ -120,6 +110,20 @@ def run(
         record |= {"layers": layers, "ratio": ratio, "remote": remote, "torch": torch.__version__}
         write_whole(Path(json_out), json.dumps(record, indent=2) + "\n")
     return 0 if passed else 1
+
+
+def _check_counts(**counts: tuple[int | None, int]) -> None:
+    """Each with the least that it may be."""
+    for name, (value, least) in counts.items():
+        if value is not None and value < least:
+            raise OptionError(f"{name}={value}: must be at least {least}")
+
+
+def _remote_or_default(remote: str | None) -> str:
+    remote = remote or ("cpu" if torch.cuda.is_available() else "simulated")
+    if remote != "simulated" and not torch.cuda.is_available():
+        raise TierError(f"remote={remote!r} needs a GPU, and there is none; use 'simulated'")
+    return remote
 
 
 def build_model(layers: int, device: torch.device) -> Any:
@@ -188,6 +192,15 @@ def _print_comparison(console: Console, comparison: Comparison, shape: torch.Siz
         console.print("Same output as eager.", style="bold green")
     else:
         console.print("FAILED: output differs from eager.", style="bold red")
+
+
+def _print_seconds(console: Console, trace: Trace, resident_seconds: float) -> None:
+    step = statistics.median(trace.seconds[1:])
+    console.print(
+        f"decode step, median: {step * 1e3:.2f} ms; all resident, compiled by Inductor: "
+        f"{resident_seconds * 1e3:.2f} ms",
+        highlight=False,
+    )
 
 
 def _record(

@@ -18,12 +18,11 @@ from dak_inductor.default_plan import uses_of
 from dak_inductor.errors import BudgetError, ModelError
 from dak_inductor.inventory import LARGE_BUFFER_BYTES, Entry, Inventory
 from dak_inductor.offload_request import OffloadRequest
+from dak_inductor.page_fit import plan_in_pages
 from dak_inductor.patterns import placed_entries
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
 from dak_inductor.plan_file import load_plan
 from dak_inductor.planner import make_plan
-
-_ROUNDS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +45,11 @@ def make_first_plan(
     tier: Tier,
     budget: DeviceBudget,
 ) -> FirstPlan:
-    """The plan to allocate by. Raises BudgetError, PatternError or PlanError; changes nothing."""
-    if not inventory.entries and (request.offload_ratio or request.placement):
-        parameters = [entry.nbytes for entry in inventory.resident if entry.is_parameter]
-        buffers = [entry.nbytes for entry in inventory.resident if not entry.is_parameter]
-        raise ModelError(
-            f"nothing of {inventory.label} can be divided: its largest parameter has "
-            f"{max(parameters, default=0):,} bytes and its largest buffer "
-            f"{max(buffers, default=0):,}; parameters below {request.minimum_bytes(tier):,} and "
-            f"buffers below {LARGE_BUFFER_BYTES:,} stay whole on the GPU"
-        )
+    """The plan to allocate by. Changes nothing.
+
+    Raises ModelError, BudgetError, PatternError, PlanError or ProfileError.
+    """
+    _check_divisible(inventory, request, tier)
     specs = tensor_specs(inventory, request, tier)
     uses = uses_of(inventory, model)
     terms = budget_terms(inventory, budget)
@@ -68,21 +62,22 @@ def make_first_plan(
         model=inventory.fingerprint,
         ring_bytes=expected_ring(budget),
     )
+
+    def fitting(plan: Plan, why: str) -> FirstPlan:
+        held = held_bytes(tier, specs.values(), plan)
+        if held.local > terms.available:
+            raise BudgetError(_too_small(request, inventory, terms, held.local, why))
+        return FirstPlan(plan, specs, uses, held)
+
     if request.plan is not None:
         sizes = {spec.name: spec.nbytes for spec in specs.values()}
         plan = load_plan(request.plan).fitted(inventory.fingerprint, sizes)
-        held = held_bytes(tier, specs.values(), plan)
-        if held.local > terms.available:
-            raise BudgetError(_too_small(request, inventory, terms, held.local, "the plan keeps"))
-        return FirstPlan(plan, specs, uses, held)
+        return fitting(plan, "the plan keeps")
     profile = hardware.current(budget.device)
     if request.offload_ratio is not None:
         wanted = round(request.offload_ratio * inventory.tierable_bytes)
         plan = make_plan(replace(problem, remote_bytes=wanted), profile)
-        held = held_bytes(tier, specs.values(), plan)
-        if held.local > terms.available:
-            raise BudgetError(_too_small(request, inventory, terms, held.local, "the ratio keeps"))
-        return FirstPlan(plan, specs, uses, held)
+        return fitting(plan, "the ratio keeps")
     movable = sum(
         spec.nbytes if spec.max_remote is None else spec.max_remote for spec in specs.values()
     )
@@ -90,17 +85,24 @@ def make_first_plan(
     if terms.available < fixed or terms.available < 0:
         raise BudgetError(_too_small(request, inventory, terms, fixed, "patterns keep"))
     wanted = max(0, inventory.tierable_bytes - terms.available)
-    for _ in range(_ROUNDS):
-        plan = make_plan(replace(problem, remote_bytes=min(wanted, movable)), profile)
-        held = held_bytes(tier, specs.values(), plan)
-        if held.local <= terms.available:
-            return FirstPlan(plan, specs, uses, held)
-        if wanted >= movable:
-            break
-        # Pages that are local in part cost a whole page; whole pages have to go.
-        wanted += -(-(held.local - terms.available) // tier.page_bytes) * tier.page_bytes
-    raise BudgetError(
-        _too_small(request, inventory, terms, held.local, "rounded to pages, there stay")
+    plan, _ = plan_in_pages(
+        problem, profile, lambda plan: held_bytes(tier, specs.values(), plan).local,
+        available=terms.available, page_bytes=tier.page_bytes, wanted=wanted, most=movable,
+    )  # fmt: skip
+    return fitting(plan, "rounded to pages, there stay")
+
+
+def _check_divisible(inventory: Inventory, request: OffloadRequest, tier: Tier) -> None:
+    """Raises ModelError where something is to be remote and nothing can be."""
+    if inventory.entries or not (request.offload_ratio or request.placement):
+        return
+    parameters = [entry.nbytes for entry in inventory.resident if entry.is_parameter]
+    buffers = [entry.nbytes for entry in inventory.resident if not entry.is_parameter]
+    raise ModelError(
+        f"nothing of {inventory.label} can be divided: its largest parameter has "
+        f"{max(parameters, default=0):,} bytes and its largest buffer "
+        f"{max(buffers, default=0):,}; parameters below {request.minimum_bytes(tier):,} and "
+        f"buffers below {LARGE_BUFFER_BYTES:,} stay whole on the GPU"
     )
 
 

@@ -14,11 +14,10 @@ from dak_inductor.kv_cache_geometry import CacheGeometry
 from dak_inductor.kv_cache_storage import CacheStorage
 from dak_inductor.kv_cache_tensors import TensorPlan, decode_uses
 from dak_inductor.offloaded import OffloadedModel, note_change
+from dak_inductor.page_fit import plan_in_pages
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
 from dak_inductor.planner import make_plan
 from dak_inductor.session import SESSION
-
-_ROUNDS = 8
 
 
 def splits_by_ratio(
@@ -96,17 +95,13 @@ def _within_budget(
         raise AssertionError("a model with a ratio has no budget to share")
     available = record.budget.weight_bytes_available(record)
     wanted = max(problem.remote_bytes, total - available, 0)
-    held = available
-    for _ in range(_ROUNDS):
-        try:
-            plan = make_plan(replace(problem, remote_bytes=min(wanted, total)), profile)
-        except BudgetError as error:
-            raise BudgetError(f"{_asked(plans)} under {_limit(record)}: {error}") from error
-        held = _held(record, plan, plans)
-        if held <= available or wanted >= total:
-            break
-        page = record.tier.page_bytes
-        wanted += -(-(held - available) // page) * page  # a page that is local in part is held
+    try:
+        plan, held = plan_in_pages(
+            problem, profile, lambda plan: _held(record, plan, plans),
+            available=available, page_bytes=record.tier.page_bytes, wanted=wanted, most=total,
+        )  # fmt: skip
+    except BudgetError as error:
+        raise BudgetError(f"{_asked(plans)} under {_limit(record)}: {error}") from error
     if held > available:
         raise BudgetError(
             f"{_asked(plans)} under {_limit(record)}: weights and cache hold {held:,} bytes of "

@@ -85,7 +85,7 @@ def ring_bytes(model: OffloadedModel, bindings: Iterable[Binding]) -> int:
         return expected_ring(model.budget)
     if not copies_help(model.device) or any(steps.never for steps in called):
         return 0
-    rooms = [steps.least_room for steps in called if steps.least_room is not None]
+    rooms = [steps.ring.least for steps in called if steps.ring.least is not None]
     return ring_within(min(rooms, default=expected_ring_bytes(model.budget.limit)))
 
 

@@ -46,64 +46,98 @@ class Scores:
     used_elsewhere: bool
 
 
+class _Chain:
+    """The way back from attention weights to a product; `steps` are the nodes behind `value`."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+        self.steps: list[Node] = []
+
+    def pass_one(self, operand: object = None) -> None:
+        """Go on to the first operand of `value`, a node, or to another one."""
+        assert isinstance(self.value, Node)
+        self.steps.append(self.value)
+        self.value = self.value.args[0] if operand is None else operand
+
+    def pass_casts(self) -> None:
+        while isinstance(self.value, Node) and (changes_not(self.value) or _casts(self.value)):
+            self.pass_one()
+
+
 def read_scores(weights: object) -> Scores | str | None:
     """How the weights were computed; None where by no softmax over a product; else the reason why
     it is none that is known."""
-    steps: list[Node] = []
-
-    def take(node: Node) -> object:
-        steps.append(node)
-        return node.args[0]
-
-    value = weights
-    while isinstance(value, Node) and (changes_not(value) or _casts(value)):
-        value = take(value)
-    if not isinstance(value, Node) or value.target not in _SOFTMAX or not _over_tokens(value):
+    chain = _Chain(weights)
+    chain.pass_casts()
+    softmax = chain.value
+    if not isinstance(softmax, Node) or softmax.target not in _SOFTMAX or not _over_tokens(softmax):
         return None
-    value = take(value)
-    while isinstance(value, Node) and (changes_not(value) or _casts(value)):
-        value = take(value)
-    mask: Node | None = None
-    fill: float | None = None
-    if isinstance(value, Node) and value.target in _FILL:
-        filled, number = value.args[1:3]
-        if isinstance(filled, Node) and isinstance(number, (int, float)):
-            mask, fill = filled, float(number)
-            value = take(value)
-    elif isinstance(value, Node) and value.target in _ADD and not value.kwargs:
-        left, right = value.args[:2]
-        if not isinstance(left, Node) or not isinstance(right, Node):
-            return "a number is added to the attention scores"
-        steps.append(value)
-        # the scores are the operand that leads to a product
-        value, mask = (left, right) if _product_behind(left) is not None else (right, left)
-    softcap = 0.0
-    outer = _factor(value)
-    if outer is not None and isinstance(value, Node) and _is_tanh(value.args[0]):
-        tanh = take(value)
-        assert isinstance(tanh, Node)
-        inside = take(tanh)
-        inner = _factor(inside)
-        if not isinstance(inside, Node) or inner is None or abs(inner * outer - 1) > 1e-6:
-            return "a tanh of the attention scores that is no softcap"
-        softcap = abs(outer)  # tanh is odd
-        value = take(inside)
-    scale = 1.0
-    while isinstance(value, Node) and (
-        (factor := _factor(value)) is not None or changes_not(value) or _casts(value)
-    ):
-        scale *= 1.0 if factor is None else factor
-        value = take(value)
-    if not isinstance(value, Node) or value.target not in (_aten.matmul.default,):
-        return None if _product_behind(value) is None else _unknown_step(value)
-    query, transposed = value.args[:2]
+    chain.pass_one()
+    chain.pass_casts()
+    masked = _pass_mask(chain)
+    if isinstance(masked, str):
+        return masked
+    softcap = _pass_softcap(chain)
+    if isinstance(softcap, str):
+        return softcap
+    scale = _pass_scale(chain)
+    product = chain.value
+    if not isinstance(product, Node) or product.target is not _aten.matmul.default:
+        return None if _product_behind(product) is None else _unknown_step(product)
+    query, transposed = product.args[:2]
     key = _transposed(transposed)
     if not isinstance(query, Node) or key is None:
         return "the second operand of the attention scores is no transpose of keys"
-    steps.append(value)
-    used_elsewhere = any(len(step.users) != 1 for step in steps)
-    nodes = tuple(reversed(steps))
-    return Scores(query, key, scale, softcap, mask, fill, nodes, used_elsewhere)
+    chain.pass_one()
+    used_elsewhere = any(len(step.users) != 1 for step in chain.steps)
+    return Scores(query, key, scale, softcap, *masked, tuple(reversed(chain.steps)), used_elsewhere)
+
+
+def _pass_mask(chain: _Chain) -> tuple[Node | None, float | None] | str:
+    """`mask` and `fill` of the scores, if there is a mask; a text where something else is added."""
+    masked = chain.value
+    if not isinstance(masked, Node):
+        return None, None
+    if masked.target in _FILL:
+        mask, number = masked.args[1:3]
+        if isinstance(mask, Node) and isinstance(number, (int, float)):
+            chain.pass_one()
+            return mask, float(number)
+    elif masked.target in _ADD and not masked.kwargs:
+        left, right = masked.args[:2]
+        if not isinstance(left, Node) or not isinstance(right, Node):
+            return "a number is added to the attention scores"
+        # the scores are the operand that leads to a product
+        scores, mask = (left, right) if _product_behind(left) is not None else (right, left)
+        chain.pass_one(scores)
+        return mask, None
+    return None, None
+
+
+def _pass_softcap(chain: _Chain) -> float | str:
+    """The bound of the scores, 0 for none; a text where they go through another tanh."""
+    outer = _factor(chain.value)
+    if outer is None or not isinstance(chain.value, Node) or not _is_tanh(chain.value.args[0]):
+        return 0.0
+    chain.pass_one()
+    chain.pass_one()
+    inner = _factor(chain.value)
+    if inner is None or abs(inner * outer - 1) > 1e-6:
+        return "a tanh of the attention scores that is no softcap"
+    chain.pass_one()
+    return abs(outer)  # tanh is odd
+
+
+def _pass_scale(chain: _Chain) -> float:
+    """What the product was multiplied by."""
+    scale = 1.0
+    while isinstance(chain.value, Node):
+        factor = _factor(chain.value)
+        if factor is None and not changes_not(chain.value) and not _casts(chain.value):
+            break
+        scale *= 1.0 if factor is None else factor
+        chain.pass_one()
+    return scale
 
 
 def upwards(node: Node, *, through: tuple[object, ...]) -> Iterator[Node]:

@@ -161,7 +161,7 @@ class CompiledGraph:
                 raise DeviceMemoryError(advice(_models_of(binding), error)) from error
             self.steps.after(written)
         binding.note_call(values)
-        if binding.ahead is not None and binding.ahead.ring_grew():
+        if binding.ahead is not None and binding.ahead.ring.grew():
             binding.grew = True
         if binding.names and replanning.is_due(binding):
             self._replan(binding)

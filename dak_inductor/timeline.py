@@ -12,12 +12,12 @@ import json
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from dak_inductor.copy_ring import PARTS_IN_RING, RING_BYTES
 from dak_inductor.cost_model import local_bandwidth, op_floor
 from dak_inductor.hardware import HardwareProfile
 from dak_inductor.plan import OpPlan, Plan
+from dak_inductor.trace_labels import process_name, thread_name, thread_position
 
 LANES = ("operator", "local", "remote", "copy", "compute")
 _NAMES = {
@@ -131,11 +131,10 @@ def to_trace(
     graphs, events = list(plan.step_times), []
     for number, graph in enumerate(graphs, 1):
         name = f"{graph}: predicted {plan.step_times[graph] * 1e3:.3f} ms on {plan.hardware}"
-        events.append(_meta("process_name", number, 0, name))
+        events.append(process_name(number, name))
         for lane, key in enumerate(LANES, 1):
-            events.append(_meta("thread_name", number, lane, _NAMES[key]))
-            events.append({**_meta("thread_sort_index", number, lane, ""),
-                           "args": {"sort_index": lane}})  # fmt: skip
+            events.append(thread_name(number, lane, _NAMES[key]))
+            events.append(thread_position(number, lane))
     for span in timeline(plan, profile, compute):
         op = span.op
         events.append(
@@ -162,7 +161,3 @@ def to_trace(
     }
     record = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": told}
     return json.dumps(record, allow_nan=False) + "\n"
-
-
-def _meta(kind: str, process: int, thread: int, name: str) -> dict[str, Any]:
-    return {"name": kind, "ph": "M", "pid": process, "tid": thread, "args": {"name": name}}

@@ -17,6 +17,7 @@ from dak_inductor.errors import ModelError, OptionError
 from dak_inductor.lowering.marks import MARKS
 from dak_inductor.offloaded import OffloadedModel, record_of
 from dak_inductor.trace_events import LANES, Event, Mark, Work, marks_of, work_of
+from dak_inductor.trace_labels import process_name, thread_name, thread_position
 
 _HOST = 1  # process of the host's marks; those of GPUs come behind it
 _ROWS = 16  # threads that a lane may have: work that overlaps lies in one below the other
@@ -102,9 +103,9 @@ def to_trace(events: Sequence[Event], record: OffloadedModel) -> str:
 
 
 def _processes(where: str, devices: Iterable[int]) -> Iterator[dict[str, Any]]:
-    yield _meta("process_name", _HOST, 0, where)
+    yield process_name(_HOST, where)
     for device in sorted(devices):
-        yield _meta("process_name", _HOST + 1 + device, 0, f"GPU {device}: measured")
+        yield process_name(_HOST + 1 + device, f"GPU {device}: measured")
 
 
 def _on_host(marks: Iterable[Mark], begin: float) -> Iterator[dict[str, Any]]:
@@ -122,7 +123,7 @@ def _on_host(marks: Iterable[Mark], begin: float) -> Iterator[dict[str, Any]]:
             "dur": mark.stop - mark.start,
         }
     for number in threads.values():
-        yield _meta("thread_name", _HOST, number, f"thread {number}")
+        yield thread_name(_HOST, number, f"thread {number}")
 
 
 def _on_devices(work: Iterable[Work], begin: float) -> Iterator[dict[str, Any]]:
@@ -141,9 +142,8 @@ def _on_devices(work: Iterable[Work], begin: float) -> Iterator[dict[str, Any]]:
         process, thread = _HOST + 1 + each.device, lanes.index(each.lane) * _ROWS + row + 1
         if (process, thread) not in named:
             named.add((process, thread))
-            yield _meta("thread_name", process, thread, LANES.get(each.lane, each.lane))
-            order = {"args": {"sort_index": thread}}
-            yield {**_meta("thread_sort_index", process, thread, ""), **order}
+            yield thread_name(process, thread, LANES.get(each.lane, each.lane))
+            yield thread_position(process, thread)
         told = {"kernel": each.kernel, "graph": each.graph, **each.details}
         yield {
             "name": each.label,
@@ -155,7 +155,3 @@ def _on_devices(work: Iterable[Work], begin: float) -> Iterator[dict[str, Any]]:
             "dur": each.microseconds,
             "args": {key: value for key, value in told.items() if value != ""},
         }
-
-
-def _meta(kind: str, process: int, thread: int, name: str) -> dict[str, Any]:
-    return {"name": kind, "ph": "M", "pid": process, "tid": thread, "args": {"name": name}}

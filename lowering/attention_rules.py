@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import torch
 
+from dak_inductor.lowering.attention.configuration import HEAD_DIMS, MAXIMUM_QUERIES
 from dak_inductor.lowering.attention_facts import AttentionFacts
-from dak_inductor.lowering.template_rule import Rule, dtype_text, gpu_text
+from dak_inductor.lowering.template_rule import HALF, Rule, dtype_text, gpu_text
 
-HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 MOST_HEAD = 256
-FEW_QUERIES = 16
-"""Above so many queries of a sequence, remote tokens are staged once, not read by each tile."""
-_HALF = (torch.bfloat16, torch.float16)
 
 _COMMON: tuple[Rule[AttentionFacts], ...] = (
     Rule(
@@ -51,7 +48,7 @@ CUDA: tuple[Rule[AttentionFacts], ...] = (
         lambda f: "the compiled extension of dak_inductor cannot be loaded",
     ),
     Rule(
-        lambda f: f.dtype in _HALF,
+        lambda f: f.dtype in HALF,
         lambda f: f"it takes bfloat16 and float16, keys are {dtype_text(f.dtype)}",
     ),
     *_COMMON,
@@ -66,8 +63,8 @@ CUDA: tuple[Rule[AttentionFacts], ...] = (
         ),
     ),
     Rule(
-        lambda f: _ORDERED.holds(f) or (f.rows is not None and f.rows <= FEW_QUERIES),
-        lambda f: f"more than {FEW_QUERIES} queries are staged, and {_ORDERED.reason(f)}",
+        lambda f: _ORDERED.holds(f) or (f.rows is not None and f.rows <= MAXIMUM_QUERIES),
+        lambda f: f"more than {MAXIMUM_QUERIES} queries are staged, and {_ORDERED.reason(f)}",
     ),
 )
 
@@ -78,7 +75,7 @@ TRITON: tuple[Rule[AttentionFacts], ...] = (
     ),
     Rule(lambda f: f.triton, lambda f: "triton is not installed"),
     Rule(
-        lambda f: f.dtype in (*_HALF, torch.float32),
+        lambda f: f.dtype in (*HALF, torch.float32),
         lambda f: f"it takes bfloat16, float16 and float32, keys are {dtype_text(f.dtype)}",
     ),
     *_COMMON,

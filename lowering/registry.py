@@ -18,7 +18,7 @@ import torch
 from dak_inductor.lowering import attention_rules
 from dak_inductor.lowering.attention_facts import attention_facts
 from dak_inductor.lowering.op_facts import OpFacts, facts_of
-from dak_inductor.lowering.template_rule import Rule, dtype_text, first_reason, gpu_text
+from dak_inductor.lowering.template_rule import HALF, Rule, dtype_text, first_reason, gpu_text
 
 Template = Literal["cuda", "triton", "stock"]
 
@@ -41,8 +41,6 @@ class Choice:
     template: Template
     refusals: tuple[TemplateRefusal, ...] = ()
 
-
-_HALF = (torch.bfloat16, torch.float16)
 
 _COMMON: tuple[Rule[OpFacts], ...] = (
     Rule(
@@ -77,7 +75,7 @@ _CUDA: tuple[Rule[OpFacts], ...] = (
         lambda f: "the compiled extension of dak_inductor cannot be loaded",
     ),
     Rule(
-        lambda f: f.dtype in _HALF,
+        lambda f: f.dtype in HALF,
         lambda f: f"it takes bfloat16 and float16, the weight is {dtype_text(f.dtype)}",
     ),
     *_COMMON,
@@ -98,7 +96,7 @@ _TRITON: tuple[Rule[OpFacts], ...] = (
     ),
     Rule(lambda f: f.triton, lambda f: "triton is not installed"),
     Rule(
-        lambda f: f.dtype in (*_HALF, torch.float32),
+        lambda f: f.dtype in (*HALF, torch.float32),
         lambda f: f"it takes bfloat16, float16 and float32, the weight is {dtype_text(f.dtype)}",
     ),
     *_COMMON,

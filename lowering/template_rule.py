@@ -10,6 +10,9 @@ import torch
 
 Facts = TypeVar("Facts")
 
+HALF = (torch.bfloat16, torch.float16)
+"""What the CUDA templates take."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rule(Generic[Facts]):

@@ -11,25 +11,22 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.errors import ProfileError
-from dak_inductor.lowering.ahead.plan_choice import choose
+from dak_inductor.lowering.ahead.known_step import KnownStep
+from dak_inductor.lowering.ahead.planning import plans_of, predicted_seconds
 from dak_inductor.lowering.ahead.player import Player
-from dak_inductor.lowering.ahead.prediction import predicted_seconds
-from dak_inductor.lowering.ahead.prepared_plan import PreparedPlan
-from dak_inductor.lowering.ahead.sequence import CallSequence, SplitOf, Splits
+from dak_inductor.lowering.ahead.ring_room import RingRoom, Room
+from dak_inductor.lowering.ahead.sequence import CallSequence, SplitOf
 from dak_inductor.lowering.ahead.step import (
     LearningStep,
     PlayedStep,
     place_of,
 )
-from dak_inductor.lowering.ahead.step_costs import link_rates, step_ops, tier_of
 from dak_inductor.lowering.ahead.step_plan import StepPlans
-from dak_inductor.lowering.linear.launch import profile_of
 from dak_inductor.lowering.linear.open_step import (
     OutsideStep,
     current,
@@ -50,46 +47,6 @@ MOST_DERAILMENTS = 3
 """Then a step is not staged any more: each was copied ahead in vain, in part."""
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
-    """Bytes of device memory that a ring may take; `charged`: weights make room for them."""
-
-    nbytes: int
-    charged: bool = False
-
-
-@dataclass(slots=True)
-class KnownStep:
-    """One step. `splits` are those that `plans` were made for; `prepared` is what playing them
-    takes, by whether in a capture; `off` says why nothing is staged any more."""
-
-    sequence: CallSequence | None = None
-    splits: Splits | None = None
-    plans: StepPlans | None = None
-    prepared: dict[bool, PreparedPlan] = field(default_factory=dict)
-    derailments: int = 0
-    off: str = ""
-
-    def forget(self) -> None:
-        """Learn it anew."""
-        self.sequence = None
-        self.replace(None, None)
-
-    def replace(self, plans: StepPlans | None, splits: Splits | None) -> None:
-        """Other plans from here on."""
-        self.plans, self.splits = plans, splits
-        self.prepared.clear()
-
-    def playable(self, sequence: CallSequence, *, captured: bool) -> PreparedPlan | None:
-        """What the next call plays; None where it runs as without a step."""
-        if self.plans is None or not self.plans.of(captured=captured).staged:
-            return None
-        if captured not in self.prepared:
-            plan = self.plans.of(captured=captured)
-            self.prepared[captured] = PreparedPlan(plan, sequence.calls)
-        return self.prepared[captured]
-
-
 class StepMemory:
     """All steps of one graph with one set of weights. Used under the launch lock.
 
@@ -100,21 +57,8 @@ class StepMemory:
 
     def __init__(self, name: str, strategy: Strategy, room: Callable[[], Room]) -> None:
         self.name, self.strategy = name, strategy
-        self.ring_bytes = 0  # of the largest ring that a step had, or may have in a capture
-        self._grew = False
-        self._held: torch.Tensor | None = None
-        self._ask_room = room
-        self._room: Room | None = None
-        self.least_room: int | None = None
-        """Bytes that a ring could have whenever a step was planned. It only falls, so that what is
-        placed by it does not move back and forth."""
+        self.ring = RingRoom(room)
         self._steps: OrderedDict[Hashable, KnownStep] = OrderedDict()
-
-    def ring_grew(self) -> bool:
-        """Whether a step had, or may have in a capture, a larger ring than all before, since this
-        was last asked."""
-        grew, self._grew = self._grew, False
-        return grew
 
     @property
     def never(self) -> bool:
@@ -134,14 +78,12 @@ class StepMemory:
         known = next(reversed(self._steps.values()), None)
         if known is None or known.off or known.sequence is None:
             return None
-        room = self._room or self._ask_room()
         return predicted_seconds(
             known.sequence,
-            split_of,
+            self.ring.to_predict(),
             strategy=self.strategy,
-            room=max(room.nbytes, self.ring_bytes),
-            charged=room.charged,
             device_index=device_index,
+            split_of=split_of,
         )
 
     @contextmanager
@@ -175,7 +117,7 @@ class StepMemory:
             spare_host(spared)
             enter(before)
             if known is not None:
-                self._held = None
+                self.ring.release()
             if step is not None and known is not None:
                 step.close(failed=failed)
                 self._end(tokens, known, step, failed)
@@ -231,52 +173,24 @@ class StepMemory:
             with torch.cuda.device(device):
                 torch.cuda.current_blas_handle()
         if not plans.eager.ring_bytes:
-            self._hold(plans.captured.ring_bytes, device)
-
-    def _hold(self, ring_bytes: int, device: torch.device) -> None:
-        """Take the ring that captures will have through this call, which has none of its own:
-        weights make room for the peak that torch's allocator reports of calls outside of them."""
-        if ring_bytes > self.ring_bytes:
-            try:
-                self._held = torch.empty(ring_bytes, dtype=torch.uint8, device=device)
-            except torch.OutOfMemoryError:
-                return
-            self._note_ring(ring_bytes)
-
-    def _note_ring(self, ring_bytes: int) -> None:
-        self._grew |= ring_bytes > self.ring_bytes
-        self.ring_bytes = max(self.ring_bytes, ring_bytes)
+            self.ring.hold(plans.captured.ring_bytes, device)
 
     def _plan(
         self, tokens: Hashable, sequence: CallSequence, index: int, capturing: bool
     ) -> StepPlans | None:
         """None where they cannot be made now. Both are made at once: calls outside of a capture
         come before it, and room is asked for there."""
-        if not capturing:
-            self._room = self._ask_room()
-        if self._room is None:
+        room = self.ring.to_plan(capturing=capturing)
+        if room is None:
             return None
-        calls = sequence.calls
-        tier, profile = tier_of(calls), profile_of(index)
-        ops = step_ops(calls, tier, index)
-        spared = step_ops(calls, tier, index, spared=True)
-        if ops is None or spared is None:
+        plans = plans_of(sequence, room, strategy=self.strategy, device_index=index)
+        if plans is None:
             return None
-        room = max(self._room.nbytes, self.ring_bytes)
-        self.least_room = room if self.least_room is None else min(room, self.least_room)
-        plans = choose(
-            ops,
-            link_rates(profile, profile.link(tier)),
-            strategy=self.strategy,
-            room=room,
-            charged=self._room.charged,
-            spared=spared,
-        )
         plan, eager = plans.captured, plans.eager
         log.info(
             "%s, %s: %d of %d products staged ahead through %.1f MB; predicted %.3f ms, all direct "
             "%.3f ms; outside of CUDA graphs %d staged, %.3f ms, all direct %.3f ms",
-            self.name, tokens_text(tokens), plan.staged, len(ops), plan.ring_bytes / 1e6,
+            self.name, tokens_text(tokens), plan.staged, len(plan.ops), plan.ring_bytes / 1e6,
             plan.seconds * 1e3, plan.direct_seconds * 1e3,
             eager.staged, eager.seconds * 1e3, eager.direct_seconds * 1e3,
         )  # fmt: skip
@@ -297,7 +211,7 @@ class StepMemory:
             if known.derailments >= MOST_DERAILMENTS:
                 self._switch_off(tokens, known, f"its products vary: {step.derailed}")
         elif not step.captured:
-            self._note_ring(step.plan.ring_bytes)
+            self.ring.note(step.plan.ring_bytes)
 
     def _switch_off(self, tokens: Hashable, known: KnownStep, reason: str) -> None:
         known.forget()

@@ -98,7 +98,7 @@ class PlayedStep:
             return None
         reason = self._mismatch(product)
         if reason:
-            self.derail(reason)
+            self._derail(reason)
             return None
         number = self._next
         self._next += 1
@@ -119,7 +119,7 @@ class PlayedStep:
             return "a split was moved meanwhile"
         return ""
 
-    def derail(self, reason: str) -> None:
+    def _derail(self, reason: str) -> None:
         """Join the copies; nothing more is served."""
         self.derailed = reason
         self._player.join()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dak_inductor.lowering.ahead import memory as memory_module
+from dak_inductor.lowering.ahead import planning
 from dak_inductor.lowering.ahead.step_plan import StepPlans
 from dak_inductor.lowering.linear.open_step import spares_host
 
@@ -24,7 +24,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def staged_in(monkeypatch: pytest.MonkeyPatch, *, captured: bool) -> None:
     """Plans stage products in captures alone, or outside of them alone."""
-    real = memory_module.choose
+    real = planning.choose
 
     def chosen(*args, **options) -> StepPlans:
         staged = real(*args, **options)
@@ -33,7 +33,7 @@ def staged_in(monkeypatch: pytest.MonkeyPatch, *, captured: bool) -> None:
             return StepPlans(captured=staged.captured, eager=direct.eager)
         return StepPlans(captured=direct.captured, eager=staged.eager)
 
-    monkeypatch.setattr(memory_module, "choose", chosen)
+    monkeypatch.setattr(planning, "choose", chosen)
 
 
 @pytest.mark.parametrize("in_captures", [True, False])
@@ -49,8 +49,8 @@ def test_calls_outside_of_captures_do_not_decide_for_them_nor_they_for_those(
             captured(patched, (0, capture))
             assert run() == [in_captures] * 3
     assert run.asked == 1, "planned once, for both"
-    assert run.memory.ring_grew(), "weights make room for the ring of either"
-    assert run.memory.ring_bytes > 0 and not run.memory.ring_grew()
+    assert run.memory.ring.grew(), "weights make room for the ring of either"
+    assert run.memory.ring.largest > 0 and not run.memory.ring.grew()
 
 
 def test_cublas_has_its_handle_before_a_capture_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,14 +92,14 @@ def test_a_capture_after_a_move_is_planned_in_it(monkeypatch: pytest.MonkeyPatch
 def test_products_spare_the_host_while_a_step_is_open_whose_plan_says_so(
     monkeypatch: pytest.MonkeyPatch, spares: bool
 ) -> None:
-    real = memory_module.choose
+    real = planning.choose
 
     def chosen(*args, **options) -> StepPlans:
         plans = real(*args, **{**options, "strategy": "direct"})
         assert len(options["spared"]) == 3
         return replace(plans, eager=replace(plans.eager, spares_host=spares))
 
-    monkeypatch.setattr(memory_module, "choose", chosen)
+    monkeypatch.setattr(planning, "choose", chosen)
     run = Run(three())
     seen: list[bool] = []
     layer: Any = run.layers[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,13 @@ import torch
 from dak_inductor import hardware
 from dak_inductor.cost_model import alone_seconds, local_bandwidth, op_floor
 from dak_inductor.lowering import host_cost
-from dak_inductor.lowering.ahead.sequence import CallSequence, call_of
+from dak_inductor.lowering.ahead import step_costs
+from dak_inductor.lowering.ahead.sequence import CallSequence, StepCall, call_of
 from dak_inductor.lowering.ahead.step_costs import step_ops, tier_of
 from dak_inductor.lowering.ahead.step_op import RowSpan
+from dak_inductor.lowering.linear import ring_plan
+from dak_inductor.lowering.linear.trials import Trials
+from dak_inductor.lowering.linear.ways import Way
 
 from .ahead_model import BF16, Layer, weight_of
 
@@ -121,3 +126,91 @@ def test_a_sequence_keeps_no_weight_alive() -> None:
     del pair
     assert sequence.splits() is None
     assert step_ops(sequence.calls, "simulated", None) is None
+
+
+WAYS = (Way("direct", 30e-6), Way("ring", 50e-6), Way("stock"))
+
+
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> Trials:
+    """Of this test alone, with three ways for each product of many tokens."""
+    made = Trials(capturing=lambda _: False)
+    made.switch(True)
+    monkeypatch.setattr(step_costs, "TRIALS", made)
+    monkeypatch.setattr(step_costs, "_has_ways", lambda _: True)
+    monkeypatch.setattr(step_costs, "ways_of", lambda *_: WAYS)
+    return made
+
+
+@pytest.fixture
+def prefill() -> Iterator[Callable[..., StepCall]]:
+    """Makes a call of so many tokens."""
+    alive = []
+
+    def call(m: int = 256, share: float = 0.1) -> StepCall:
+        alive.append(weight_of(1024, 512, share))
+        return call_of(Layer((alive[-1][1],)).product(inputs(m, 512)))
+
+    yield call
+    alive.clear()
+
+
+def ring_alone(call: StepCall) -> float:
+    assert call.facts is not None
+    return ring_plan.estimate(call.facts.problem, call.facts.remote_bytes, H200, HOST)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "times"),
+    [
+        ((40e-6, 80e-6, 60e-6), 40 / 83.5),
+        ((90e-6, 80e-6, 60e-6), 63.5 / 83.5),
+        ((90e-6, 80e-6, 85e-6), 1.0),
+    ],
+    ids=["direct", "stock", "ring"],
+)
+def test_many_tokens_cost_the_rings_estimate_as_often_as_the_trial_took_its_time(
+    trials: Trials, prefill: Callable[..., StepCall], seconds: tuple[float, ...], times: float
+) -> None:
+    call = prefill()
+    assert call.facts is not None
+    (before,) = ops_of(call)
+    assert before.direct == 30e-6, "the estimates' choice"
+    trials.choose(call.facts, WAYS, lambda: seconds)
+    (op,) = ops_of(call)
+    assert op.direct == pytest.approx(times * ring_alone(call)), "not what was known before it"
+    assert (op.local, op.row, op.part) == (before.local, before.row, before.part)
+    trials.switch(False)
+    assert ops_of(call)[0] == before
+
+
+def test_a_split_of_another_kind_has_estimates_alone(
+    trials: Trials, prefill: Callable[..., StepCall]
+) -> None:
+    call, other = prefill(), prefill(share=0.5)
+    assert call.facts is not None
+    trials.choose(call.facts, WAYS, lambda: (90e-6, 80e-6, 60e-6))
+    assert ops_of(other)[0].direct == 30e-6
+
+
+def test_the_way_that_spares_the_host_is_priced_by_the_same_trial(
+    trials: Trials, prefill: Callable[..., StepCall]
+) -> None:
+    call = prefill()
+    assert call.facts is not None
+    trials.choose(call.facts, WAYS, lambda: (120e-6, 80e-6, 110e-6))
+    (op,), (spared,) = ops_of(call), step_ops([call], "simulated", None, spared=True) or ()
+    assert op.direct == pytest.approx(ring_alone(call)) and op.host == host_cost.STAGED_SECONDS
+    assert spared.direct == pytest.approx(113.5 / 83.5 * ring_alone(call))
+    assert spared.host == host_cost.PRODUCT_SECONDS
+
+
+def test_trials_change_nothing_of_few_tokens(
+    trials: Trials, prefill: Callable[..., StepCall]
+) -> None:
+    """So placements are compared by one measure, tried or not."""
+    call = prefill(m=8)
+    assert call.facts is not None
+    before = ops_of(call)
+    trials.choose(call.facts, WAYS, lambda: (90e-6, 80e-6, 60e-6))
+    assert ops_of(call) == before

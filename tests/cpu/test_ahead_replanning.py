@@ -13,7 +13,10 @@ from torch.nn import functional
 import dak_inductor as dak
 from dak_inductor import ahead_room, hardware, replanning
 from dak_inductor.backend import compile_graph
-from dak_inductor.lowering.ahead.memory import KnownStep, Room, StepMemory
+from dak_inductor.budget import DeviceBudget
+from dak_inductor.lowering.ahead.known_step import KnownStep
+from dak_inductor.lowering.ahead.memory import StepMemory
+from dak_inductor.lowering.ahead.ring_room import Room
 from dak_inductor.make_room import give_way
 from dak_inductor.offloaded import OffloadedModel, record_of
 from dak_inductor.options import BackendOptions
@@ -151,3 +154,15 @@ def test_steps_that_are_all_off_count_as_never() -> None:
     assert steps.never
     steps._steps[2] = KnownStep()
     assert not steps.never
+
+
+@pytest.mark.parametrize(("found", "helps"), [((9, 0), True), ((8, 0), False), ((12, 0), False)])
+def test_only_a_hopper_card_counts_on_copies_ahead(
+    found: tuple[int, int], helps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No other GPU has products that rows could be copied for: placements must not await them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ahead_room, "capability", lambda index: found)
+    card = torch.device("cuda", 0)
+    assert ahead_room.copies_help(card) == helps
+    assert (ahead_room.expected_ring(DeviceBudget(card, 1 << 34)) > 0) == helps

@@ -10,7 +10,8 @@ import torch
 from dak_inductor.lowering import counters
 from dak_inductor.lowering.ahead import memory as memory_module
 from dak_inductor.lowering.ahead import player, step
-from dak_inductor.lowering.ahead.memory import MOST_DERAILMENTS, MOST_STEPS, Room, StepMemory
+from dak_inductor.lowering.ahead.memory import MOST_DERAILMENTS, MOST_STEPS, StepMemory
+from dak_inductor.lowering.ahead.ring_room import Room
 from dak_inductor.lowering.linear import open_step
 
 from .ahead_model import BF16, ROOM, Layer, assert_close, shrink, weight_of
@@ -67,8 +68,8 @@ def test_learned_then_played() -> None:
     assert run() == [False] * 3
     assert run() == [True] * 3 and run() == [True] * 3
     assert run.asked == 1, "planned once"
-    assert run.memory.ring_grew() and not run.memory.ring_grew()
-    assert 0 < run.memory.ring_bytes <= ROOM
+    assert run.memory.ring.grew() and not run.memory.ring.grew()
+    assert 0 < run.memory.ring.largest <= ROOM
 
 
 def test_direct_is_never_ahead_and_learns_nothing() -> None:
@@ -222,7 +223,7 @@ def test_captures_play_what_was_learned_and_learn_nothing(monkeypatch: pytest.Mo
         captured(patched, (0, 7))
         assert fresh() == [False] * 3, "room is not asked for in a capture"
     assert fresh() == [True] * 3
-    assert fresh.memory.ring_grew()
+    assert fresh.memory.ring.grew()
     with monkeypatch.context() as patched:
         captured(patched, (0, 8))
         assert fresh() == [True] * 3

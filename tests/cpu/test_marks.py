@@ -16,7 +16,8 @@ from dak_inductor.cuda_runtime.simulated import SimulatedTier
 from dak_inductor.errors import OptionError
 from dak_inductor.lowering import marks, ops
 from dak_inductor.lowering.ahead import player
-from dak_inductor.lowering.ahead.memory import Room, StepMemory
+from dak_inductor.lowering.ahead.memory import StepMemory
+from dak_inductor.lowering.ahead.ring_room import Room
 from dak_inductor.lowering.linear import product, ring
 from dak_inductor.lowering.marks import Marks
 from dak_inductor.offloaded import record_of

@@ -12,6 +12,7 @@ from torch import nn
 import dak_inductor as dak
 from dak_inductor import ahead_room, copy_ring, hardware, placement, replanning
 from dak_inductor.binding import Binding
+from dak_inductor.lowering.ahead import planning, step_costs
 from dak_inductor.lowering.ahead.memory import StepMemory
 from dak_inductor.move_gain import gain_by_steps, gain_of, gains_by_graph
 from dak_inductor.offloaded import OffloadedModel, record_of
@@ -80,6 +81,17 @@ def test_nothing_is_predicted_of_many_tokens_or_of_a_step_that_is_off(hot) -> No
     for _ in range(2):
         run(torch.randn(512, 512, dtype=torch.bfloat16))
     (binding,) = SESSION.bindings()
+    assert binding.ahead.predicted(lambda buffer: buffer.split, None) is None
+
+
+def test_nothing_is_predicted_where_the_profile_has_no_link_to_the_tier(
+    hot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, binding = hot
+    offline = replace(hardware.load("h200"), links={})
+    monkeypatch.setattr(step_costs, "profile_of", lambda _: offline)
+    monkeypatch.setattr(planning, "profile_of", lambda _: offline)
+    step_costs._few_tokens.cache_clear()
     assert binding.ahead.predicted(lambda buffer: buffer.split, None) is None
 
 
