@@ -39,7 +39,7 @@ TOPICS = {
         "planner", "cost_model", "compile", "move", "load", "pages", "over_budget", "marks",
         "soak", "soak_threads", "models_quick",
     ),
-    "linears": (*GRIDS[:4], "lin0"),
+    "linears": (*GRIDS[:4], "lin0", "lin1"),
     "attention": (*GRIDS[4:], "att0", "long_context"),
     "steps": (*STEPS, "window", "fillers"),
 }  # fmt: skip

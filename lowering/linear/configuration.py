@@ -34,9 +34,12 @@ MAXIMUM_TOKENS = MAXIMUM_CLUSTER * TOKEN_TILES[-1]
 DECODE_TOKENS = FEW_TOKENS
 """Up to this many tokens one CTA holds all of them."""
 WORKER_BYTES = 32 * 1024
-"""That a remote worker wants to have on their way. An SM has no more than 16 KiB of a host's memory
-under way, 7 GB/s, whatever it asks for: 8 of them fill a PCIe link, and with twice that asked for
-each they are within the window."""
+"""That each of many remote workers has on their way. An SM has no more than 16 KiB of a host's
+memory under way, 7 GB/s, whatever it asks for: 8 of them fill a PCIe link, and with twice that
+asked for each they are within the window."""
+FEW_ROWS_SECONDS = 0.9e-6
+"""That a step of a remote tile that lacks rows takes a CTA at least: 0.8 to 1.2 us on the H200, of
+host memory as of another GPU's, for 8 rows as for 96, whatever is in flight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,21 +251,34 @@ def most_remote_workers(
     """Workers, of `workers`, that may read remote memory: enough to fill the link, no more.
 
     One alone holds too little in flight or computes too slowly; too many would wait for the link
-    while their SMs could compute, and leave HBM to too few others: with 62 of 132 reading over
-    NVLink, 28672 x 8192 at 7.5% took 140 us, with 32 of them 115.
+    while their SMs could compute, and leave HBM to too few others. Over NVLink 28672 x 8192 at 7.5%
+    took 140 us with 62 of 132 reading, 118 with 33, and 105 with 16 that have twice as much in
+    flight each.
     """
     rate = configuration.weight_stage_bytes / step_seconds(configuration, profile)
     for_link = math.ceil(link.direct_bandwidth / rate)
     # twice, since workers with the few rows of a last tile have less in flight
     for_window = 2 * window // WORKER_BYTES
     if configuration.cluster == 1:
-        for_window = min(for_window, round(_MOST_READERS * workers))
+        for_window = min(for_window, round(_MOST_READERS[_is_fast(link)] * workers))
     return min(workers, max(1, for_link, for_window))
 
 
-_MOST_READERS = 1 / 4  # of the workers: an SM streams HBM at up to 1.5 times its share (H200)
+_MOST_READERS = (1 / 4, 1 / 8)
+"""Of the workers, on a slow link and on a fast one: an SM streams HBM at up to 1.5 times its share
+(H200)."""
 _READERS = 8
-_READER_BYTES = 20e9
+_READER_BYTES = 30e9
+
+
+def _is_fast(link: LinkProfile) -> bool:
+    """Whether one SM cannot read an eighth of what the link carries."""
+    return link.direct_bandwidth / _READERS > _READER_BYTES
+
+
+def worker_bytes(link: LinkProfile) -> int:
+    """That one remote worker may have on its way where few are: more of a fast link."""
+    return 2 * WORKER_BYTES if _is_fast(link) else WORKER_BYTES
 
 
 def reader_bandwidth(link: LinkProfile) -> float:

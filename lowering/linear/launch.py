@@ -21,14 +21,15 @@ from dak_inductor.lowering.linear.configuration import (
     CONSUMER_WARPGROUPS,
     DEPTH,
     FEW_ROWS,
+    FEW_ROWS_SECONDS,
     LATE_SECONDS,
     THREADS,
-    WORKER_BYTES,
     LinearConfiguration,
     most_remote_workers,
     piece_seconds,
     reader_bandwidth,
     step_seconds,
+    worker_bytes,
 )
 from dak_inductor.lowering.linear.problem import ELEMENT_BYTES, Activation, LinearProblem
 from dak_inductor.lowering.linear.tail import tail_rule
@@ -36,7 +37,7 @@ from dak_inductor.lowering.linear.tensor_maps import ALIGNMENT, matrix_map
 
 _WEIGHT = struct.Struct("<4Q")
 _ADDRESSES = struct.Struct("<4Q2q3Q")
-_REST = struct.Struct("<7I3fI4I2I4x")
+_REST = struct.Struct("<7I4fI4I2I")
 _MAP_BYTES = 128
 _BLOCK = (THREADS, 1, 1)
 _CLAIM_WORDS = 32  # the word that all CTAs add to has a line of L2 to itself
@@ -123,10 +124,11 @@ class LinearLaunch:
             problem.k,
             int(activation),
             most_remote,
-            WORKER_BYTES,
+            worker_bytes(window.link),
             1 / (window.link.direct_bandwidth * step),
             1 / (reader_bandwidth(window.link) * step),
             piece_seconds(configuration) / step,
+            FEW_ROWS_SECONDS / (configuration.cluster * step),
             configuration.stages + round(LATE_SECONDS / step),
             tail.share,
             tail.pieces,

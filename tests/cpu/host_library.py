@@ -17,6 +17,7 @@ PRELUDE = """
 #define __forceinline__ inline
 #define __fdividef(a, b) ((a) / (b))
 #define __cvta_generic_to_shared(pointer) 0
+#define __clz(word) __builtin_clz(word)
 using std::max;
 using std::min;
 using std::sqrt;

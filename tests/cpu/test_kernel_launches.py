@@ -35,7 +35,7 @@ from .host_library import PRELUDE, compile_for_host
 CARD = torch.device("cpu", 0)  # has an index, and its tensors can be made here
 H200 = hardware.load("h200")
 SMS = 132
-LINEAR = struct.Struct("<" + 2 * "4Q" + "4Q2Q3Q7I3fI4I2I4x")
+LINEAR = struct.Struct("<" + 2 * "4Q" + "4Q2Q3Q7I4fI4I2I")
 ATTENTION = struct.Struct("<" + 2 * "5Q2I" + "8Q3Q8I2f2I2f2I4I")
 
 
@@ -216,6 +216,11 @@ extern "C" void numbers(const Arguments* of, unsigned* found) {
                           of->tail.least, of->tail.spared, of->copied[0], of->copied[1]};
   for (unsigned i = 0; i < sizeof(all) / sizeof(*all); ++i) found[i] = all[i];
 }
+
+extern "C" void rates(const Arguments* of, float* found) {
+  const float all[] = {of->link_steps, of->reader_steps, of->piece_steps, of->few_steps};
+  for (unsigned i = 0; i < sizeof(all) / sizeof(*all); ++i) found[i] = all[i];
+}
 """
 )
 
@@ -237,10 +242,13 @@ def test_the_header_finds_each_number_where_it_was_packed(
     if ring is not None:
         (made,) = [made for made in driver.maps if made["address"] == ring.data_ptr()]
         assert made["shape"] == [128, 96] and made["box"][1] == configuration.features
-    found = (ctypes.c_uint * 14)()
-    compile_for_host(HEADER, tmp_path).numbers(packed, found)
+    found, rates = (ctypes.c_uint * 14)(), (ctypes.c_float * 4)()
+    header = compile_for_host(HEADER, tmp_path)
+    header.numbers(packed, found)
+    header.rates(packed, rates)
     words = LINEAR.unpack(packed)
-    assert list(found) == [*words[17:24], *words[27:34]]
+    assert list(found) == [*words[17:24], *words[28:35]]
+    assert tuple(rates) == words[24:28] and min(rates) > 0
     assert words[-2:] == (256, 256 if rows is None else 160)
 
 

@@ -31,7 +31,7 @@ using namespace dak::linear;
 
 struct Sizes {
   u32 features, depth, workers, maximum_remote, worker_bytes, window, late, seed;
-  float link_steps, reader_steps, piece_steps;
+  float link_steps, reader_steps, piece_steps, few_steps;
   schedule::TailRule tail;
   u32 copied[2];
   u64 splits[2];
@@ -73,6 +73,7 @@ u32 divide_work(const Sizes& sizes, Found* found, u32 most, Totals& totals) {
   arguments.link_steps = sizes.link_steps;
   arguments.reader_steps = sizes.reader_steps;
   arguments.piece_steps = sizes.piece_steps;
+  arguments.few_steps = sizes.few_steps;
   arguments.late_steps = sizes.late;
   arguments.tail = sizes.tail;
   for (u32 i = 0; i < 2; ++i) arguments.copied[i] = sizes.copied[i];
@@ -149,7 +150,9 @@ class Sizes(ctypes.Structure):
             "features", "depth", "workers", "maximum_remote", "worker_bytes", "window", "late",
             "seed",
         )),
-        *((name, ctypes.c_float) for name in ("link_steps", "reader_steps", "piece_steps")),
+        *((name, ctypes.c_float) for name in (
+            "link_steps", "reader_steps", "piece_steps", "few_steps",
+        )),
         *((name, ctypes.c_uint) for name in ("share", "pieces", "least", "spared")),
         ("copied", ctypes.c_uint * 2),
         ("splits", ctypes.c_uint64 * 2),
@@ -229,6 +232,7 @@ def sizes(draw: st.DrawFn, kind: str) -> Sizes:
         link_steps=byte,
         reader_steps=8 * byte,
         piece_steps=draw(st.sampled_from([0.1, 0.3, 2.0])),
+        few_steps=draw(st.sampled_from([0.0, 0.9, 4.0])),
         share=draw(st.integers(0, 128)),
         pieces=draw(st.integers(1, steps)),
         least=draw(st.integers(1, 100)),
@@ -303,3 +307,37 @@ def test_the_tail_is_cut_by_sizes_and_claimed_once(
     other = divide(library, kind, again).pieces()
     for piece, steps in pieces.items():
         assert [(s.feature, s.depth) for s in steps] == [(s.feature, s.depth) for s in other[piece]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.integers(1, 400).map(lambda eighths: 8 * eighths),
+    depth=st.sampled_from([4096, 8192, 28672]),
+    gigabytes=st.sampled_from([51.0, 376.0]),
+)
+def test_readers_end_together(
+    library: ctypes.CDLL, rows: int, depth: int, gigabytes: float
+) -> None:
+    """Also where the last tile has few rows, whose boxes a fast link brings sooner than they can be
+    asked for. Rates of an H200 in microseconds: a step of local rows takes 0.47."""
+    step, least, tile = 0.47, 0.9, FEATURES * DEPTH * 2
+    fast = gigabytes > 100
+    byte, reader = 1e-3 / gigabytes, 1e-3 / min(gigabytes / 8, 30.0)
+    features = 16 * 1024
+    split = (features - rows) * depth * 2
+    division = divide(library, "out_in", Sizes(
+        features=features, depth=depth, workers=132, maximum_remote=16 if fast else 33,
+        worker_bytes=(64 if fast else 32) * 1024, window=(1056 if fast else 384) * 1024,
+        late=20, seed=1, link_steps=byte / step, reader_steps=reader / step, piece_steps=0.3,
+        few_steps=least / step,
+        share=64, pieces=8, least=99, spared=4, copied=(features, features), splits=(split, split),
+    ))  # fmt: skip
+    remote = [step for step in division.steps if step.remote]
+    readers = len({step.worker for step in remote})
+    whole = max(tile * reader, tile * byte * readers)
+    few = rows % FEATURES
+    last = max(few * DEPTH * 2 * reader, least)
+    times = dict.fromkeys((step.worker for step in remote), 0.0)
+    for each in remote:
+        times[each.worker] += last if few and each.feature + few == features else whole
+    assert max(times.values()) <= 1.25 * sum(times.values()) / readers + 2 * whole

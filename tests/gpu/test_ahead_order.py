@@ -11,6 +11,7 @@ import torch
 
 import dak_inductor as dak
 from dak_inductor.benchmarks.harness.timing import capture
+from dak_inductor.budget import CONTEXT_GROWTH, MINIMUM_RESERVE
 from dak_inductor.lowering.ahead import memory
 
 from .ahead_blocks import (
@@ -127,7 +128,7 @@ def test_memory_stays_within_the_budget(device: torch.device) -> None:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     nbytes = sum(parameter.nbytes for parameter in model.parameters())
-    budget = total - free + (768 << 20) + nbytes // 4  # what is kept for activations, and libraries
+    budget = total - free + MINIMUM_RESERVE + CONTEXT_GROWTH + nbytes // 4
     dak.offload(model, gpu_memory=budget)
     model.compile(backend="dak", options={"strategy": "staged"})
     for tokens in (1, 1, 1, 1, 512, 512, 512):

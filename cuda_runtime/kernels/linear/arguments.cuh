@@ -37,10 +37,11 @@ struct Arguments {
   u32 depth;       // K
   Activation activation;
   u32 maximum_remote_workers;
-  u32 worker_bytes;    // that a remote worker wants to have on their way
+  u32 worker_bytes;    // that a remote worker may have on their way
   float link_steps;    // local steps that the link takes for a byte,
   float reader_steps;  // and that one worker takes alone
   float piece_steps;   // local steps that adding up a piece of a tile takes
+  float few_steps;     // local steps that a step of a tile that lacks rows takes a worker at least
   u32 late_steps;      // that the worker started last is behind
   schedule::TailRule tail;  // of the local line
   u32 copied[2];  // of each weight the first feature that lies in the ring, of both the same; N: none

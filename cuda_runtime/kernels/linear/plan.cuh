@@ -14,6 +14,9 @@ __device__ __forceinline__ u32 divide_up(u32 value, u32 divisor) {
   return (value + divisor - 1) / divisor;
 }
 
+// By so much readers may be faster than the local steps beside them need.
+constexpr float time_to_spare = 2.0f;
+
 // What is read from device memory, all at once: beside a launch that streams HBM a load takes 2 us.
 struct Residency {
   u64 splits[2];
@@ -66,6 +69,8 @@ struct Flight {
   u32 of_last;
   float last_share;  // of the line's cost
   float bytes;       // of the whole line
+  float alone;       // local steps that one worker takes for the whole line
+  float wanted;      // workers
 
   __device__ __forceinline__ float mean() const {
     return static_cast<float>(of_tile) * (1.0f - last_share) +
@@ -109,55 +114,94 @@ __device__ __forceinline__ void lay_lines(const Arguments& arguments, const Resi
   local.last_cost = schedule::unit;
 }
 
-// Bytes that a remote worker has in flight: in tiles, and in the last tile.
+// Local steps that one worker alone takes for a step of a remote tile of so many rows.
+template <TieredLinearConfiguration configuration>
+__device__ __forceinline__ float alone(const Arguments& arguments, u32 rows) {
+  using L = Layout<configuration>;
+  const float bytes = static_cast<float>(L::weight_bytes / L::features * rows);
+  const float by_bytes = bytes * arguments.reader_steps;
+  if (configuration.in_out || rows == L::features) return by_bytes;
+  return max(by_bytes, arguments.few_steps);
+}
+
+// How many workers should read a line that one `alone` takes so long for, beside local steps that
+// take all of them `rest`.
+//
+// As few as are done in good time, since each is missed at local memory and leaves a piece of its
+// tile behind. Never more than make the sum of reading and adding up shortest: twice as many read in
+// half of the time, and leave twice as many pieces.
+__device__ __forceinline__ float wanted_readers(float alone, float adding, float rest) {
+  const float shortest = 1.0f + sqrtf(alone / adding);
+  return rest > 0.0f ? min(shortest, max(1.0f, time_to_spare * alone / rest)) : shortest;
+}
+
+// Bytes that a remote worker has in flight: in tiles, and in the last tile. `wanted`: workers.
 //
 // The last tile may have few rows. Its steps bring few bytes each, so more of them may be in flight,
-// as many as there are stages; they take a round trip of the link all the same.
+// as many as there are stages. They take a round trip of the link all the same, and on a fast link the
+// producer its time: over NVLink 24 rows took 1.0 us a step, a whole tile 0.7.
 template <TieredLinearConfiguration configuration>
-__device__ __forceinline__ Flight take_quotas(const Arguments& arguments, u32 window, Head& head,
-                                              schedule::Line& remote) {
+__device__ __forceinline__ Flight take_quotas(const Arguments& arguments, u32 window, float adding,
+                                              float rest, Head& head, schedule::Line& remote) {
   using L = Layout<configuration>;
   head.last_feature = remote.origin + static_cast<int>((remote.tiles - 1) * L::features);
   const u32 last_rows = arguments.features - static_cast<u32>(head.last_feature);
-  const u32 wanted = min(configuration.stages, max(2u, arguments.worker_bytes / L::weight_bytes));
-  head.quota = max(1u, min(wanted, window / L::weight_bytes));
-  head.last_quota = min(configuration.stages, head.quota * L::features / last_rows);
-  remote.last_cost = max(schedule::unit * last_rows / L::features,
-                         schedule::unit * head.quota / head.last_quota);
   const u32 last_bytes = L::weight_bytes / L::features * last_rows;
+  const float steps = static_cast<float>(remote.steps);
+  const float tiles = static_cast<float>(remote.tiles - 1);
+  const float tile_alone = alone<configuration>(arguments, L::features);
+  const float last_alone = alone<configuration>(arguments, last_rows);
+  const float line_alone = steps * (tiles * tile_alone + last_alone);
+  const float wanted = wanted_readers(line_alone, adding, rest);
+
+  // two stages for each of many workers, more for each of few
+  const u32 fit = max(1u, window / (2 * L::weight_bytes));
+  const float readers = min(wanted, static_cast<float>(min(arguments.maximum_remote_workers, fit)));
+  const u32 most = min(configuration.stages, max(2u, arguments.worker_bytes / L::weight_bytes));
+  const float each = static_cast<float>(window) / readers;
+  head.quota = max(1u, min(most, static_cast<u32>(each) / L::weight_bytes));
+  head.last_quota = min(configuration.stages, head.quota * L::features / last_rows);
+  const float beside_others = max(tile_alone, readers * L::weight_bytes * arguments.link_steps);
+  remote.last_cost = max(max(schedule::unit * last_rows / L::features,
+                             schedule::unit * head.quota / head.last_quota),
+                         static_cast<u32>(schedule::unit * last_alone / beside_others));
   const float last_cost = static_cast<float>(remote.steps * remote.last_cost);
   return {.of_tile = head.quota * L::weight_bytes,
           .of_last = head.last_quota * last_bytes,
           .last_share = last_cost / static_cast<float>(remote.cost()),
-          .bytes = static_cast<float>(remote.steps) *
-                   (static_cast<float>(remote.tiles - 1) * L::weight_bytes + last_bytes)};
+          .bytes = steps * (tiles * L::weight_bytes + last_bytes),
+          .alone = line_alone,
+          .wanted = wanted};
 }
 
 // How many workers read remote memory, and the local steps of each of them.
 //
-// As many as fill the window, or fewer: twice as many read in half of the time, and leave twice as
-// many pieces of each tile behind, which one of them adds up. All have as many local steps as let
-// them end with the runs of the others, less half of a worker's share of the tail: who ends early
-// claims more of it, and the others wait for pieces of their tiles here. None where the boundary lies
-// along K, where remote workers finish the tiles of the others.
+// As many as are wanted and fit the window. All have as many local steps as let them end with the runs
+// of the others, less half of a worker's share of the tail: who ends early claims more of it, and the
+// others wait for pieces of their tiles here. None where the boundary lies along K, where remote
+// workers finish the tiles of the others.
 template <TieredLinearConfiguration configuration>
 __device__ __forceinline__ u32 share_remote(const Arguments& arguments, u32 window, u32 workers,
                                             Head& head, const schedule::Line& local,
                                             schedule::Line& remote) {
-  const Flight flight = take_quotas<configuration>(arguments, window, head, remote);
+  const float tail = static_cast<float>(head.tail.total_steps());
+  const float all_local = static_cast<float>(local.total()) + tail;
+  // clusters have no tail, which evens out what estimates miss
+  const float rest = configuration.cluster ? 0.0f : all_local / static_cast<float>(workers);
+  const float adding = arguments.piece_steps / static_cast<float>(remote.tiles);  // for each worker
+  const Flight flight =
+      take_quotas<configuration>(arguments, window, adding, rest, head, remote);
   const float each = flight.mean();
   // one worker may have the end of the tile before the last and the start of the last
   const u32 across = remote.tiles > 1 ? flight.of_tile - flight.of_last : 0;
   const float room = static_cast<float>(window) - static_cast<float>(across);
   const float fit = room > each ? room / each : 1.0f;
 
-  const float of_one = flight.bytes * arguments.reader_steps;  // steps that one alone takes
-  const float adding = arguments.piece_steps / static_cast<float>(remote.tiles);  // for each worker
-  u32 count = static_cast<u32>(min(fit, 1.0f + sqrtf(of_one / adding)));
   u32 most = arguments.maximum_remote_workers;
   if (local.total() > 0) most = min(most, max(1u, workers - 1));
-  remote.share(min(min(count, most), remote.total()));
-  head.remote_workers = count = remote.long_runs;
+  const u32 count_wanted = static_cast<u32>(min(fit, flight.wanted));
+  remote.share(min(min(count_wanted, most), remote.total()));
+  const u32 count = head.remote_workers = remote.long_runs;
   const u32 before_last =
       remote.tiles > 1
           ? min(count, 1 + static_cast<u32>(static_cast<float>(count) * (1.0f - flight.last_share)))
@@ -165,12 +209,10 @@ __device__ __forceinline__ u32 share_remote(const Arguments& arguments, u32 wind
   head.in_flight = before_last * flight.of_tile + (count - before_last) * flight.of_last;
   if (configuration.in_out) return 0;
   const float runs = static_cast<float>(count);
-  const float busy = max(max(flight.bytes * arguments.link_steps, of_one / runs),
+  const float busy = max(max(flight.bytes * arguments.link_steps, flight.alone / runs),
                          static_cast<float>(remote.total()) / runs) +
                      adding * runs;
-  const float tail = static_cast<float>(head.tail.total_steps());
-  const float fair = (static_cast<float>(local.total()) + tail + runs * busy) /
-                     static_cast<float>(workers);
+  const float fair = (all_local + runs * busy) / static_cast<float>(workers);
   const float claimed = (tail - static_cast<float>(head.spared) * fair) /
                         static_cast<float>(workers - head.spared);
   const float length = fair - busy - 1.5f * max(claimed, 0.0f);

@@ -222,16 +222,12 @@ class Producer {
   __device__ __forceinline__ void load_rows(u8* weight_tile, const RowMaps& maps, const Load& next,
                                             u32 stage) {
     u32 row = next.extent.begin;
-    u32 box = row_boxes - 1;
     while (row < next.extent.end) {
-      const u32 box_rows = rows_at_least << box;
-      if (row + box_rows > next.extent.end) {
-        --box;
-        continue;
-      }
+      const u32 atoms = (next.extent.end - row) / rows_at_least;
+      const u32 box = min(row_boxes - 1, 31u - static_cast<u32>(__clz(static_cast<int>(atoms))));
       load(weight_tile + row * tile::row_bytes, &maps.boxes[box],
            static_cast<int>(next.step.depth), next.step.feature + static_cast<int>(row), stage);
-      row += box_rows;
+      row += rows_at_least << box;
     }
   }
 
