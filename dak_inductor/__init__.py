@@ -41,3 +41,8 @@ __all__ = [
     "stats",
     "trace",
 ]
+
+
+def __dir__() -> list[str]:
+    """Public names, for completion: submodules too are bound here once they are imported."""
+    return [*__all__, "__version__"]

@@ -24,3 +24,8 @@ def test_every_call_argument_and_variable_has_a_meaning() -> None:
     cells = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
     empty = [row[0] for row in cells if not row[-1].removesuffix("|").strip()]
     assert empty == []
+
+
+def test_completion_offers_public_names_alone() -> None:
+    assert set(dir(dak)) == {*dak.__all__, "__version__"}
+    assert all(hasattr(dak, name) for name in dir(dak))
