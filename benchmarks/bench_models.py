@@ -160,7 +160,8 @@ def run(
     if rows:
         base = dataclasses.replace(base, notes=(*base.notes, RESUMED))
     if len(groups) > 1:
-        base = dataclasses.replace(base, notes=(*base.notes, SIDE_BY_SIDE.format(request.cards)))
+        used = sum(len(group["CUDA_VISIBLE_DEVICES"].split(",")) for group in groups)
+        base = dataclasses.replace(base, notes=(*base.notes, SIDE_BY_SIDE.format(used)))
     state: dict[str, Any] = {"ceilings": found}
     lock = threading.Lock()
 

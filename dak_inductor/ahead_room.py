@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -13,8 +14,9 @@ from dak_inductor.lowering.refusals import HOPPER, capability
 from dak_inductor.offloaded import OffloadedModel
 from dak_inductor.options import copies_ahead_by_default
 
-DEVICES = ("cuda",)
-"""Where copies ahead are of use: on the simulated tier of the CPU nothing is faster or slower."""
+DEVICES: tuple[str, ...] = ()
+"""Besides cards, where copies ahead are of use: on the simulated tier of the CPU nothing is faster
+or slower."""
 
 
 def copies_help(device: torch.device) -> bool:
@@ -22,10 +24,16 @@ def copies_help(device: torch.device) -> bool:
 
     They are of products that the CUDA templates serve, for which a GPU has to be a Hopper card.
     """
-    if device.type == "cuda" and torch.cuda.is_available():
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return capability(index) == HOPPER
-    return device.type in DEVICES
+    return _is_served(device) if device.type == "cuda" else device.type in DEVICES
+
+
+@lru_cache(maxsize=16)
+def _is_served(device: torch.device) -> bool:
+    """Asked by every call of a graph. A card that is not there is planned for as a Hopper card."""
+    if not torch.cuda.is_available():
+        return True
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return capability(index) == HOPPER
 
 
 def expected_ring(budget: DeviceBudget) -> int:

@@ -163,6 +163,7 @@ def test_only_a_hopper_card_counts_on_copies_ahead(
     """No other GPU has products that rows could be copied for: placements must not await them."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(ahead_room, "capability", lambda index: found)
+    monkeypatch.setattr(ahead_room, "_is_served", ahead_room._is_served.__wrapped__)
     card = torch.device("cuda", 0)
     assert ahead_room.copies_help(card) == helps
     assert (ahead_room.expected_ring(DeviceBudget(card, 1 << 34)) > 0) == helps

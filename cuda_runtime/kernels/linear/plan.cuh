@@ -63,10 +63,10 @@ __device__ __forceinline__ u32 remote_elements(const Boundary& boundary, u32 row
   return (row_end - boundary.row) * width - local;
 }
 
-// Remote bytes of a worker that are on their way.
+// How a remote line is read.
 struct Flight {
-  u32 of_tile;
-  u32 of_last;
+  u32 of_tile;       // bytes of a worker that are on their way: in tiles,
+  u32 of_last;       // and in the last one
   float last_share;  // of the line's cost
   float bytes;       // of the whole line
   float alone;       // local steps that one worker takes for the whole line
@@ -135,7 +135,7 @@ __device__ __forceinline__ float wanted_readers(float alone, float adding, float
   return rest > 0.0f ? min(shortest, max(1.0f, time_to_spare * alone / rest)) : shortest;
 }
 
-// Bytes that a remote worker has in flight: in tiles, and in the last tile. `wanted`: workers.
+// What a remote worker has in flight, in tiles and in the last tile, and how many workers are wanted.
 //
 // The last tile may have few rows. Its steps bring few bytes each, so more of them may be in flight,
 // as many as there are stages. They take a round trip of the link all the same, and on a fast link the
