@@ -42,6 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
     take_own_card(os.environ)
     config.addinivalue_line("markers", "gpus(count): needs that many GPUs of one host")
     config.addinivalue_line("markers", "alone: measures the time or the memory of the whole card")
+    config.addinivalue_line("markers", "host: times host pages, which work on other cards slows")
 
 
 def missing(gpus: int = 1) -> str | None:

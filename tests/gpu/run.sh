@@ -5,7 +5,8 @@
 #   tests/gpu/run.sh [-k EXPRESSION]    WORKERS=6 processes, at most SECONDS_PER_TEST=240 each
 #   CARDS=2 tests/gpu/run.sh            on that many cards: WORKERS processes on each, which see the
 #                                       other cards as peers; tests of a whole card run on each card
-#                                       at once, without peers, and last those that need peers
+#                                       at once, without peers, and last, one by one, those that need
+#                                       peers or time pages of host memory
 #   PARTS="shared alone peers"          only these parts
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -31,7 +32,7 @@ part shared "not alone" -n "$((cards * ${WORKERS:-6}))" "$@"
 if ((cards == 1)); then
     part alone alone "$@"
 else
-    PEERS=0 part alone "alone and not gpus" -n "$cards" --maxschedchunk 1 "$@"
-    part peers "alone and gpus" "$@"
+    PEERS=0 part alone "alone and not gpus and not host" -n "$cards" --maxschedchunk 1 "$@"
+    part peers "alone and (gpus or host)" "$@"
 fi
 ((passed && !wrong))

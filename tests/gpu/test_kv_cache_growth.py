@@ -75,6 +75,7 @@ def decode(cache: CacheStorage, until: int) -> list[float]:
 
 
 @pytest.mark.alone
+@pytest.mark.host
 def test_the_longest_pause_of_a_step(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     longest = {}
     for name in ("made in the step", "made ahead"):

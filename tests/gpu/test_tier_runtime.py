@@ -24,7 +24,7 @@ from dak_inductor.errors import (
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
-from dak_inductor.benchmarks.bench_load import page_rate
+from dak_inductor.benchmarks.bench_load import PAGES_AT_ONCE, page_rate
 from dak_inductor.cuda_runtime import address_table, vmm
 from dak_inductor.cuda_runtime.host_pages import export_host_pages, import_host_pages
 from dak_inductor.cuda_runtime.nvrtc import extension
@@ -141,6 +141,7 @@ def test_a_captured_graph_stays_right_after_moves(tier: VmmTier) -> None:
 
 
 @pytest.mark.alone
+@pytest.mark.host
 def test_moving_one_gibibyte_is_short_when_prepared() -> None:
     tier = vmm_tier()
     buffer = tier.allocate(2 * GIB, split=2 * GIB)
@@ -251,11 +252,13 @@ def test_writes_of_every_kind(tier: VmmTier) -> None:
 
 
 @pytest.mark.alone
+@pytest.mark.host
 def test_loading_rate_into_host_pages() -> None:
     """5 GB/s, or nearly what the driver needs to make the pages and nothing else, at that time:
-    other processes of the machine slow down both."""
+    other processes of the machine slow down both. Mapping pages and filling others take 4 to 13% of
+    that (`pages.json`)."""
     tier = vmm_tier()
-    source = torch.randint(0, 255, (256 << 20,), dtype=torch.uint8)
+    source = torch.randint(0, 255, (PAGES_AT_ONCE,), dtype=torch.uint8)
     total = 8 * GIB
     rates = []
     for _ in range(4):  # the first also makes the machine give the memory
@@ -273,7 +276,7 @@ def test_loading_rate_into_host_pages() -> None:
         rates.append((loaded, page_rate(tier, total) / 1e9))
     print(f"loading into the host tier, and making the pages alone, GB/s: {rates}")
     if (os.cpu_count() or 1) >= 16:
-        assert any(loaded >= min(5.0, 0.9 * alone) for loaded, alone in rates[1:])
+        assert any(loaded >= min(5.0, 0.85 * alone) for loaded, alone in rates[1:])
 
 
 def test_more_than_there_is_is_refused() -> None:
