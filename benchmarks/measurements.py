@@ -39,8 +39,8 @@ TOPICS = {
         "planner", "cost_model", "compile", "move", "load", "pages", "over_budget", "marks",
         "soak", "soak_threads", "models_quick",
     ),
-    "linears": (*GRIDS[:4], "lin0", "lin1"),
-    "attention": (*GRIDS[4:], "att0", "long_context"),
+    "linears": GRIDS[:4],
+    "attention": (*GRIDS[4:], "long_context"),
     "steps": (*STEPS, "window", "fillers"),
 }  # fmt: skip
 PAGE, CELLS_PAGE = "measurements.md", "cells_over.md"

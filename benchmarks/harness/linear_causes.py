@@ -21,6 +21,7 @@ STREAM_RATE = "rate of tensor copies"
 DIVIDED = "divided product"
 LAST_COPY = "behind the last copy"
 STOCK_READS = "stock reads over the link"
+LINK_RATE = "rate of the link"
 NOT_ISOLATED = "cause not isolated"
 
 BALANCE = 2.0
@@ -58,7 +59,22 @@ def _decode(grid: GridRecord, over: Missed) -> str:
         return START_AND_END
     if remote < BALANCE * local:
         return BOTH_TO_THE_END
+    if _fastest(grid, over) > over.limit:
+        return LINK_RATE
     return REPEATS_APART if over.once_met else NOT_ISOLATED
+
+
+def _fastest(grid: GridRecord, over: Missed) -> float:
+    """Of all times with that weight and share, by any kernel and of any number of tokens; 0 where
+    no kernel but ours was measured."""
+    beside = [
+        cell
+        for cell in grid.cells
+        if cell["shape"] == over.cell["shape"] and cell["fraction"] == over.cell["fraction"]
+    ]
+    own = [float(cell["microseconds"]) for cell in beside]
+    others = [float(time) for cell in beside for time in cell["peers_microseconds"].values()]
+    return min(*own, *others) if others else 0.0
 
 
 def _resident(over: Missed) -> str:

@@ -126,11 +126,6 @@ def test_stock_kernels_beside_linears_are_those_of_the_record() -> None:
     both = zip(decode, ratios, strict=True)
     stock = sum(ratio > 1.02 and c["served_by"] == "stock" for c, ratio in both)
     assert f"in {stock} of which they serve the call here too" in words
-    later = [c for c in record("lin0.json")["cells"] if c["peers_microseconds"]]
-    behind = [
-        c for c in later if c["microseconds"] > 1.02 * c["peers_microseconds"]["stock on split"]
-    ]
-    assert f"in {len(behind)} of the {len(later)} cells of `lin0.json`" in words
 
 
 def test_prefill_of_linears_is_that_of_the_record() -> None:
@@ -185,7 +180,7 @@ def test_means_of_attention_are_those_of_the_record() -> None:
     assert words in MEASUREMENTS
 
 
-def test_repeats_and_ceilings_are_those_of_the_records() -> None:
+def test_repeats_are_those_of_the_records() -> None:
     spreads = {
         name: [
             100 * (max(c["repeats_microseconds"]) / min(c["repeats_microseconds"]) - 1)
@@ -195,18 +190,8 @@ def test_repeats_and_ceilings_are_those_of_the_records() -> None:
         for name in ("linear", "linear_peer")
     }
     host, peer = spreads["linear"], spreads["linear_peer"]
-    words = f"by a median of {statistics.median(host):.1f}% in `linear`, by up to {max(host):.0f}%"
+    words = f"by a median of {statistics.median(host):.1f}% in `linear`, by up to {max(host):.1f}%"
     assert f"{words}, and by at most {max(peer):.1f}% in `linear_peer`" in MEASUREMENTS
-    links = [record(f"{n}.json")["ceilings"]["link_direct"] for n in ("linear", "linear_prefill")]
-    below = f"{100 * (1 - links[0] / links[1]):.1f}% below that"
-    assert below in MEASUREMENTS and below in " ".join(PAGE.split())
-    cells = [
-        c
-        for c in record("linear.json")["cells"]
-        if c["fraction"] >= 0.05 and c["weight_bytes"] >= 16e6
-    ]
-    under = sum(c["T/L"] < 1 for c in cells)
-    assert f"T below L in {under} of {len(cells)} cells" in MEASUREMENTS
 
 
 def test_times_of_prefill_attention_are_those_of_the_record() -> None:
@@ -223,9 +208,7 @@ def test_times_of_prefill_attention_are_those_of_the_record() -> None:
         sum(c["status"] == "not repeatable" for c in record(name)["cells"])
         for name in ("attention.json", "attention_peer.json")
     ]
-    numbers = {2: "two", 3: "three"}
-    words = f"are {numbers[counts[0]]} cells of `attention.json` and {numbers[counts[1]]} of"
-    assert words in MEASUREMENTS
+    assert counts == [2, 0] and "are two cells of `attention.json`, both" in MEASUREMENTS
 
 
 def test_the_error_of_predictions_is_that_of_the_record() -> None:

@@ -79,6 +79,7 @@ def linear(
     resident: float = 51.0,
     way: str = "direct",
     repeats: tuple[float, ...] | None = None,
+    stock: float | None = None,
     over: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """At 4 TB/s and 50 GB/s 200 MB take 50 us, and as long when 1.23% are remote."""
@@ -88,6 +89,7 @@ def linear(
         "shape": "1x1", "M": m, "fraction": share, "weight_bytes": whole, "remote_bytes": remote,
         "microseconds": microseconds, "L_microseconds": bound, "C_microseconds": resident,
         "served_by": way, "repeats_microseconds": repeats or (microseconds,), "over": over or {},
+        "peers_microseconds": {} if stock is None else {"stock on split": stock},
     }  # fmt: skip
 
 
@@ -100,6 +102,8 @@ def linear(
         (linear(87.0, share=0.02), 55.0, DECODE, 86.5, linear_causes.START_AND_END),
         (linear(90.0, share=0.02), 55.0, DECODE, 88.0, linear_causes.BOTH_TO_THE_END),
         (linear(450.0, share=0.1), 55.0, DECODE, 424.0, linear_causes.NOT_ISOLATED),
+        (linear(450.0, share=0.1, stock=420.0), 55.0, DECODE, 424.0, linear_causes.NOT_ISOLATED),
+        (linear(450.0, share=0.1, stock=430.0), 55.0, DECODE, 424.0, linear_causes.LINK_RATE),
         (
             linear(450.0, share=0.1, repeats=(420.0, 450.0)), 55.0, DECODE, 424.0,
             linear_causes.REPEATS_APART,

@@ -255,8 +255,8 @@ def test_writes_of_every_kind(tier: VmmTier) -> None:
 @pytest.mark.host
 def test_loading_rate_into_host_pages() -> None:
     """5 GB/s, or nearly what the driver needs to make the pages and nothing else, at that time:
-    other processes of the machine slow down both. Mapping pages and filling others take 4 to 13% of
-    that (`pages.json`)."""
+    other processes of the machine slow down both. Mapping and filling pages beside it takes 8%
+    of that (`pages.json`), the first pages and the last bytes have nothing beside them."""
     tier = vmm_tier()
     source = torch.randint(0, 255, (PAGES_AT_ONCE,), dtype=torch.uint8)
     total = 8 * GIB
