@@ -6,7 +6,12 @@ A cell that no rule explains has the cause NOT_ISOLATED.
 
 from __future__ import annotations
 
-from dak_inductor.benchmarks.harness.grid_record import GridRecord, Missed
+import torch
+
+from dak_inductor import hardware
+from dak_inductor.benchmarks.harness.grid_record import Cell, GridRecord, Missed
+from dak_inductor.lowering.linear.problem import LinearProblem
+from dak_inductor.lowering.linear.ring_timing import multiply_seconds
 
 LOCAL_ALONE = "local bytes alone"
 LOCAL_AND_REMOTE = "local bytes, and more beside remote reads"
@@ -22,6 +27,8 @@ DIVIDED = "divided product"
 LAST_COPY = "behind the last copy"
 STOCK_READS = "stock reads over the link"
 LINK_RATE = "rate of the link"
+KERNEL_RATE = "products of the kernel"
+PARTS = "parts of less than a wave"
 NOT_ISOLATED = "cause not isolated"
 
 BALANCE = 2.0
@@ -102,7 +109,34 @@ def _prefill(grid: GridRecord, over: Missed) -> str:
     if over.once_met:
         return REPEATS_APART
     if cell["served_by"] == "direct":
-        return START_AND_END if more <= PREFILL_START_MOST else NOT_ISOLATED
+        if more <= PREFILL_START_MOST:
+            return START_AND_END
+        return KERNEL_RATE if _kernel_alone(grid, cell) > over.limit else NOT_ISOLATED
     if more > DIVIDED_MOST:
-        return NOT_ISOLATED
+        return PARTS if _more_by_parts(cell) >= more / 2 else NOT_ISOLATED
     return LAST_COPY if grid.remote(cell) > cell["C_microseconds"] else DIVIDED
+
+
+def _kernel_alone(grid: GridRecord, cell: Cell) -> float:
+    """What the kernel took in the trial of the same weight and tokens with the least remote, where
+    products are the bound; 0 where that is not known."""
+    beside = [
+        other
+        for other in grid.cells
+        if (other["shape"], other["M"]) == (cell["shape"], cell["M"])
+        and "direct" in (other.get("trial_microseconds") or {})
+        and BALANCE * grid.remote(other) < other["C_microseconds"]
+    ]
+    least = min(beside, key=lambda other: other["fraction"], default=None)
+    return 0.0 if least is None else float(least["trial_microseconds"]["direct"])
+
+
+def _more_by_parts(cell: Cell) -> float:
+    """What the ring's products take longer than one of all features, by the plan's own timing."""
+    parts = cell.get("ring_parts")
+    if not parts:
+        return 0.0
+    problem = LinearProblem(cell["M"], cell["N"], cell["K"], torch.bfloat16)
+    profile = hardware.load("h200")
+    times = [multiply_seconds(problem, features, profile) for features in (*parts, cell["N"])]
+    return 1e6 * (sum(times[:-1]) - times[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from dak_inductor.benchmarks.harness.linear_weights import TieredWeights
 from dak_inductor.benchmarks.harness.rounds import Rounds, make_rounds, time_rounds
 from dak_inductor.benchmarks.harness.timing import TimingRule
 from dak_inductor.benchmarks.harness.yardstick import Ceilings, Work, direct_bound, over_bound
+
+if TYPE_CHECKING:
+    from dak_inductor.lowering.linear.call_facts import CallFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +146,22 @@ def _served_by(x: Tensor, weights: TieredWeights) -> dict[str, object]:
 
     first = (weights.tensors[0],), (weights.buffers[0],)
     product = Product(x, *first, (None,), None, "none", "out_in")
-    trial = TRIALS.result_of(product.facts())
+    facts, way = product.facts(), way_of(product)
+    trial = TRIALS.result_of(facts)
     times = None if trial is None else {name: each * 1e6 for name, each in trial.seconds}
-    return {"served_by": way_of(product), "trial_microseconds": times}
+    served: dict[str, object] = {"served_by": way, "trial_microseconds": times}
+    return served | {"ring_parts": _ring_parts(facts)} if way == "ring" else served
+
+
+def _ring_parts(facts: CallFacts) -> list[int]:
+    """Features of each product of the ring, in order."""
+    from dak_inductor.lowering.linear import ring_plan
+    from dak_inductor.lowering.linear.launch import profile_of
+
+    profile = profile_of(facts.device_index)
+    residency = ring_plan.residencies(facts.problem, facts.remote_bytes)
+    plan = ring_plan.choose(facts.problem, residency, profile, profile.link(facts.tier))
+    return [part.features for part in plan.parts]
 
 
 def _work(tokens: int, weight: Tensor, local: int, remote: int) -> Work:

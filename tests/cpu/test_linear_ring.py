@@ -33,6 +33,7 @@ H200 = hardware.load("h200")
 HOST, PEER = H200.link("cpu"), H200.link("cuda:1")
 SUSTAINED = 0.89 * H200.matmul_flops["bfloat16"]
 WHOLE_RING = ring_plan.RING_BYTES
+LARGE_RING = ring_plan.LARGE_RING * WHOLE_RING
 BF16 = torch.bfloat16
 
 
@@ -47,6 +48,7 @@ def _no_counts():
 def small_ring(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Rings and parts so small that little weights take many turns."""
     monkeypatch.setattr(ring_plan, "RING_BYTES", 12 * 1024)
+    monkeypatch.setattr(ring_plan, "LARGE_RING", 1)
     monkeypatch.setattr(ring_plan, "UNIT", 16)
     ring._plan.cache_clear()
     yield
@@ -94,7 +96,7 @@ def test_parts_cover_each_feature_once_and_fit_the_ring(found) -> None:
         assert part.features <= plan.slots[position % len(plan.slots)]
     assert len(plan.slots) <= min(len(plan.staged), MOST_SLOTS)
     assert bool(plan.slots) == bool(plan.staged)
-    assert sum(plan.slots) * problem.k * 2 <= WHOLE_RING
+    assert sum(plan.slots) * problem.k * 2 <= LARGE_RING
     assert len(plan.slots) > 1 or len(plan.staged) <= 1, "copies and products take turns"
     assert plan.seconds > 0
 
@@ -153,6 +155,29 @@ def test_local_work_comes_in_blocks_where_the_ring_is_too_small_for_all_copies()
     staged = [part.staged for part in plan.parts]
     first = staged.index(True)
     assert len(plan.slots) < len(plan.staged) and not all(staged[first:])
+
+
+def test_long_rows_take_a_larger_ring_over_a_fast_link_alone() -> None:
+    """64 MiB hold 1170 rows of 28672 elements: parts of which two are in it have fewer tiles than
+    there are SMs. Over PCIe copies take longer than products in parts of any size."""
+    problem = LinearProblem(1024, 8192, 28672, BF16)
+    half = ring_plan.residencies(problem, (problem.weight_bytes // 2,))
+    for link, most, least in ((PEER, LARGE_RING, WHOLE_RING), (HOST, WHOLE_RING, 0)):
+        plan = ring_plan.choose(problem, half, H200, link)
+        assert least < sum(plan.slots) * problem.k * 2 <= most
+    short = LinearProblem(1024, 57344, 4096, BF16)
+    plan = ring_plan.choose(short, (Residency(0, 0),), H200, PEER)
+    assert sum(plan.slots) * short.k * 2 <= WHOLE_RING
+
+
+def test_a_larger_ring_is_taken_only_for_what_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = LinearProblem(1024, 8192, 28672, BF16)
+    half = ring_plan.residencies(problem, (problem.weight_bytes // 2,))
+    large = ring_plan.choose(problem, half, H200, PEER)
+    monkeypatch.setattr(ring_plan, "LARGE_RING_SAVES", 1.0)
+    small = ring_plan.choose(problem, half, H200, PEER)
+    assert sum(small.slots) * problem.k * 2 <= WHOLE_RING
+    assert large.seconds < 0.9 * small.seconds
 
 
 def test_products_run_one_after_the_other() -> None:

@@ -80,6 +80,8 @@ def linear(
     way: str = "direct",
     repeats: tuple[float, ...] | None = None,
     stock: float | None = None,
+    parts: tuple[int, ...] = (),
+    trial: float | None = None,
     over: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """At 4 TB/s and 50 GB/s 200 MB take 50 us, and as long when 1.23% are remote."""
@@ -90,6 +92,8 @@ def linear(
         "microseconds": microseconds, "L_microseconds": bound, "C_microseconds": resident,
         "served_by": way, "repeats_microseconds": repeats or (microseconds,), "over": over or {},
         "peers_microseconds": {} if stock is None else {"stock on split": stock},
+        "N": 8192, "K": 28672, "ring_parts": parts,
+        "trial_microseconds": None if trial is None else {"direct": trial},
     }  # fmt: skip
 
 
@@ -121,6 +125,14 @@ def linear(
         (linear(130.0, m=512, share=0.025, resident=50.0, way="ring"), 0.0, PREFILL, 110.0,
          linear_causes.LAST_COPY),
         (linear(160.0, m=512, share=0.02, resident=100.0, way="ring"), 0.0, PREFILL, 110.0,
+         linear_causes.NOT_ISOLATED),
+        (linear(160.0, m=512, share=0.02, resident=100.0, way="ring", parts=(4096, 4096)), 0.0,
+         PREFILL, 110.0, linear_causes.NOT_ISOLATED),
+        (linear(160.0, m=512, share=0.02, resident=100.0, way="ring", parts=(4096, *(512,) * 8)),
+         0.0, PREFILL, 110.0, linear_causes.PARTS),
+        (linear(160.0, m=512, share=0.005, resident=100.0, trial=120.0), 0.0, PREFILL, 110.0,
+         linear_causes.KERNEL_RATE),
+        (linear(160.0, m=512, share=0.005, resident=100.0, trial=105.0), 0.0, PREFILL, 110.0,
          linear_causes.NOT_ISOLATED),
         (linear(115.0, m=512, share=0.02, resident=100.0), 0.0, PREFILL, 110.0,
          linear_causes.START_AND_END),
