@@ -77,6 +77,7 @@ class BenchRequest:
     remote: str | None = None
     hardware: str = "h200"
     host_memory: int | None = None
+    seconds_per_phase: float | None = None
     limit_seconds: float | None = None
     cards: int | None = None
     commit: str | None = None
@@ -95,6 +96,9 @@ def check(request: BenchRequest) -> None:
         raise OptionError(f"shares {request.shares}: each is above 0 and at most 1")
     if any(batch < 1 for batch in request.batches):
         raise OptionError(f"batches {request.batches}: each is at least 1")
+    seconds = request.seconds_per_phase
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise OptionError(f"--seconds-per-phase {seconds}: a time above 0")
 
 
 def cases_of(request: BenchRequest, *, on_gpu: bool) -> list[Case]:
@@ -187,7 +191,8 @@ def run(
 
     listener = Listener(lambda key: progress(len(rows), len(cases), key), take, ceilings)
     job = {"quick": request.quick, "remote": request.remote or "cpu", "ceilings": None,
-           "host_memory": request.host_memory}  # fmt: skip
+           "host_memory": request.host_memory,
+           "seconds_per_phase": request.seconds_per_phase}  # fmt: skip
     waiting = [case for case in cases if case.key not in rows]
     try:
         request.out.mkdir(parents=True, exist_ok=True)

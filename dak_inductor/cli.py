@@ -212,6 +212,10 @@ def bench(
     host_memory: Annotated[
         str, typer.Option(help='Host memory to take as available: "100GB".')
     ] = "",
+    seconds_per_phase: Annotated[
+        float | None,
+        typer.Option(help="Time to measure prefill, and decode, of a row: 0.6, quick 0.3."),
+    ] = None,
     limit_seconds: Annotated[
         float | None, typer.Option(help="Start no case after so many seconds; --resume goes on.")
     ] = None,
@@ -238,6 +242,7 @@ def bench(
             new=new,
             remote=remote,
             hardware=hardware,
+            seconds_per_phase=seconds_per_phase,
             limit_seconds=limit_seconds,
             cards=cards,
             commit=commit,

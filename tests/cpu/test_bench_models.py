@@ -80,7 +80,8 @@ def test_without_a_card_nothing_is_called_measured() -> None:
 
 def test_requests_that_make_no_case_are_named_errors() -> None:
     for wrong in ({"models": ("gpt-9",)}, {"providers": ("x",)}, {"shares": (1.5,)},
-                  {"batches": (0,)}):  # fmt: skip
+                  {"batches": (0,)}, {"seconds_per_phase": 0.0},
+                  {"seconds_per_phase": float("nan")}):  # fmt: skip
         with pytest.raises(OptionError):
             bench_models.check(BenchRequest(Path("unused"), **wrong))  # type: ignore[arg-type]
 

@@ -39,7 +39,8 @@ def events(
     **job: Any,
 ) -> list[dict[str, Any]]:
     """What a worker says of a job; other lines than events are dropped."""
-    asked = {"quick": True, "remote": "cpu", "ceilings": None, "host_memory": None, **job}
+    asked = {"quick": True, "remote": "cpu", "ceilings": None, "host_memory": None,
+             "seconds_per_phase": None, **job}  # fmt: skip
     asked["cases"] = [asdict(each) for each in cases]
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(asked)))
     assert model_worker.main() == 0
@@ -107,10 +108,12 @@ def test_ceilings_are_measured_once_and_handed_on(
     (told,) = [event["ceilings"] for event in found if event["event"] == "ceilings"]
     assert measured == [(torch.device("cuda", 0), "cpu", QUICK, 10**9)]
     events(cases, monkeypatch, capsys, ceilings=told, quick=False)
+    events(cases[:1], monkeypatch, capsys, ceilings=told, quick=False, seconds_per_phase=1.5)
     assert len(measured) == 1, "those of the worker before are taken over"
-    assert [machine.ceilings for machine in machines] == [FOUND] * 4
-    first, second, third, fourth = (machine.caches for machine in machines)
+    assert [machine.ceilings for machine in machines] == [FOUND] * 5
+    first, second, third, fourth, _ = (machine.caches for machine in machines)
     assert first is second is None and third is fourth is not None
+    assert [machine.rule.target_seconds for machine in machines] == [0.3, 0.3, 0.6, 0.6, 1.5]
 
 
 def test_lines_that_are_no_events_are_left_alone() -> None:
