@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dak_inductor.cuda_runtime import address_table, device_records
+from dak_inductor.cuda_runtime.checked_room import CheckedRoom
 from dak_inductor.cuda_runtime.host_memory import available_host_memory, check_host_memory
 from dak_inductor.cuda_runtime.memory_lock import MEMORY_LOCK
 from dak_inductor.cuda_runtime.nvrtc import extension
@@ -120,8 +121,11 @@ class VmmTier(Tier):
         """
         held = [self.held_bytes(nbytes, split) for nbytes, split in requests]
         ahead = PREPARED_AHEAD_BYTES if self._fits(sum(held, TierBytes())) else 0
+        room = CheckedRoom(self)
         stages = PageStages(
-            self._made, self._mapped, lambda nbytes, split: self.allocate(nbytes, split=split)
+            lambda nbytes, split: self._made(nbytes, split, room if ahead else None),
+            self._mapped,
+            lambda nbytes, split: self.allocate(nbytes, split=split),
         )
         yield from PagePipeline(stages, requests, ahead_bytes=ahead).buffers()
 
@@ -132,10 +136,13 @@ class VmmTier(Tier):
     def check_growth(self, more: TierBytes, what: str) -> None:
         self.check_room(more, what)
 
-    def _made(self, nbytes: int, split: int) -> Any:
+    def _made(self, nbytes: int, split: int, room: CheckedRoom | None) -> Any:
         """The pages of a new buffer, not mapped yet."""
         with MEMORY_LOCK:
-            self._check_buffer(nbytes, split)
+            if room is None:
+                self._check_buffer(nbytes, split)
+            else:
+                room.need(self.held_bytes(nbytes, split), f"a tensor of {nbytes} bytes")
             return self._tier.make(nbytes, creation_split(split, nbytes))
 
     def _mapped(self, memory: Any, split: int) -> VmmBuffer:

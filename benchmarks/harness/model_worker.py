@@ -22,8 +22,8 @@ MARK = "@dak-bench "
 """Begins each event's line; other lines are what libraries print."""
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _SECONDS_PER_PHASE = 0.6
-"""To measure prefill, and to measure decode, of a row. In `models_quick.json` decode repeats of 0.1 s
-agree within 1%, but for accelerate's."""
+"""To measure prefill, and to measure decode, of a row. In `models_quick.json` repeats of decode of
+0.1 s agree within 1%, but for accelerate's."""
 
 
 def emit(**event: object) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dak_inductor.cuda_runtime import address_table, vmm
+from dak_inductor.cuda_runtime import address_table, host_memory, vmm
 from dak_inductor.cuda_runtime.nvrtc import extension
 from dak_inductor.cuda_runtime.probe_support import host_page_support
 from dak_inductor.cuda_runtime.registered import RegisteredTier
@@ -209,6 +209,18 @@ def test_buffers_of_a_load_are_made_within_the_limit(fake: Any, room: int) -> No
         del buffer
         gc.collect()
     assert seen == 6
+
+
+def test_a_load_does_not_look_for_room_at_each_tensor(
+    fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        host_memory, "_memory_available", lambda root: asked.append(root) or 64 << 30
+    )
+    for buffer in VmmTier("cpu", GPU, None).allocate_each([(2 * PAGE, 0)] * 40):
+        del buffer
+    assert 1 <= len(asked) <= 3
 
 
 def test_a_load_that_stops_early_leaves_nothing(fake: Any) -> None:
