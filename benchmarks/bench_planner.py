@@ -37,7 +37,7 @@ from dak_inductor.benchmarks.harness.record import (
     without_folder,
 )
 from dak_inductor.copy_ring import LEAST_RING_BYTES, RING_BYTES
-from dak_inductor.cost_model import local_bandwidth, op_floor, reached_flops
+from dak_inductor.cost_model import link_bandwidth, local_bandwidth, op_floor, reached_flops
 from dak_inductor.hardware import HardwareProfile, load
 from dak_inductor.plan import Plan, PlanProblem
 from dak_inductor.planner import make_plan
@@ -74,7 +74,7 @@ def linear_program(problem: PlanProblem, profile: HardwareProfile) -> float:
         local = use.touched_bytes / local_bandwidth(profile)
         tensor = tensors[use.tensor]
         at_least(number, tensor, -local, local + use.other_bytes / local_bandwidth(profile))
-        at_least(number, tensor, use.touched_bytes / link.direct_bandwidth, 0.0)
+        at_least(number, tensor, use.touched_bytes / link_bandwidth(use, link), 0.0)
         at_least(number, tensor, 0.0, use.flops / reached_flops(use, profile))
         if (use.graph, use.op) not in seen:
             floors += use.calls * op_floor(use.kind, profile)
@@ -113,7 +113,7 @@ def link_time(problem: PlanProblem, profile: HardwareProfile, steps: Mapping[str
         * steps[use.tensor]
         / sizes[use.tensor]
         * use.touched_bytes
-        / link.direct_bandwidth
+        / link_bandwidth(use, link)
         for use in problem.uses
     )
 

@@ -1,7 +1,8 @@
 """Times that the planner's cost model predicts, beside those of recorded grids.
 
-Each cell of a grid is one operator; its prediction is `cost_model.op_time` on the shipped profile
-with the ceilings of the record's own run. The bars are those wanted of whole steps. Needs no GPU.
+Each cell of a grid is one operator; its prediction is `cost_model.op_time` and `both_seconds` on
+the shipped profile with the ceilings of the record's own run. The bars are those wanted of whole
+steps. Needs no GPU.
 
     python benchmarks/check_cost_model.py [RECORD.json ...] [--out DIR]
 """
@@ -21,7 +22,7 @@ from dak_inductor import hardware
 from dak_inductor.benchmarks.harness import attention_grid, command_line
 from dak_inductor.benchmarks.harness.linear_bars import LAST_DECODE
 from dak_inductor.benchmarks.harness.record import Verdict, make_record, project_root
-from dak_inductor.cost_model import op_time
+from dak_inductor.cost_model import both_seconds, op_time
 from dak_inductor.hardware import HardwareProfile
 from dak_inductor.plan import OpUse
 
@@ -90,7 +91,8 @@ def compare(name: str, record: Mapping[str, Any]) -> list[Compared]:
             continue
         use = attention_use(cell) if attention else linear_use(cell)
         link = profile.link(cell["remote"])
-        seconds = op_time(use, cell["realised"], profile, link)
+        known = (use, cell["realised"], profile, link)
+        seconds = op_time(*known) + both_seconds(*known)
         queries = attention_grid.parse_shapes(cell["shape"])[0].queries if attention else cell["M"]
         most = attention_grid.MOST_DECODE_QUERIES if attention else LAST_DECODE
         place = f"{cell['shape']} {cell['fraction']}" + ("" if attention else f" M={cell['M']}")

@@ -7,7 +7,13 @@ from typing import NamedTuple
 import numpy as np
 
 from dak_inductor.copy_ring import LAUNCHES_IN_RING, PARTS_IN_RING
-from dak_inductor.cost_model import FEW_TOKENS, both_memories_seconds, copy_slowdown
+from dak_inductor.cost_model import (
+    FEW_TOKENS,
+    TOKENS_OF_TILE,
+    both_memories_seconds,
+    copy_slowdown,
+    divided_seconds,
+)
 from dak_inductor.use_columns import Column, UseColumns, sums
 
 _PARTS_SECONDS = 10e-6
@@ -66,9 +72,15 @@ class CopiesAhead:
         last = np.zeros(columns.products, dtype=np.intp)
         np.maximum.at(last, product, self.uses)
         share = self._arriving[product] / columns.whole[product]
-        reads_both = self._few & (share < 1) & (last[product] == self.uses)
+        reads_both = (share < 1) & (last[product] == self.uses)
+        m, few = columns.m[self.uses], both_memories_seconds(columns.profile, columns.link)
+        in_place = self._arriving[product] * np.ceil(m / TOKENS_OF_TILE)
+        many = np.minimum(
+            divided_seconds(columns.profile), in_place / columns.link.direct_bandwidth
+        )
+        seconds = np.where(self._few, few, np.where(m > FEW_TOKENS, many, 0.0))
         longer = np.zeros(len(columns.lines))
-        longer[self.uses[reads_both]] = both_memories_seconds(columns.profile, columns.link)
+        longer[self.uses[reads_both]] = seconds[reads_both]
         return longer
 
     def steps(self, direct: Column) -> dict[str, StagedStep]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from dak_inductor.cost_model import OpCost, op_cost, op_floor
+from dak_inductor.cost_model import FEW_TOKENS, PRODUCTS, OpCost, op_cost, op_floor
 from dak_inductor.errors import PlanError
 from dak_inductor.hardware import HardwareProfile, LinkProfile
 from dak_inductor.plan import OpUse, PlanProblem
 from dak_inductor.split_grid import SplitGrid
 
-PRODUCTS = ("linear", "linear_epilogue", "gated_linear")
 _Kinks = tuple[tuple[float, float], ...]  # (share, jump of the slope)
 
 
@@ -43,20 +42,20 @@ def cost_lines(problem: PlanProblem, profile: HardwareProfile, link: LinkProfile
     """The uses with their costs, each shape computed once. Raises PlanError for bad input."""
     index = {spec.name: i for i, spec in enumerate(problem.tensors)}
     index[""] = -1
-    shapes: dict[tuple[float, float, float, float, str, str], tuple[OpCost, float, _Kinks]] = {}
+    shapes: dict[tuple[object, ...], tuple[OpCost, float, _Kinks]] = {}
     floors: dict[str, float] = {}
     seen: set[tuple[str, str]] = set()
     lines = []
     for use in problem.uses:
         untouched = use.untouched_share
+        touched, other, flops = use.touched_bytes, use.other_bytes, use.flops
         shape = (
-            use.touched_bytes, use.other_bytes, use.flops, untouched, use.dtype, use.strategy
+            touched, other, flops, untouched, use.kind, use.m > FEW_TOKENS, use.dtype, use.strategy
         )  # fmt: skip
         known = shapes.get(shape)
         if known is None:
-            touched, other, flops = shape[:3]
             if not (touched >= 0 <= other and flops >= 0 and touched + other + flops < math.inf):
-                raise PlanError(f"operator {use.op} reads or computes {shape[:3]}")
+                raise PlanError(f"operator {use.op} reads or computes {(touched, other, flops)}")
             if not 0 <= untouched < 1:
                 raise PlanError(f"operator {use.op} leaves a share of {untouched} untouched")
             cost = op_cost(use, profile, link)

@@ -7,6 +7,9 @@ flops, with a share x of the tensor remote and read directly, takes
 
 because the link, HBM and the tensor cores work side by side. B_local and P are what operators reach
 of the profile's peaks, and the floor what they take besides. T is convex and piecewise linear in x.
+B_remote is what direct reads get of the link, or where products of many tokens read rows that the
+copy engine brings, the more of the two. What an operator takes longer as soon as it reads both
+memories (`both_seconds`) is no part of T.
 Where a share u at the tensor's end is not touched yet (the context still to come of a KV cache),
 the first u of x costs nothing, and T(x) = max(D + A over B_local, y D / B_remote, F / P) with
 y = (x - u) / (1 - u): what HBM gains by remote reads is left out, which keeps T convex.
@@ -15,6 +18,7 @@ Bytes, bytes per second, flop per second, seconds.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from dak_inductor.errors import PlanError
@@ -25,9 +29,10 @@ HBM_SHARE = 0.93
 """Of the stream that a profile has, what operators reach. Fitted, with the floor, to the decode
 grids of the H200, both tiers (linear.json, linear_peer.json): see `benchmarks/check_cost_model.py`.
 """
-COMPUTE_SHARE, ATTENTION_COMPUTE_SHARE = 0.95, 0.7
-"""Of the matmul rate that a profile has, what operators reach, likewise; attention's two products
-with a softmax between them."""
+COMPUTE_SHARE, ATTENTION_COMPUTE_SHARE = 0.92, 0.7
+"""Of the matmul rate that a profile has, what operators reach, fitted to the prefill grids with
+nothing remote; attention's two products with a softmax between them."""
+PRODUCTS = ("linear", "linear_epilogue", "gated_linear")
 _LOOK_UPS = ("embedding", "gather")
 FEW_TOKENS = 128
 """Products of up to so many are one launch of the kernel."""
@@ -36,6 +41,14 @@ _ALONE_FLOORS = {"cpu": 2.5, "peer": 4.0}
 link itself: with nothing remote its start and its end lie beside its neighbours. Measured on the
 H200 in decode steps of 8 Llama-3-8B layers: 3 to 6 us with 0.5 and 1% in host memory, 7 to 8.5 with
 2 and 5% in another GPU's. In calls one by one, as T is fitted to, neither does."""
+_DIVIDED_FLOORS = 6.0
+"""What products of more tokens take longer, in steps or alone, once a part of their weight is
+remote: copies, their events and one product more. 13 us is the median of both prefill grids for
+weights of 29 to 117 MB and up to 10% remote, 17 for one of 8 MB. Where the stock operator takes
+less, which reads remote bytes in place and again for each tile of tokens, it serves them."""
+TOKENS_OF_TILE = 128
+_BOTH_FLOORS = 3.0
+"""The same of attention, whose workers for either memory end apart."""
 _KERNEL_FLOORS = 2.65
 """What other operators take besides their bytes, in floors of the profile: launch, first tiles,
 last sums."""
@@ -111,7 +124,7 @@ def op_cost(use: OpUse, profile: HardwareProfile, link: LinkProfile) -> OpCost:
     return OpCost(
         use.touched_bytes / bandwidth,
         use.other_bytes / bandwidth,
-        use.touched_bytes / link.direct_bandwidth,
+        use.touched_bytes / link_bandwidth(use, link),
         use.flops / reached_flops(use, profile) if use.flops else 0.0,
         use.untouched_share,
     )
@@ -120,6 +133,30 @@ def op_cost(use: OpUse, profile: HardwareProfile, link: LinkProfile) -> OpCost:
 def op_time(use: OpUse, remote_share: float, profile: HardwareProfile, link: LinkProfile) -> float:
     """Seconds of one call with `remote_share` (0 to 1) of the tensor remote, floor included."""
     return op_cost(use, profile, link).time(remote_share) + op_floor(use.kind, profile)
+
+
+def both_seconds(use: OpUse, share: float, profile: HardwareProfile, link: LinkProfile) -> float:
+    """What one call takes longer than T since it reads both memories, in a step or alone."""
+    if not 0 < share < 1:
+        return 0.0
+    if use.kind == "attention":
+        return _BOTH_FLOORS * profile.operator_floor
+    if use.kind not in PRODUCTS or use.m <= FEW_TOKENS:
+        return 0.0
+    in_place = share * use.touched_bytes * math.ceil(use.m / TOKENS_OF_TILE)
+    return min(divided_seconds(profile), in_place / link.direct_bandwidth)
+
+
+def divided_seconds(profile: HardwareProfile) -> float:
+    """The same of a product of many tokens, at most."""
+    return _DIVIDED_FLOORS * profile.operator_floor
+
+
+def link_bandwidth(use: OpUse, link: LinkProfile) -> float:
+    """Bytes per second at which remote bytes reach an operator."""
+    if use.kind in PRODUCTS and use.m > FEW_TOKENS:
+        return max(link.direct_bandwidth, link.copy_bandwidth)
+    return link.direct_bandwidth
 
 
 def local_bandwidth(profile: HardwareProfile) -> float:

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from dak_inductor.copies_ahead import CopiesAhead, StagedStep
 from dak_inductor.copy_ring import MARGIN
-from dak_inductor.cost_curve import PRODUCTS
-from dak_inductor.cost_model import step_bound
+from dak_inductor.cost_model import PRODUCTS, step_bound
 from dak_inductor.plan import OpPlan, Plan
 from dak_inductor.use_columns import Column, UseColumns
 

@@ -12,6 +12,9 @@ from dak_inductor.cost_model import (
     COMPUTE_SHARE,
     HBM_SHARE,
     OpCost,
+    both_seconds,
+    divided_seconds,
+    link_bandwidth,
     local_bandwidth,
     op_cost,
     op_floor,
@@ -105,13 +108,13 @@ def test_a_memory_bound_operator_is_fastest_where_link_and_hbm_end_together() ->
 
 def test_a_compute_bound_operator_is_free_up_to_its_kink() -> None:
     use = linear(rows=16384)
-    free = use.flops / reached_flops(use, H200) * HOST.direct_bandwidth / WEIGHT
+    free = use.flops / reached_flops(use, H200) * link_bandwidth(use, HOST) / WEIGHT
     assert 0.5 < free <= 1 or free > 1
     share = min(free, 1.0)
     resident = op_time(use, 0.0, H200, HOST)
     assert op_time(use, share * 0.999, H200, HOST) == pytest.approx(resident)
     slow = linear(rows=1024)
-    free = slow.flops / reached_flops(slow, H200) * HOST.direct_bandwidth / WEIGHT
+    free = slow.flops / reached_flops(slow, H200) * link_bandwidth(slow, HOST) / WEIGHT
     assert op_time(slow, free * 2, H200, HOST) > 1.9 * op_time(slow, free, H200, HOST) - 1e-5
 
 
@@ -141,3 +144,29 @@ def test_step_bound_takes_the_slowest_resource() -> None:
     assert step_bound(3e9, 4e9, 0.0, H200, HOST) == pytest.approx(4e9 / best)
     assert step_bound(3e9, 4e9, 7.0, H200, HOST) == 7.0
     assert step_bound(48e9, 0.0, 0.0, H200, HOST) == pytest.approx(48e9 / H200.hbm_bandwidth)
+
+
+def test_products_of_many_tokens_get_their_rows_by_copy_engine() -> None:
+    assert HOST.copy_bandwidth > HOST.direct_bandwidth
+    assert link_bandwidth(linear(rows=129), HOST) == HOST.copy_bandwidth
+    assert link_bandwidth(linear(rows=128), HOST) == HOST.direct_bandwidth
+    slow = replace(HOST, copy_bandwidth=HOST.direct_bandwidth / 2)
+    assert link_bandwidth(linear(rows=129), slow) == HOST.direct_bandwidth
+    assert link_bandwidth(replace(linear(rows=129), kind="attention"), HOST) != HOST.copy_bandwidth
+
+
+def test_who_reads_both_memories_pays_for_it_once() -> None:
+    many, few = linear(rows=4096), linear(rows=8)
+    attention = replace(few, kind="attention")
+    for use in (many, few, attention):
+        assert both_seconds(use, 0.0, H200, HOST) == both_seconds(use, 1.0, H200, HOST) == 0.0
+    assert both_seconds(few, 0.1, H200, HOST) == 0.0, "alone_seconds has it"
+    assert both_seconds(attention, 0.1, H200, HOST) == 3 * H200.operator_floor
+    assert both_seconds(many, 0.1, H200, HOST) == divided_seconds(H200)
+
+
+@given(st.integers(129, 8192), st.floats(1e-6, 0.999))
+def test_a_divided_product_pays_no_more_than_reading_in_place(rows: int, share: float) -> None:
+    seconds = both_seconds(linear(rows=rows), share, H200, HOST)
+    in_place = share * WEIGHT * -(-rows // 128) / HOST.direct_bandwidth
+    assert seconds == pytest.approx(min(divided_seconds(H200), in_place))
