@@ -38,7 +38,8 @@ from dak_inductor.benchmarks.harness.record import (
 )
 from dak_inductor.copy_ring import LEAST_RING_BYTES, RING_BYTES
 from dak_inductor.cost_model import link_bandwidth, local_bandwidth, op_floor, reached_flops
-from dak_inductor.hardware import HardwareProfile, load
+from dak_inductor.hardware import load
+from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.plan import Plan, PlanProblem
 from dak_inductor.planner import make_plan
 

@@ -23,13 +23,13 @@ from dak_inductor.benchmarks.harness import attention_grid, command_line
 from dak_inductor.benchmarks.harness.linear_bars import LAST_DECODE
 from dak_inductor.benchmarks.harness.record import Verdict, make_record, project_root
 from dak_inductor.cost_model import both_seconds, op_time
-from dak_inductor.hardware import HardwareProfile
+from dak_inductor.hardware_profile import HardwareProfile
+from dak_inductor.lowering.element_types import ELEMENT_BYTES
 from dak_inductor.plan import OpUse
 
 GRIDS = ("linear", "linear_prefill", "linear_peer", "linear_peer_prefill", "attention",
          "attention_peer")  # fmt: skip
 MEDIAN_BAR, WORST_BAR = 0.03, 0.10
-ELEMENT_BYTES = 2  # of bf16 and fp16, which the grids are made of
 COLUMNS = ("record", "phase", "remote", "cells", "median", "bias", "worst", "worst cell")
 _BANDS = ((0.0, "0"), (0.01, "to 1%"), (0.1, "to 10%"), (1.0, "more"))
 

@@ -23,6 +23,7 @@ from dak_inductor.cuda_runtime.window_history import (
     read_changes,
 )
 from dak_inductor.errors import OptionError
+from dak_inductor.hardware_profile import LinkProfile
 
 AUTOMATIC_BY_DEFAULT = False
 """Whether kernels change a link's window where the user says nothing."""
@@ -137,12 +138,12 @@ class Window:
         return bytes(self._record.read(_CONTROLLER.size, _CONTROLLER_OFFSET))
 
 
-def default_window(link: hardware.LinkProfile) -> int:
+def default_window(link: LinkProfile) -> int:
     """Twice what the link needs, and well below the knee where HBM reads suffer."""
     return min(link.window_knee * 3 // 4, link.window_floor * 2)
 
 
-def default_limits(link: hardware.LinkProfile, *, guessed: bool) -> tuple[int, int]:
+def default_limits(link: LinkProfile, *, guessed: bool) -> tuple[int, int]:
     """Floor and cap of a window that kernels change: the profile's, or wide ones around a guess."""
     floor, cap = link.window_floor, max(link.window_floor, link.window_knee)
     if guessed:

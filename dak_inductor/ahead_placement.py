@@ -19,7 +19,7 @@ import numpy as np
 
 from dak_inductor.copy_ring import LAUNCHES_IN_RING
 from dak_inductor.cost_curve import Piece
-from dak_inductor.hardware import LinkProfile
+from dak_inductor.hardware_profile import LinkProfile
 from dak_inductor.plan import PlanProblem
 from dak_inductor.split_grid import SplitGrid
 from dak_inductor.tensor_names import natural, role

@@ -9,6 +9,7 @@ import torch
 
 from dak_inductor.budget import DeviceBudget
 from dak_inductor.copy_ring import RING_SHARE, expected_ring_bytes
+from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.lowering.ahead.ring_room import Room
 from dak_inductor.lowering.refusals import HOPPER, capability
 from dak_inductor.offloaded import OffloadedModel
@@ -44,6 +45,15 @@ def expected_ring(budget: DeviceBudget) -> int:
     if not (copies_help(budget.device) and copies_ahead_by_default()):
         return 0
     return expected_ring_bytes(budget.limit)
+
+
+def expected_ring_by_profile(profile: HardwareProfile, budget: int) -> int:
+    """The same of a GPU that is known by its profile alone, with a budget of so many bytes.
+
+    One whose compute capability the profile does not say is planned for as a Hopper card.
+    """
+    is_served = profile.capability in (None, HOPPER)
+    return expected_ring_bytes(budget) if is_served and copies_ahead_by_default() else 0
 
 
 def ring_room(device: torch.device, models: Sequence[OffloadedModel]) -> Room:

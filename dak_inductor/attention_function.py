@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import dak_inductor.lowering.ops  # noqa: F401  (registers torch.ops.dak)
-from dak_inductor.attention_bounds import Bounds, bounds_of, make_bounds
+from dak_inductor.attention_bounds import bounds_of, make_bounds
 from dak_inductor.errors import ModelError
 
 NAME = "dak"
@@ -237,7 +237,6 @@ def _transformers() -> _Transformers:
 
 __all__ = [
     "NAME",
-    "Bounds",
     "CacheBounds",
     "attend",
     "bounds_mask",

@@ -33,9 +33,7 @@ class BudgetTerms:
     context: int  # CUDA context, libraries, other processes on the card
     tensors: int  # ordinary tensors on the device, activations' reserve not included
     reserve: int  # kept for activations, other KV caches and graph pools
-    other_models: (
-        int  # of other offloaded models and their caches, or claimed by those being loaded
-    )
+    other_models: int  # of other models and caches, or claimed by those being loaded
 
     @property
     def available(self) -> int:
@@ -44,8 +42,8 @@ class BudgetTerms:
     def __str__(self) -> str:
         return (
             f"{self.total:,} bytes, less {self.context:,} for the CUDA context, libraries and "
-            f"other processes, "
-            f"{self.tensors:,} for tensors that stay whole, {self.reserve:,} kept for activations, "
+            f"other processes, {self.tensors:,} for tensors that stay whole, "
+            f"{self.reserve:,} kept for activations, "
             f"{self.other_models:,} held by other offloaded models"
         )
 

@@ -9,7 +9,7 @@ import difflib
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from dak_inductor.cuda_runtime.file_bytes import FileBytes, read_into
 from dak_inductor.errors import CheckpointError
 from dak_inductor.inventory import Inventory, Member
+from dak_inductor.tensor_names import few_of
 
 INDEX_NAME = "model.safetensors.index.json"
 _PIECE_BYTES = 64 << 20
@@ -43,12 +44,14 @@ class Checkpoint:
             missing = sorted(names - held) if names is not None else []
             if missing:
                 raise CheckpointError(
-                    f"{self.path}: the index places {_some(missing)} in {file.name}; not so"
+                    f"{self.path}: the index places {few_of(missing)} in {file.name}, which does "
+                    "not hold them: index and files are of different checkpoints, download again"
                 )
             for name in held if names is None else names:
                 if name in self._file_of and names is None:
                     raise CheckpointError(
-                        f"{self.path}: {name} is in {self._file_of[name].name} and in {file.name}"
+                        f"{self.path}: {name} is in {self._file_of[name].name} and in {file.name}; "
+                        f"name one of the files, or add an {INDEX_NAME}"
                     )
                 self._file_of[name] = file
 
@@ -119,7 +122,7 @@ class Checkpoint:
             wanted = {n for entry in inventory for member in entry.members for n in member.names}
             raise CheckpointError(
                 f"{self.path} misses {len(missing)} tensors that are on meta in the model: "
-                f"{_some(missing)}. {self._hint(missing, wanted)}"
+                f"{few_of(missing)}. {self._hint(missing, wanted)}"
             )
 
     def close(self) -> None:
@@ -264,9 +267,3 @@ def _read_index(path: Path) -> dict[Path, set[str] | None]:
         if names is not None:
             names.add(name)
     return listing
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    shown = ", ".join(listed[:3])
-    return shown + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dak_inductor.inventory import Entry
-from dak_inductor.lowering.linear.problem import ELEMENT_BYTES
+from dak_inductor.lowering.element_types import ELEMENT_BYTES
 from dak_inductor.lowering.linear.ring_plan import LEAST_FEATURES
 
 _TRANSPOSED = ("Conv1D",)

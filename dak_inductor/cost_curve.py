@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from dak_inductor.cost_model import FEW_TOKENS, PRODUCTS, OpCost, op_cost, op_floor
 from dak_inductor.errors import PlanError
-from dak_inductor.hardware import HardwareProfile, LinkProfile
+from dak_inductor.hardware_profile import HardwareProfile, LinkProfile
 from dak_inductor.plan import OpUse, PlanProblem
 from dak_inductor.split_grid import SplitGrid
 

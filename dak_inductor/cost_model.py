@@ -22,7 +22,7 @@ import math
 from typing import NamedTuple
 
 from dak_inductor.errors import PlanError
-from dak_inductor.hardware import HardwareProfile, LinkProfile
+from dak_inductor.hardware_profile import HardwareProfile, LinkProfile
 from dak_inductor.plan import OpUse
 
 HBM_SHARE = 0.93

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dak_inductor.errors import OptionError, TierError
+from dak_inductor.offload_request import default_remote
 from dak_inductor.output_check import (
     ERROR_RATIO,
     Comparison,
@@ -120,7 +121,7 @@ def _check_counts(**counts: tuple[int | None, int]) -> None:
 
 
 def _remote_or_default(remote: str | None) -> str:
-    remote = remote or ("cpu" if torch.cuda.is_available() else "simulated")
+    remote = remote or default_remote()
     if remote != "simulated" and not torch.cuda.is_available():
         raise TierError(f"remote={remote!r} needs a GPU, and there is none; use 'simulated'")
     return remote

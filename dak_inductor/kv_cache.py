@@ -14,11 +14,12 @@ from dak_inductor.byte_size import asked_host_memory
 from dak_inductor.cuda_runtime.host_memory import available_host_memory
 from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tiers import open_tier
-from dak_inductor.errors import BudgetError, CacheError, ModelError, OptionError, TierError
+from dak_inductor.errors import CacheError, ModelError, OptionError, TierError
 from dak_inductor.kv_cache_geometry import CacheGeometry, keeps_latents, read_geometry
 from dak_inductor.kv_cache_plan import join, place_with_weights, splits_by_ratio
 from dak_inductor.kv_cache_storage import CacheStorage
 from dak_inductor.kv_cache_tensors import TensorPlan, tensor_plans
+from dak_inductor.offload_request import check_ratio
 from dak_inductor.offloaded import OffloadedModel, note_change, places, record_of, size_text
 from dak_inductor.placement import LAUNCH_LOCK
 
@@ -131,10 +132,7 @@ def _check_options(
     remote: str | None,
     host_memory: str | int | None,
 ) -> None:
-    if ratio is not None and (
-        isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1
-    ):
-        raise BudgetError(f"offload_ratio={ratio!r}: a share of the cache's bytes from 0 to 1")
+    check_ratio(ratio, of="the cache's bytes")
     if record is None:
         if ratio is None:
             raise OptionError(
@@ -159,7 +157,8 @@ def _open_tier(
     wanted = "cpu" if remote == "simulated" else "cuda"
     if device.type != wanted:
         raise TierError(
-            f"remote={remote!r} is for a model on {wanted}, and this one is on {device}"
+            f"remote={remote!r} is for a model on {wanted}, and this one is on {device}: move the "
+            "model, or say another remote"
         )
     return open_tier(remote, device=device, host_memory=asked_host_memory(host_memory)), device
 

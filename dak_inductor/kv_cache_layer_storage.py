@@ -216,8 +216,8 @@ class LayerStorage:
         self.tokens -= tokens
         self.lengths.sub_(tokens)
 
-    def reorder(self, targets: Sequence[int], sources: Sequence[int], pieces: int) -> None:
-        """Copy sequence `sources[i]` to `targets[i]`, `pieces` slots at a time."""
+    def reorder(self, targets: Sequence[int], sources: Sequence[int], slots: int) -> None:
+        """Copy sequence `sources[i]` to `targets[i]`, `slots` slots at a time."""
         if not targets:
             return
         device = self.keys.device
@@ -225,8 +225,8 @@ class LayerStorage:
         by = torch.tensor(sources, device=device)
         self.starts[to] = self.starts[by]
         for rows in self._rows:
-            for start in range(0, self.slots, pieces):
-                piece = rows[start : min(start + pieces, self.slots)]
+            for start in range(0, self.slots, slots):
+                piece = rows[start : min(start + slots, self.slots)]
                 piece[:, to] = piece[:, by]
 
 

@@ -210,8 +210,8 @@ class CacheStorage:
         targets = [i for i, source in enumerate(order) if i != source]
         sources = [order[i] for i in targets]
         for layer in self.layers:
-            piece = max(1, _REORDER_BYTES // max(layer.row_bytes))
-            layer.reorder(targets, sources, piece)
+            slots = max(1, _REORDER_BYTES // max(layer.row_bytes))
+            layer.reorder(targets, sources, slots)
 
     def as_expected(self, use: OpUse) -> OpUse:
         """A use as it is to be expected: of this cache's tensors, up to the expected context."""

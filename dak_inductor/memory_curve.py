@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from rich import box
 from rich.table import Table
 
-from dak_inductor.hardware import HardwareProfile
+from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.plan import PlanProblem
 from dak_inductor.plan_report import bytes_text, seconds_text
 from dak_inductor.planner import make_plan

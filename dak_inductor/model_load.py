@@ -21,6 +21,7 @@ from dak_inductor.offload_request import OffloadRequest
 from dak_inductor.offloaded import OffloadedModel, OffloadedWeight
 from dak_inductor.parts import like_parameter, part_of, parts_on
 from dak_inductor.plan import TensorSpec
+from dak_inductor.tensor_names import few_of
 from dak_inductor.transfer import Transfer
 
 
@@ -93,7 +94,7 @@ class ModelLoad:
         if left:
             raise CheckpointError(
                 f"{len(left)} tensors of {inventory.label} are still on meta after loading: "
-                f"{', '.join(left[:3])}. The checkpoint lacks them, or the load was not complete."
+                f"{few_of(left)}. The checkpoint lacks them, or the load was not complete."
             )
         before = self._transfer.freeze(inventory) | self._required_grad
         self._budget.claims.pop(self, None)

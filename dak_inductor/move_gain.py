@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dak_inductor.binding import Binding
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.expected_calls import expected_calls
-from dak_inductor.hardware import HardwareProfile
+from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.plan import Plan, PlanProblem
 from dak_inductor.planner import GraphSeconds, seconds_by_graph
 

@@ -17,6 +17,11 @@ from dak_inductor.plan import Plan
 MINIMUM_DIVIDED_BYTES = 64 << 10
 
 
+def default_remote() -> str:
+    """The remote tier where a command is given none: host memory, simulated without a GPU."""
+    return "cpu" if torch.cuda.is_available() else "simulated"
+
+
 @dataclass(frozen=True, slots=True)
 class OffloadRequest:
     """The arguments of `offload`. Raises a named error at once for what cannot be."""
@@ -42,11 +47,7 @@ class OffloadRequest:
             )
         if self.plan is not None and self.offload_ratio is not None:
             raise OptionError("a plan says itself how much is remote: leave offload_ratio out")
-        ratio = self.offload_ratio
-        if ratio is not None and (
-            isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1
-        ):
-            raise BudgetError(f"offload_ratio={ratio!r}: a share of the weight bytes from 0 to 1")
+        check_ratio(self.offload_ratio, of="the weight bytes")
         asked_host_memory(self.host_memory)
         if self.placement is not None and not isinstance(self.placement, Mapping):
             raise OptionError(
@@ -94,3 +95,11 @@ def _device(device: torch.device | str | int) -> torch.device:
         return torch.device(device)
     except (RuntimeError, TypeError, ValueError) as error:
         raise TierError(f"device={device!r} is no device: {error}") from error
+
+
+def check_ratio(ratio: object, *, of: str) -> None:
+    """Raise BudgetError for an `offload_ratio` that is given and no share of what it is `of`."""
+    if ratio is not None and (
+        isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1
+    ):
+        raise BudgetError(f"offload_ratio={ratio!r}: a share of {of} from 0 to 1")

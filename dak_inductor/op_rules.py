@@ -28,12 +28,7 @@ ON_THE_LEFT = (
     "activation and the result would take copies; its stock kernel reads the weight"
 )
 
-
 Rule = Callable[[Node], Match | str | None]
-
-
-def _nodes(node: Node, count: int) -> list[Any]:
-    return list(node.args[:count])
 
 
 def _argument(node: Node, position: int, name: str, default: Any = None) -> Any:
@@ -42,7 +37,7 @@ def _argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     return node.kwargs.get(name, default)
 
 
-def _contraction(kind: str, node: Node, x: Node, weight: Node) -> Match | str:
+def _contraction(kind: str, node: Node, x: Any, weight: Any) -> Match | str:
     """A product of `x` [..., K] with `weight`, whichever layout it has; rows of x are M."""
     source = input_behind(weight)
     if source is None:
@@ -62,8 +57,7 @@ def _contraction(kind: str, node: Node, x: Node, weight: Node) -> Match | str:
 
 
 def _linear(node: Node) -> Match | str:
-    x, weight = _nodes(node, 2)
-    return _contraction("linear", node, x, weight)
+    return _contraction("linear", node, node.args[0], node.args[1])
 
 
 def _addmm(node: Node) -> Match | str | None:

@@ -95,7 +95,9 @@ def parse(mode: str | None, options: Mapping[str, Any] | None) -> ParsedOptions:
     given = dict(options or {})
     own_mode = given.pop("mode", None)
     if mode is not None and own_mode is not None and mode != own_mode:
-        raise OptionError(f"mode is given twice: mode={mode!r} and options['mode']={own_mode!r}")
+        raise OptionError(
+            f"mode is given twice: mode={mode!r} and options['mode']={own_mode!r}; leave one out"
+        )
     mode = mode if mode is not None else own_mode
 
     own = {

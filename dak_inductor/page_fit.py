@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from dak_inductor.hardware import HardwareProfile
+from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.plan import Plan, PlanProblem
 from dak_inductor.planner import make_plan
 

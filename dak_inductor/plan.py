@@ -15,6 +15,7 @@ from typing import Any
 
 from dak_inductor.errors import PlanError
 from dak_inductor.refusal import Refusal
+from dak_inductor.tensor_names import few_of
 
 VERSION = 1
 STRATEGIES = ("direct", "staged")
@@ -154,8 +155,8 @@ class Plan:
         unknown = sorted(self.sizes.keys() - sizes.keys())
         other = sorted(n for n in self.sizes.keys() & sizes.keys() if self.sizes[n] != sizes[n])
         raise PlanError(
-            f"this plan is of another model: {_some(missing)} not in the plan, {_some(unknown)} "
-            f"not in the model, {_some(other)} of another size; plan again with `dak plan`"
+            f"this plan is of another model: {few_of(missing)} not in the plan, {few_of(unknown)} "
+            f"not in the model, {few_of(other)} of another size; plan again with `dak plan`"
         )
 
     def fitted(self, model: str, sizes: Mapping[str, int]) -> Plan:
@@ -216,12 +217,6 @@ class Plan:
         return plan
 
 
-def _some(names: list[str]) -> str:
-    if not names:
-        return "none"
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _rows(where: str, kind: type, rows: list[Any]) -> list[Any]:
     read = []
     for number, row in enumerate(rows):
@@ -263,7 +258,7 @@ def _check_types(where: str, record_type: type, record: Mapping[str, Any]) -> No
     missing = sorted(annotations.keys() - record.keys())
     unknown = sorted(record.keys() - annotations.keys())
     if missing or unknown:
-        raise PlanError(f"{where}: missing {_some(missing)}; unknown {_some(unknown)}")
+        raise PlanError(f"{where}: missing {few_of(missing)}; unknown {few_of(unknown)}")
     for name, annotation in annotations.items():
         wanted, check = _CHECKS[annotation]
         if not check(record[name]):
@@ -273,10 +268,13 @@ def _check_types(where: str, record_type: type, record: Mapping[str, Any]) -> No
 def _check_values(plan: Plan) -> None:
     if plan.splits.keys() != plan.sizes.keys():
         differing = sorted(plan.splits.keys() ^ plan.sizes.keys())
-        raise PlanError(f"the plan has a split or a size but not both for {_some(differing)}")
+        raise PlanError(f"the plan has a split or a size but not both for {few_of(differing)}")
     for name, remote in plan.splits.items():
         if remote > plan.sizes[name]:
-            raise PlanError(f"{name}: {remote} bytes remote of {plan.sizes[name]}")
+            raise PlanError(
+                f"the plan makes {remote} bytes of {name} remote, which has {plan.sizes[name]}: "
+                "lower its split to that or less"
+            )
     if plan.remote_bytes < plan.asked_bytes:
         raise PlanError(
             f"the splits make {plan.remote_bytes} bytes remote, {plan.asked_bytes} are needed: "

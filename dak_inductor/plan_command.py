@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dak_inductor import hardware
+from dak_inductor.ahead_room import expected_ring_by_profile
 from dak_inductor.copied_rows import row_block
-from dak_inductor.copy_ring import expected_ring_bytes
 from dak_inductor.cost_model import reached_flops
 from dak_inductor.errors import BudgetError, ModelError, OptionError
-from dak_inductor.hardware import HardwareProfile
+from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
 from dak_inductor.plan_report import bytes_text, seconds_text
 from dak_inductor.planner import make_plan
@@ -265,7 +265,7 @@ def plan_model(
         remote=request.remote,
         refusals=(*inventory.refusals, *refusals),
         model=inventory.fingerprint,
-        ring_bytes=expected_ring_bytes(budget),
+        ring_bytes=expected_ring_by_profile(profile, budget),
     )
     compute = {use.op: use.flops / reached_flops(use, profile) for use in uses if use.flops}
     return PlanAnswer(request, memory, make_plan(problem, profile), compute)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -104,7 +104,6 @@ def render(
     *,
     title: str = "",
     all_ops: bool = False,
-    measured: Mapping[str, float] | None = None,
     notes: OpNotes | None = None,
 ) -> RenderableType:
     """The whole report for a rich console.
@@ -113,15 +112,14 @@ def render(
         plan: what to report.
         title: first line; by default model, hardware and tier.
         all_ops: one row per operator instead of one per group of equal layers.
-        measured: seconds of a step by graph, shown beside the prediction.
         notes: what is known of operators besides, in columns of their own where there is room.
     """
     parts: list[RenderableType] = [Text(title or _title(plan), style="bold"), Text(_placed(plan))]
     for graph in plan.step_times:
-        parts += [Text(), _GraphTable(plan, graph, all_ops, (measured or {}).get(graph), notes)]
+        parts += [Text(), _GraphTable(plan, graph, all_ops, notes)]
     if plan.refusals:
         parts += [Text(), _refusal_table(plan.refusals, all_ops)]
-    parts += [Text(), Text("\n".join(_summary(plan, measured or {})))]
+    parts += [Text(), Text("\n".join(_summary(plan)))]
     return Group(*parts)
 
 
@@ -154,14 +152,11 @@ class _GraphTable:
         plan: Plan,
         graph: str,
         all_ops: bool,
-        measured: float | None,
         notes: OpNotes | None = None,
     ) -> None:
         self.step = plan.step_times[graph]
         self.title = f"{graph}: {seconds_text(self.step)} predicted"
         self.title += f", {seconds_text(plan.bound[graph])} bound"
-        if measured is not None:
-            self.title += f", {seconds_text(measured)} measured"
         ops = (op for op in plan.ops if op.graph == graph)
         self.groups = group_ops(ops, all_ops=all_ops, notes=notes)
         self.all_ops, self.noted = all_ops, notes is not None
@@ -277,13 +272,11 @@ def _refusal_table(refusals: Sequence[Refusal], all_ops: bool) -> Table:
     return table
 
 
-def _summary(plan: Plan, measured: Mapping[str, float]) -> list[str]:
+def _summary(plan: Plan) -> list[str]:
     names = {"prefill": "TTFT (prefill)", "decode": "TPOT (decode step)"}
     lines = []
     for graph, step in plan.step_times.items():
         line = f"{names.get(graph, graph)}: predicted {seconds_text(step)}"
-        if graph in measured:
-            line += f", measured {seconds_text(measured[graph])}"
         bound = plan.bound[graph]
         if bound:
             line += f"; {step / bound:.2f}x of what HBM, link and cores could do with these bytes"

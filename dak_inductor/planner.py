@@ -19,7 +19,7 @@ from dak_inductor.copy_ring import MARGIN
 from dak_inductor.cost_curve import cost_lines, cost_pieces
 from dak_inductor.errors import BudgetError, PlanError
 from dak_inductor.greedy import fill, round_splits, steepest_slope
-from dak_inductor.hardware import HardwareProfile
+from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.plan import Plan, PlanProblem
 from dak_inductor.schedule import Schedule
 from dak_inductor.split_grid import SplitGrid, split_grid

@@ -14,7 +14,8 @@ from dak_inductor.cuda_runtime.host_memory import check_host_memory
 from dak_inductor.cuda_runtime.kernel import architecture
 from dak_inductor.cuda_runtime.nvrtc import extension
 from dak_inductor.errors import DeviceMemoryError, TierError, UnsupportedDriverError
-from dak_inductor.hardware import HardwareProfile, LinkProfile, device_name, gpu_uuid, save
+from dak_inductor.hardware import device_name, gpu_uuid, save
+from dak_inductor.hardware_profile import HardwareProfile, LinkProfile
 from dak_inductor.probe_link import (
     Range,
     graph_of,
@@ -97,6 +98,7 @@ def _measure(device: torch.device, remotes: tuple[str, ...]) -> HardwareProfile:
         operator_floor=operator_floor,
         links=slowest_by_tier(links),
         provenance=f"{stamp}; {describe_links(links)}",
+        compute_capability=f"{properties.major}.{properties.minor}",
     )
 
 

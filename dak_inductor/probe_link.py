@@ -20,7 +20,7 @@ from dak_inductor.cuda_runtime.streaming import (
     stream_rates,
     write_rate,
 )
-from dak_inductor.hardware import LinkProfile
+from dak_inductor.hardware_profile import LinkProfile
 
 if TYPE_CHECKING:
     import torch

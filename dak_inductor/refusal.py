@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -15,3 +16,10 @@ class Refusal:
     module: str = ""  # "model.layers.3.mlp.up_proj"
     source: str = ""  # "modeling_llama.py:174"
     graph: str = ""
+
+
+def in_one_line(reasons: Sequence[str]) -> str:
+    """Several are numbered, "(1) ... (2) ...": a reason may have semicolons of its own."""
+    if len(reasons) == 1:
+        return reasons[0]
+    return " ".join(f"({number}) {reason}" for number, reason in enumerate(reasons, 1))

@@ -34,6 +34,7 @@ from dak_inductor.op_table import OpTable
 from dak_inductor.options import BackendOptions
 from dak_inductor.out_of_memory import advice
 from dak_inductor.resident_copies import has_memory, reads_nothing_offloaded, resident_copies
+from dak_inductor.tensor_names import few_of
 from dak_inductor.written_inputs import buffers_of
 
 log = logging.getLogger(__name__)
@@ -229,14 +230,12 @@ class CompiledGraph:
     def _check(self, binding: Binding, arguments: Sequence[Any]) -> None:
         found = resident_copies(self.table, binding, arguments)
         for model, copies in found.items():
-            shown = ", ".join(copies[:3]) + (
-                f" and {len(copies) - 3} more" if len(copies) > 3 else ""
-            )
             message = (
-                f"{shown}: offloaded weights were replaced by tensors that lie whole on the "
-                "device (deepcopy, .half(), load_state_dict(assign=True)), or this model is like "
-                f"an offloaded {model.label} and was never offloaded. They run, but nothing of "
-                "them is offloaded; call dak.offload (after dak.restore, where it was offloaded)."
+                f"{few_of(copies)}: offloaded weights were replaced by tensors that lie whole on "
+                "the device (deepcopy, .half(), load_state_dict(assign=True)), or this model is "
+                f"like an offloaded {model.label} and was never offloaded. They run, but nothing "
+                "of them is offloaded; call dak.offload (after dak.restore, where it was "
+                "offloaded)."
             )
             if self.settings.strict:
                 raise ResidentCopyError(message)

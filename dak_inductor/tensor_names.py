@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 
 _NUMBER = re.compile(r"(\d+)")
@@ -21,3 +22,10 @@ def role(name: str) -> str:
     of the name. Other numbers tell apart what one block has: "fc1" and "fc2", "w1" and "w3".
     """
     return _BLOCK.sub("*", name)
+
+
+def few_of(names: Sequence[str]) -> str:
+    """The first three, and how many there are besides; "none" of none."""
+    if not names:
+        return "none"
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from dak_inductor.copy_ring import PARTS_IN_RING, RING_BYTES
 from dak_inductor.cost_model import local_bandwidth, op_floor
-from dak_inductor.hardware import HardwareProfile
+from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.plan import OpPlan, Plan
 from dak_inductor.trace_labels import process_name, thread_name, thread_position
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dak_inductor.cost_curve import Line
 from dak_inductor.cost_model import peak_flops
-from dak_inductor.hardware import HardwareProfile
+from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.plan import PlanProblem
 from dak_inductor.split_grid import SplitGrid
 

@@ -6,11 +6,10 @@ what that declines at the call runs as the stock composition.
 
 from __future__ import annotations
 
-import torch
-
 from dak_inductor.lowering.attention.configuration import HEAD_DIMS, MAXIMUM_QUERIES
 from dak_inductor.lowering.attention_facts import AttentionFacts
-from dak_inductor.lowering.template_rule import HALF, Rule, dtype_text, gpu_text
+from dak_inductor.lowering.element_types import DTYPES, PORTABLE_DTYPES
+from dak_inductor.lowering.template_rule import CUDA_INSTALLED, TRITON_INSTALLED, Rule, dtype_text
 
 MOST_HEAD = 256
 
@@ -39,16 +38,9 @@ _ORDERED: Rule[AttentionFacts] = Rule(
 )
 
 CUDA: tuple[Rule[AttentionFacts], ...] = (
+    *CUDA_INSTALLED,
     Rule(
-        lambda f: f.capability == (9, 0),
-        lambda f: f"it is written for Hopper (compute capability 9.0); {gpu_text(f.capability)}",
-    ),
-    Rule(
-        lambda f: f.extension,
-        lambda f: "the compiled extension of dak_inductor cannot be loaded",
-    ),
-    Rule(
-        lambda f: f.dtype in HALF,
+        lambda f: f.dtype in DTYPES,
         lambda f: f"it takes bfloat16 and float16, keys are {dtype_text(f.dtype)}",
     ),
     *_COMMON,
@@ -69,13 +61,9 @@ CUDA: tuple[Rule[AttentionFacts], ...] = (
 )
 
 TRITON: tuple[Rule[AttentionFacts], ...] = (
+    *TRITON_INSTALLED,
     Rule(
-        lambda f: f.capability is not None and f.capability >= (8, 0),
-        lambda f: f"it needs compute capability 8.0 or newer; {gpu_text(f.capability)}",
-    ),
-    Rule(lambda f: f.triton, lambda f: "triton is not installed"),
-    Rule(
-        lambda f: f.dtype in (*HALF, torch.float32),
+        lambda f: f.dtype in PORTABLE_DTYPES,
         lambda f: f"it takes bfloat16, float16 and float32, keys are {dtype_text(f.dtype)}",
     ),
     *_COMMON,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dak_inductor.hardware import HardwareProfile, LinkProfile
+from dak_inductor.hardware_profile import HardwareProfile, LinkProfile
 
 FORK_SECONDS = 4e-6
 """From the start of a call to that of its first copy, in a stream of its own. Assumed, as the next

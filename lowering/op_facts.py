@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -153,7 +153,8 @@ def facts_of(op_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OpF
         return installation
     first = call.weights[0]
     n, k = first.shape
-    return OpFacts(
+    return replace(
+        installation,
         dtype=first.tensor.dtype,
         m=_rows(call.x),
         n=n,
@@ -164,9 +165,6 @@ def facts_of(op_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OpF
         scaled=call.scaled,
         biases=tuple(_shape(bias) for bias in call.biases),
         residual=_shape(call.residual),
-        capability=installation.capability,
-        extension=installation.extension,
-        triton=installation.triton,
     )
 
 

@@ -8,6 +8,8 @@ from functools import lru_cache
 import torch
 
 HOPPER = (9, 0)
+TRITON_LEAST = (8, 0)
+"""Of the portable kernels."""
 
 
 @lru_cache(maxsize=16)

@@ -17,8 +17,15 @@ import torch
 
 from dak_inductor.lowering import attention_rules
 from dak_inductor.lowering.attention_facts import attention_facts
+from dak_inductor.lowering.element_types import DTYPES, PORTABLE_DTYPES
 from dak_inductor.lowering.op_facts import OpFacts, facts_of
-from dak_inductor.lowering.template_rule import HALF, Rule, dtype_text, first_reason, gpu_text
+from dak_inductor.lowering.template_rule import (
+    CUDA_INSTALLED,
+    TRITON_INSTALLED,
+    Rule,
+    dtype_text,
+    first_reason,
+)
 
 Template = Literal["cuda", "triton", "stock"]
 
@@ -66,16 +73,9 @@ _COMMON: tuple[Rule[OpFacts], ...] = (
 )
 
 _CUDA: tuple[Rule[OpFacts], ...] = (
+    *CUDA_INSTALLED,
     Rule(
-        lambda f: f.capability == (9, 0),
-        lambda f: f"it is written for Hopper (compute capability 9.0); {gpu_text(f.capability)}",
-    ),
-    Rule(
-        lambda f: f.extension,
-        lambda f: "the compiled extension of dak_inductor cannot be loaded",
-    ),
-    Rule(
-        lambda f: f.dtype in HALF,
+        lambda f: f.dtype in DTYPES,
         lambda f: f"it takes bfloat16 and float16, the weight is {dtype_text(f.dtype)}",
     ),
     *_COMMON,
@@ -90,13 +90,9 @@ _CUDA: tuple[Rule[OpFacts], ...] = (
 )
 
 _TRITON: tuple[Rule[OpFacts], ...] = (
+    *TRITON_INSTALLED,
     Rule(
-        lambda f: f.capability is not None and f.capability >= (8, 0),
-        lambda f: f"it needs compute capability 8.0 or newer; {gpu_text(f.capability)}",
-    ),
-    Rule(lambda f: f.triton, lambda f: "triton is not installed"),
-    Rule(
-        lambda f: f.dtype in (*HALF, torch.float32),
+        lambda f: f.dtype in PORTABLE_DTYPES,
         lambda f: f"it takes bfloat16, float16 and float32, the weight is {dtype_text(f.dtype)}",
     ),
     *_COMMON,

@@ -8,10 +8,10 @@ from typing import Generic, TypeVar
 
 import torch
 
-Facts = TypeVar("Facts")
+from dak_inductor.lowering.op_facts import OpFacts
+from dak_inductor.lowering.refusals import HOPPER, TRITON_LEAST
 
-HALF = (torch.bfloat16, torch.float16)
-"""What the CUDA templates take."""
+Facts = TypeVar("Facts", contravariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +37,24 @@ def gpu_text(capability: tuple[int, int] | None) -> str:
 def dtype_text(dtype: torch.dtype | None) -> str:
     """The dtype's name: "bfloat16"."""
     return "unknown" if dtype is None else str(dtype).removeprefix("torch.")
+
+
+CUDA_INSTALLED: tuple[Rule[OpFacts], ...] = (
+    Rule(
+        lambda f: f.capability == HOPPER,
+        lambda f: f"it is written for Hopper (compute capability 9.0); {gpu_text(f.capability)}",
+    ),
+    Rule(
+        lambda f: f.extension,
+        lambda f: "the compiled extension of dak_inductor cannot be loaded",
+    ),
+)
+"""What every CUDA template needs."""
+TRITON_INSTALLED: tuple[Rule[OpFacts], ...] = (
+    Rule(
+        lambda f: f.capability is not None and f.capability >= TRITON_LEAST,
+        lambda f: f"it needs compute capability 8.0 or newer; {gpu_text(f.capability)}",
+    ),
+    Rule(lambda f: f.triton, lambda f: "triton is not installed"),
+)
+"""What every Triton template needs."""

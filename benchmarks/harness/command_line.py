@@ -12,6 +12,7 @@ import torch
 from dak_inductor.benchmarks.harness.record import Record
 from dak_inductor.benchmarks.harness.table import summary
 from dak_inductor.benchmarks.harness.timing import QUICK, TimingRule
+from dak_inductor.offload_request import default_remote
 
 Number = TypeVar("Number", int, float)
 
@@ -32,10 +33,6 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     made.add_argument("--commit", default=None, help="parent commit, where no git checkout is")
     return made
-
-
-def default_remote() -> str:
-    return "cpu" if torch.cuda.is_available() else "simulated"
 
 
 def default_device() -> torch.device:

@@ -155,8 +155,8 @@ def _served_by(x: Tensor, weights: TieredWeights) -> dict[str, object]:
 
 def _ring_parts(facts: CallFacts) -> list[int]:
     """Features of each product of the ring, in order."""
+    from dak_inductor.lowering.gpu_profile import profile_of
     from dak_inductor.lowering.linear import ring_plan
-    from dak_inductor.lowering.linear.launch import profile_of
 
     profile = profile_of(facts.device_index)
     residency = ring_plan.residencies(facts.problem, facts.remote_bytes)

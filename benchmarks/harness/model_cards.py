@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from dak_inductor.benchmarks.harness.model_case import Case
 from dak_inductor.benchmarks.harness.model_run import ModelRun
+from dak_inductor.benchmarks.harness.visible_cards import visible_cards
 from dak_inductor.errors import OptionError
 
 SIDE_BY_SIDE = (
@@ -26,7 +27,7 @@ def card_groups(cards: int, remote: str, *, present: int) -> list[dict[str, str]
 
     Raises OptionError where there are not as many, or too few for that tier.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(present)))).split(",")
+    visible = visible_cards(os.environ, present)
     found = re.fullmatch(r"cuda:(\d+)", remote)
     each = int(found[1]) + 1 if found else 1
     if cards > present:

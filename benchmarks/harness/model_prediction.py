@@ -6,13 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 from dak_inductor import hardware
+from dak_inductor.ahead_room import expected_ring_by_profile
 from dak_inductor.benchmarks.harness.model_case import Case
 from dak_inductor.copied_rows import row_block
-from dak_inductor.copy_ring import RING_BYTES
 from dak_inductor.inventory import take_inventory
 from dak_inductor.plan import Plan, PlanProblem, TensorSpec
 from dak_inductor.plan_command import REMOTE_PAGE, build_model, graphs_for
 from dak_inductor.planner import make_plan
+
+_AMPLE_BUDGET = 1 << 40
+"""A case has a share of the weights and no budget that could be short of a ring."""
 
 
 def sequence_length(model: Any, prompt: int) -> int:
@@ -86,6 +89,6 @@ class Predictor:
             remote=case.remote,
             refusals=(*inventory.refusals, *refusals),
             model=inventory.fingerprint,
-            ring_bytes=RING_BYTES,
+            ring_bytes=expected_ring_by_profile(profile, _AMPLE_BUDGET),
         )
         return replace(make_plan(problem, profile), model=case.model)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from dak_inductor.hardware import HardwareProfile, load, shipped
+from dak_inductor.hardware import load, shipped
+from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
 
 PAGE = 2 << 20

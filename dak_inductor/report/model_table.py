@@ -89,5 +89,5 @@ def _line(row: Mapping[str, Any], *, marked: bool) -> list[object]:
                          "card_peak_bytes", "host_peak_bytes")
         ),
         f"{compiled} (warm)" if row.get("compile_cold") is False and compiled != "0" else compiled,
-        cell("; ".join(told)[:300], "note"),
+        cell("\n".join(told)[:300], "note"),
     ]  # fmt: skip

@@ -38,7 +38,7 @@ nav ul,.legend{list-style:none;padding:0;display:flex;flex-wrap:wrap;gap:.3rem 1
 .scroll{overflow-x:auto;margin:.5rem 0;-webkit-overflow-scrolling:touch}
 table{border-collapse:collapse;font-size:.83rem;font-variant-numeric:tabular-nums}
 th,td{padding:.22rem .5rem;border-bottom:1px solid var(--line);text-align:left;white-space:nowrap}
-td.note{white-space:normal;min-width:12rem}
+td.note{white-space:pre-line;min-width:12rem}
 th{color:var(--dim);font-weight:600}.n{text-align:right}
 .ok{color:var(--ok);font-weight:600}.bad{color:var(--bad);font-weight:600}.open{color:var(--dim)}
 td.miss{outline:2px solid var(--bad);outline-offset:-2px}

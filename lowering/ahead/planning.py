@@ -11,8 +11,8 @@ from dak_inductor.lowering.ahead.ring_room import Room
 from dak_inductor.lowering.ahead.sequence import CallSequence, SplitOf, present_split
 from dak_inductor.lowering.ahead.step_costs import link_rates, step_ops, tier_of
 from dak_inductor.lowering.ahead.step_plan import StepPlans
+from dak_inductor.lowering.gpu_profile import profile_of
 from dak_inductor.lowering.linear.configuration import DECODE_TOKENS
-from dak_inductor.lowering.linear.launch import profile_of
 from dak_inductor.options import Strategy
 
 

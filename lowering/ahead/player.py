@@ -17,10 +17,10 @@ from torch import Tensor
 from dak_inductor.lowering import reads
 from dak_inductor.lowering.ahead.prepared_plan import Copy, CountedRead, PreparedPlan, Rows
 from dak_inductor.lowering.ahead.timeline import LOCAL
+from dak_inductor.lowering.element_types import ELEMENT_BYTES
 from dak_inductor.lowering.linear import ring
 from dak_inductor.lowering.linear.copy_engine import copy_bytes
 from dak_inductor.lowering.linear.launch import CopiedRows
-from dak_inductor.lowering.linear.problem import ELEMENT_BYTES
 from dak_inductor.lowering.linear.product import Product
 from dak_inductor.lowering.linear.queues import Queue, Queues
 from dak_inductor.lowering.marks import MARKS

@@ -22,9 +22,10 @@ from dak_inductor.lowering import reads
 from dak_inductor.lowering.ahead.sequence import BufferReference, StepCall
 from dak_inductor.lowering.ahead.step_plan import StepPlan
 from dak_inductor.lowering.ahead.timeline import LOCAL
+from dak_inductor.lowering.element_types import ELEMENT_BYTES
 from dak_inductor.lowering.linear import ring
 from dak_inductor.lowering.linear.launch import LinearLaunch
-from dak_inductor.lowering.linear.problem import ELEMENT_BYTES, LinearProblem
+from dak_inductor.lowering.linear.problem import LinearProblem
 from dak_inductor.lowering.linear.product import Product
 from dak_inductor.lowering.linear.ways import ways_of
 

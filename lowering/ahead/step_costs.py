@@ -17,16 +17,17 @@ from dak_inductor.cost_model import (
     op_floor,
     peak_flops,
 )
-from dak_inductor.hardware import HardwareProfile, LinkProfile
+from dak_inductor.hardware_profile import HardwareProfile, LinkProfile
 from dak_inductor.lowering.ahead.sequence import SplitOf, StepCall, present_split
 from dak_inductor.lowering.ahead.step_op import LinkRates, RowSpan, StepOp
 from dak_inductor.lowering.copy_cost import piece_overhead
+from dak_inductor.lowering.element_types import ELEMENT_BYTES
+from dak_inductor.lowering.gpu_profile import profile_of
 from dak_inductor.lowering.host_cost import PRODUCT_SECONDS, ring_seconds
 from dak_inductor.lowering.linear import ring_plan
 from dak_inductor.lowering.linear.call_facts import CallFacts
 from dak_inductor.lowering.linear.configuration import DECODE_TOKENS
-from dak_inductor.lowering.linear.launch import profile_of
-from dak_inductor.lowering.linear.problem import ELEMENT_BYTES, LinearProblem
+from dak_inductor.lowering.linear.problem import LinearProblem
 from dak_inductor.lowering.linear.ring_timing import multiply_seconds
 from dak_inductor.lowering.linear.trials import OVERLAP_SECONDS, TRIALS
 from dak_inductor.lowering.linear.ways import Way, ways_of

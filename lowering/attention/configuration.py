@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from dak_inductor.cuda_runtime.nvrtc import KernelInstance, instance
-from dak_inductor.lowering.attention.problem import ELEMENT_BYTES, AttentionProblem
+from dak_inductor.lowering.attention.problem import AttentionProblem
+from dak_inductor.lowering.element_types import ELEMENT_BYTES
 
 # kernels/attention/layout.cuh, units.cuh
 THREADS = 384

@@ -14,7 +14,8 @@ from dak_inductor.lowering.attention import tensor_maps
 from dak_inductor.lowering.attention.configuration import MAXIMUM_QUERIES, choose, refusal
 from dak_inductor.lowering.attention.launch import CachedTensor, launch
 from dak_inductor.lowering.attention.operands import AttentionOperands
-from dak_inductor.lowering.attention.problem import DTYPES, AttentionMasking, AttentionProblem
+from dak_inductor.lowering.attention.problem import AttentionMasking, AttentionProblem
+from dak_inductor.lowering.element_types import DTYPES
 from dak_inductor.lowering.marks import MARKS
 from dak_inductor.lowering.refusals import HOPPER, capability, log_once
 

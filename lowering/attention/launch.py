@@ -23,7 +23,7 @@ from dak_inductor.lowering.attention.configuration import (
 )
 from dak_inductor.lowering.attention.problem import AttentionMasking, AttentionProblem
 from dak_inductor.lowering.attention.tensor_maps import byte_strides, cache_maps
-from dak_inductor.lowering.linear.launch import profile_of
+from dak_inductor.lowering.gpu_profile import profile_of
 
 _CACHE = struct.Struct("<5Q2I")
 _REST = struct.Struct("<8Q3Q8I2f2I2f2I4I")

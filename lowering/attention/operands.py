@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.lowering.attention.problem import AttentionMasking
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from dak_inductor.lowering.element_types import PORTABLE_DTYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,7 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> s
         return "it has a mask of its own"
     if any(tensor.dim() != 4 for tensor in (query, key, value)):
         return "query, key and value are not all of four dimensions"
-    if query.dtype not in DTYPES or any(t.dtype != query.dtype for t in (key, value)):
+    if query.dtype not in PORTABLE_DTYPES or any(t.dtype != query.dtype for t in (key, value)):
         return f"its operands are not all bfloat16, float16 or float32 (query is {query.dtype})"
     if any(tensor.device != query.device for tensor in (key, value)):
         return "its operands are on different devices"

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-ELEMENT_BYTES = 2
-DTYPES = (torch.bfloat16, torch.float16)
+from dak_inductor.lowering.element_types import ELEMENT_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from dak_inductor.lowering.attention.partial_results import PartialResult, Parti
 from dak_inductor.lowering.attention.staged_parts import Forward, Part, Piece, PrefillProblem
 from dak_inductor.lowering.attention.staged_plan import StagedPlan
 from dak_inductor.lowering.attention.stored_tokens import StoredTokens, count_reads, stored_tokens
-from dak_inductor.lowering.linear.launch import profile_of
+from dak_inductor.lowering.gpu_profile import profile_of
 from dak_inductor.lowering.linear.queues import queues_of
 from dak_inductor.lowering.marks import MARKS
 from dak_inductor.lowering.op_facts import triton_importable

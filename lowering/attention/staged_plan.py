@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 
-from dak_inductor.hardware import HardwareProfile, LinkProfile
+from dak_inductor.hardware_profile import HardwareProfile, LinkProfile
 from dak_inductor.lowering.attention.staged_parts import (
     ROWS,
     Forward,
@@ -272,16 +272,3 @@ def _schedule(
     pieces = tuple(piece for part in ordered.parts for piece in part.pieces)
     seconds = ordered.seconds + timing.merge(pieces) + (JOIN_SECONDS if staged else 0.0)
     return StagedPlan(ordered.parts, slots, seconds, ordered.copy_bound)
-
-
-def plan_lines(plan: StagedPlan) -> tuple[str, ...]:
-    """The plan in words, a line for each part in the order of its calls."""
-    lines = [f"{len(plan.slots)} slots, about {1e3 * plan.seconds:.3f} ms"]
-    for part in plan.parts:
-        how = "copied" if part.staged else "in place"
-        calls = ", ".join(
-            f"{p.forward} rows [{p.first_row}, {p.last_row}){' causal' if p.causal else ''}"
-            for p in part.pieces
-        )
-        lines.append(f"tokens [{part.start}, {part.stop}) {how}: {calls}")
-    return tuple(lines)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
-from dak_inductor.hardware import HardwareProfile, LinkProfile
+from dak_inductor.cost_model import peak_flops
+from dak_inductor.hardware_profile import HardwareProfile, LinkProfile
 from dak_inductor.lowering.attention.partial_results import full
 from dak_inductor.lowering.attention.staged_parts import ROWS, Part, Piece, PrefillProblem
 from dak_inductor.lowering.copy_cost import device_copy_seconds, link_copy_seconds
@@ -58,7 +59,7 @@ class StagedTiming:
         Flash cuts the tokens of a call that has too few blocks, the others do not.
         """
         problem, profile = self._problem, self._profile
-        peak = profile.matmul_flops.get(problem.dtype, profile.matmul_flops["bfloat16"] / 16)
+        peak = _peak(problem.dtype, profile)
         per_pair = 2 * (problem.head_dim + problem.value_dim)
         heads = problem.batch * problem.query_heads
         blocks = heads * math.ceil(piece.rows / ROWS)
@@ -132,3 +133,10 @@ def _triangle(number: int) -> float:
 def _excess(first: int, last: int, tokens: int) -> float:
     """By how much numbers first .. last exceed `tokens`, together."""
     return _triangle(last - tokens) - _triangle(first - 1 - tokens)
+
+
+def _peak(dtype: str, profile: HardwareProfile) -> float:
+    """The matmul rate; that of float32, where the profile has none, is a guess from bfloat16's."""
+    if dtype == "float32":
+        return profile.matmul_flops.get(dtype, peak_flops(profile, "bfloat16") / 16)
+    return peak_flops(profile, dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dak_inductor.cuda_runtime.nvrtc import extension
 from dak_inductor.lowering.attention.configuration import BOX_TOKENS
-from dak_inductor.lowering.attention.problem import ELEMENT_BYTES
+from dak_inductor.lowering.element_types import ELEMENT_BYTES
 
 # cuda.h: CUtensorMapDataType, CUtensorMapSwizzle by bytes of a row, CUtensorMapL2promotion by bytes
 _DATA_TYPES = {torch.float16: 6, torch.bfloat16: 9}

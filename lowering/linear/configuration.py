@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dak_inductor.cost_model import FEW_TOKENS
+from dak_inductor.cost_model import FEW_TOKENS, peak_flops
 from dak_inductor.cuda_runtime.nvrtc import KernelInstance, instance
-from dak_inductor.hardware import HardwareProfile, LinkProfile
+from dak_inductor.hardware_profile import HardwareProfile, LinkProfile
 from dak_inductor.lowering.linear.problem import LinearProblem
 
 # kernels/linear/layout.cuh
@@ -209,7 +209,7 @@ def choose(
 
 def step_seconds(configuration: LinearConfiguration, profile: HardwareProfile) -> float:
     """Time of one step of a worker that has its data in L2 or HBM, all SMs at work."""
-    rate = profile.matmul_flops["bfloat16"] / profile.sm_count
+    rate = peak_flops(profile, "bfloat16") / profile.sm_count
     multiply = 2 * configuration.rows * configuration.tokens * DEPTH / rate
     fill = configuration.stage_bytes / _FILL_BYTES
     stream = configuration.weight_stage_bytes * profile.sm_count / profile.hbm_bandwidth

@@ -11,11 +11,12 @@ from torch import Tensor
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.current_stream import current_capture
 from dak_inductor.lowering import device_counters
+from dak_inductor.lowering.element_types import DTYPES
 from dak_inductor.lowering.linear import stopwatch, tensor_maps
 from dak_inductor.lowering.linear.configuration import MAXIMUM_TOKENS
 from dak_inductor.lowering.linear.launch import LinearLaunch
 from dak_inductor.lowering.linear.open_step import current, spares_host
-from dak_inductor.lowering.linear.problem import DTYPES, LinearProblem
+from dak_inductor.lowering.linear.problem import LinearProblem
 from dak_inductor.lowering.linear.product import Product, key_of
 from dak_inductor.lowering.linear.routes import ROUTES
 from dak_inductor.lowering.linear.trials import TRIALS

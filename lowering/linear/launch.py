@@ -11,12 +11,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dak_inductor import hardware
 from dak_inductor.cuda_runtime.current_stream import current_stream
 from dak_inductor.cuda_runtime.kernel import LoadedKernel, load
 from dak_inductor.cuda_runtime.launch_words import launch_window, words_for
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.cuda_runtime.window import window_of
+from dak_inductor.lowering.element_types import ELEMENT_BYTES
+from dak_inductor.lowering.gpu_profile import profile_of
 from dak_inductor.lowering.linear.configuration import (
     CONSUMER_WARPGROUPS,
     DEPTH,
@@ -31,7 +32,7 @@ from dak_inductor.lowering.linear.configuration import (
     step_seconds,
     worker_bytes,
 )
-from dak_inductor.lowering.linear.problem import ELEMENT_BYTES, Activation, LinearProblem
+from dak_inductor.lowering.linear.problem import Activation, LinearProblem
 from dak_inductor.lowering.linear.tail import tail_rule
 from dak_inductor.lowering.linear.tensor_maps import ALIGNMENT, matrix_map
 
@@ -273,12 +274,6 @@ def worker_count(configuration: LinearConfiguration, device_index: int) -> int:
         shared_bytes=configuration.shared_bytes,
         cluster=(configuration.cluster, 1, 1),
     )
-
-
-@lru_cache(maxsize=8)
-def profile_of(device_index: int) -> hardware.HardwareProfile:
-    """The hardware profile of that GPU, looked up once: launches ask for it."""
-    return hardware.current(device_index)
 
 
 def _weight_maps(weight: Tensor, configuration: LinearConfiguration) -> bytes:

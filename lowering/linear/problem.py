@@ -7,8 +7,7 @@ from enum import IntEnum
 
 import torch
 
-ELEMENT_BYTES = 2
-DTYPES = (torch.bfloat16, torch.float16)
+from dak_inductor.lowering.element_types import ELEMENT_BYTES
 
 
 class Activation(IntEnum):

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.lowering import reads, staging
+from dak_inductor.lowering.element_types import DTYPES
+from dak_inductor.lowering.gpu_profile import profile_of
 from dak_inductor.lowering.linear import ring_plan
 from dak_inductor.lowering.linear.copy_engine import copy
-from dak_inductor.lowering.linear.launch import profile_of
-from dak_inductor.lowering.linear.problem import DTYPES, LinearProblem
+from dak_inductor.lowering.linear.problem import LinearProblem
 from dak_inductor.lowering.linear.queues import queues_of
 from dak_inductor.lowering.linear.ring_plan import Part, Residency, RingPlan
 from dak_inductor.lowering.marks import MARKS

@@ -20,9 +20,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dak_inductor.hardware import HardwareProfile, LinkProfile
+from dak_inductor.hardware_profile import HardwareProfile, LinkProfile
 from dak_inductor.lowering.copy_cost import JOIN_SECONDS
-from dak_inductor.lowering.linear.problem import ELEMENT_BYTES, LinearProblem
+from dak_inductor.lowering.element_types import ELEMENT_BYTES
+from dak_inductor.lowering.linear.problem import LinearProblem
 from dak_inductor.lowering.linear.ring_timing import RingTiming
 from dak_inductor.lowering.part_order import order_parts
 from dak_inductor.lowering.slots import slot_sizes

@@ -12,9 +12,11 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from dak_inductor.hardware import HardwareProfile, LinkProfile
+from dak_inductor.cost_model import peak_flops
+from dak_inductor.hardware_profile import HardwareProfile, LinkProfile
 from dak_inductor.lowering.copy_cost import device_copy_seconds, link_copy_seconds
-from dak_inductor.lowering.linear.problem import ELEMENT_BYTES, LinearProblem
+from dak_inductor.lowering.element_types import ELEMENT_BYTES
+from dak_inductor.lowering.linear.problem import LinearProblem
 
 if TYPE_CHECKING:
     from dak_inductor.lowering.linear.ring_plan import Part, Residency
@@ -66,7 +68,7 @@ class RingTiming:
 def multiply_seconds(problem: LinearProblem, features: int, profile: HardwareProfile) -> float:
     """The stock GEMM over that many features of one weight: whole waves of tiles, what the GPU
     sustains, or HBM."""
-    peak = profile.matmul_flops[str(problem.dtype).removeprefix("torch.")]
+    peak = peak_flops(profile, str(problem.dtype).removeprefix("torch."))
     sustained = 2 * problem.m * features * problem.k / (_SUSTAINED * peak)
     elements = problem.k * (problem.m + features) + problem.m * features
     stream = elements * ELEMENT_BYTES / profile.hbm_bandwidth

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from dak_inductor.lowering.gpu_profile import profile_of
 from dak_inductor.lowering.linear import ring_plan
 from dak_inductor.lowering.linear.configuration import (
     DECODE_TOKENS,
@@ -14,7 +15,7 @@ from dak_inductor.lowering.linear.configuration import (
     choose,
     direct_seconds,
 )
-from dak_inductor.lowering.linear.launch import profile_of, worker_count
+from dak_inductor.lowering.linear.launch import worker_count
 from dak_inductor.lowering.linear.problem import LinearProblem
 from dak_inductor.lowering.linear.ring_plan import prefers_ring
 

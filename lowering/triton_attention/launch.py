@@ -15,7 +15,7 @@ from dak_inductor.lowering.attention.operands import AttentionOperands
 from dak_inductor.lowering.attention.stored_tokens import StoredTokens, stored_tokens
 from dak_inductor.lowering.attention_rules import MOST_HEAD
 from dak_inductor.lowering.marks import MARKS
-from dak_inductor.lowering.refusals import capability, log_once
+from dak_inductor.lowering.refusals import TRITON_LEAST, capability, log_once
 from dak_inductor.lowering.triton_attention.configuration import (
     DEFAULT_WINDOW,
     TileShape,
@@ -29,7 +29,6 @@ from dak_inductor.lowering.triton_linear.configuration import device_limits
 log = logging.getLogger(__name__)
 _log_once = partial(log_once, log, "the portable attention kernel does not take a call: %s")
 
-_LEAST_CAPABILITY = (8, 0)
 _COMBINED = 16  # chunks that the second kernel reads at once
 
 
@@ -187,7 +186,7 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> s
         return reason
     if max(query.shape[3], value.shape[3]) > MOST_HEAD:
         return f"a head of more than {MOST_HEAD}"
-    if query.is_cuda and capability(query.device.index) < _LEAST_CAPABILITY:
+    if query.is_cuda and capability(query.device.index) < TRITON_LEAST:
         return "it needs compute capability 8.0 or newer"
     return None
 

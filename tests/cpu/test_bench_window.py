@@ -37,6 +37,7 @@ from dak_inductor.benchmarks.harness.window_rows import (
 from dak_inductor.benchmarks.harness.yardstick import Ceilings
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
 from dak_inductor.cuda_runtime.window_history import update_entry
+from dak_inductor.hardware_profile import LinkProfile
 from dak_inductor.lowering.linear.trials import TRIALS
 from dak_inductor.report.window_history import updates_of
 
@@ -145,7 +146,7 @@ LINK = hardware.load("h200").link("cpu")
 class FakeWindow:
     """Kernels under control come to the knee with their first launch."""
 
-    link: hardware.LinkProfile = LINK
+    link: LinkProfile = LINK
     nbytes: int = 400_000
     asked: list[tuple[Any, ...]] = field(default_factory=list)
 

@@ -24,7 +24,8 @@ from dak_inductor.cost_model import (
     step_bound,
 )
 from dak_inductor.errors import PlanError
-from dak_inductor.hardware import HardwareProfile, load
+from dak_inductor.hardware import load
+from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.plan import OpUse
 
 H200 = load("h200")

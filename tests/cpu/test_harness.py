@@ -43,6 +43,7 @@ from dak_inductor.benchmarks.harness.timing import (
     rotation_count,
     time_calls,
 )
+from dak_inductor.benchmarks.harness.visible_cards import visible_cards
 from dak_inductor.benchmarks.harness.yardstick import (
     Ceilings,
     Work,
@@ -459,3 +460,8 @@ def test_a_prefill_step_sees_no_later_token_and_counts_all_of_them() -> None:
     assert decode.inputs(device).hidden.shape == (2, 1, TINY.hidden)
     linear = 2 * 2 * TINY.linear_elements
     assert prefill.work(0).flops - 16 * linear == 8 * (decode.work(0).flops - linear)
+
+
+def test_visible_cards_are_those_named_else_all_that_are_there() -> None:
+    assert visible_cards({}, 3) == ["0", "1", "2"]
+    assert visible_cards({"CUDA_VISIBLE_DEVICES": "4,GPU-b"}, 3) == ["4", "GPU-b"]

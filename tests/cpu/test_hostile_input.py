@@ -21,7 +21,7 @@ from dak_inductor.byte_size import parse_budget
 from dak_inductor.checkpoint import INDEX_NAME, Checkpoint
 from dak_inductor.cuda_runtime.nvrtc import Cubin, decode, encode
 from dak_inductor.errors import DakError
-from dak_inductor.hardware import HardwareProfile
+from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.inventory import take_inventory
 from dak_inductor.offload import offload
 from dak_inductor.offload_request import OffloadRequest

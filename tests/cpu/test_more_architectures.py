@@ -16,6 +16,7 @@ import torch
 
 import dak_inductor as dak
 from dak_inductor.offloaded import record_of
+from dak_inductor.refusal import in_one_line
 from dak_inductor.session import SESSION, CompiledGraph
 
 from .more_architectures import CAUSAL, ENCODERS, PAIRS
@@ -98,7 +99,7 @@ def _outcome(name: str) -> str:
         verdict, reasons = check(name)
     except Exception as error:  # the table says what fails, whatever it is
         return f"| {name} | {steps} | fails | {type(error).__name__}: {_first_line(error)} |"
-    refused = "; ".join(reasons) or "nothing"
+    refused = in_one_line(reasons) or "nothing"
     return f"| {name} | {steps} | {verdict} | {refused} |"
 
 

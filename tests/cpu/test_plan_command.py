@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -197,3 +198,47 @@ def test_graphs_of_a_small_llama_are_captured_and_planned(tmp_path: Path) -> Non
     local = plan.total_bytes - plan.remote_bytes
     assert held + local + answer.memory.context <= 612_000_000
     assert plan.remote_bytes > 0
+
+
+def layers_of_bf16() -> tuple[torch.nn.Module, list[OpUse]]:
+    """24 products of a prefill of few tokens, whose rows may be copied ahead."""
+    with torch.device("meta"):
+        linears = [torch.nn.Linear(4096, 4096, bias=False) for _ in range(24)]
+        model = torch.nn.Sequential(*linears).bfloat16()
+    size = 4096 * 4096 * 2
+    return model, [
+        OpUse(f"op{i}", graph, f"{i}.weight", "linear", size, 1e5, 1e8, 1.0, "bfloat16", m=1)
+        for graph in ("prefill", "decode")
+        for i in range(24)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("capability", "copies"), [("9.0", True), ("", True), ("12.0", False), ("8.0", False)]
+)
+def test_copies_ahead_are_counted_on_where_the_gpu_has_them(capability: str, copies: bool) -> None:
+    """As `dak.offload` places a model on that GPU: no other than Hopper has products for them."""
+    model, uses = layers_of_bf16()
+    profile = replace(H200, compute_capability=capability)
+    answer = plan_model(REQUEST, model, uses, [], 1_100_000_000, profile)
+    assert answer.plan.remote_bytes > 0
+    assert any(op.strategy == "staged" for op in answer.plan.ops) == copies
+
+
+def test_a_prediction_for_the_rtx_pro_6000_is_of_direct_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither copies nor a placement for them: the plan is that of a model without a ring."""
+    rtx = hardware.load("rtx-pro-6000")
+    model, uses = layers_of_bf16()
+    found = plan_model(REQUEST, model, uses, [], 1_100_000_000, rtx).plan
+    assert found.remote_bytes > 0 and {op.strategy for op in found.ops} == {"direct"}
+    hopper = plan_model(
+        REQUEST, model, uses, [], 1_100_000_000, replace(rtx, compute_capability="9.0")
+    ).plan
+    assert any(op.strategy == "staged" for op in hopper.ops)
+    monkeypatch.setenv("DAK_STRATEGY", "direct")
+    direct = plan_model(
+        REQUEST, model, uses, [], 1_100_000_000, replace(rtx, compute_capability="9.0")
+    ).plan
+    assert direct.splits == found.splits and direct.step_times == found.step_times

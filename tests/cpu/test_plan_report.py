@@ -76,12 +76,6 @@ def test_refusals_are_grouped_with_their_reason_and_no_markup_is_read() -> None:
     assert "model.layers.*.conv" in text and "no [bold]template" in text
 
 
-def test_measured_times_stand_beside_predictions() -> None:
-    text = to_text(PLAN, measured={"decode": 0.123})
-    assert text.count("123 ms measured") == 1 and "measured 123 ms" in text
-    assert "measured" not in to_text(PLAN)
-
-
 @pytest.mark.parametrize(
     ("width", "shown"),
     [(80, {"staged"}), (110, {"staged", "triton", "9.5 us"}),

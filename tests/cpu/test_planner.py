@@ -21,7 +21,8 @@ from dak_inductor.cost_curve import Piece
 from dak_inductor.cost_model import local_bandwidth, op_floor, op_time
 from dak_inductor.errors import BudgetError, PlanError, ProfileError
 from dak_inductor.greedy import Fill, round_splits
-from dak_inductor.hardware import HardwareProfile, load
+from dak_inductor.hardware import load
+from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
 from dak_inductor.planner import make_plan
 from dak_inductor.refusal import Refusal

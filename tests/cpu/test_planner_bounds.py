@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dak_inductor.benchmarks.harness.planner_problems import on_the_grid, random_problem
 from dak_inductor.cost_model import op_floor, op_time
-from dak_inductor.hardware import HardwareProfile
+from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.plan import Plan, PlanProblem
 from dak_inductor.planner import make_plan
 

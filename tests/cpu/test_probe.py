@@ -12,7 +12,7 @@ from dak_inductor import hardware, probe, probe_link
 from dak_inductor.cuda_runtime import streaming
 from dak_inductor.cuda_runtime.streaming import Part, StreamRates
 from dak_inductor.errors import TierError, UnsupportedDriverError
-from dak_inductor.hardware import HardwareProfile
+from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.probe_link import Range, WindowRates, window_limits
 
 GIB = 2**30

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from dak_inductor.benchmarks.harness.visible_cards import visible_cards
+
 if TYPE_CHECKING:
     from dak_inductor.cuda_runtime.tier import Tier
     from dak_inductor.cuda_runtime.window import Window
@@ -30,8 +32,7 @@ def take_own_card(environment: MutableMapping[str, str]) -> None:
     worker = environment.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
     count = int(environment.get("CARDS", "1"))
     if worker and count > 1:
-        visible = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
-        cards = visible.split(",")[:count]
+        cards = visible_cards(environment, count)[:count]
         own = int(worker) % len(cards)
         mine = [*cards[own:], *cards[:own]]
         alone = environment.get("PEERS") == "0"

@@ -20,6 +20,7 @@ from dak_inductor.benchmarks.harness.peers.provider import (
     model_bytes,
 )
 from dak_inductor.options import Strategy
+from dak_inductor.refusal import in_one_line
 
 SETTLING_STEPS = 3
 """Steps before a capture: the first compiles and re-plans, later ones run as they will stay."""
@@ -75,7 +76,9 @@ def strategies_text(steps: Sequence[StepStrategy]) -> str:
     """How many products had their remote bytes copied ahead, by the plans in force."""
     if not steps:
         return "no product copied ahead"
-    return "; ".join(
-        each.off or f"{each.staged} of {len(each.ops)} copied ahead {each.where}".rstrip()
-        for each in steps
+    return in_one_line(
+        [
+            each.off or f"{each.staged} of {len(each.ops)} copied ahead {each.where}".rstrip()
+            for each in steps
+        ]
     )
