@@ -69,6 +69,7 @@ def test_a_model_that_goes_in_moves_and_comes_out(monkeypatch: Any) -> None:
 def test_models_and_their_compiled_code_come_and_go() -> None:
     """One compiled function for all of them, as for the blocks of a model."""
     made: list[CompiledGraph] = []
+    others = len(SESSION.bindings())  # of models of which nothing is offloaded
 
     def forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return model(x)
@@ -91,11 +92,12 @@ def test_models_and_their_compiled_code_come_and_go() -> None:
         cycle()
     assert objects() - before < 200
     assert sum(len(graph._bindings) for graph in made) <= 2 * len(made)
-    assert len(SESSION.bindings()) == 0
+    assert len(SESSION.bindings()) == others
 
 
 def test_a_cache_for_every_request() -> None:
     made: list[CompiledGraph] = []
+    others = len(SESSION.bindings())
     model = small_models.build(num_hidden_layers=1)
     dak.offload(model, offload_ratio=0.5, remote="simulated")
     model.compile(backend=recording(made))
@@ -114,5 +116,6 @@ def test_a_cache_for_every_request() -> None:
     for _ in range(30):
         request()
     assert objects() - before < 100
-    assert all(len(graph._bindings) <= 2 for graph in made) and len(SESSION.bindings()) <= 1
+    assert all(len(graph._bindings) <= 2 for graph in made)
+    assert len(SESSION.bindings()) <= others + 1
     assert len({read.tensor for read in dak.stats().reads if "kv_cache" in read.tensor}) <= 4
