@@ -1,8 +1,9 @@
-"""Times that the planner's cost model predicts, beside those of recorded grids.
+"""Times that the planner's cost model predicts, beside those of recorded grids and steps.
 
 Each cell of a grid is one operator; its prediction is `cost_model.op_time` and `both_seconds` on
 the shipped profile with the ceilings of the record's own run. The bars are those wanted of whole
-steps. Needs no GPU.
+steps. Of a step the plan predicts the products, in CUDA graphs; what else there is in it is the
+time with everything resident less the products then, which no plan changes. Needs no GPU.
 
     python benchmarks/check_cost_model.py [RECORD.json ...] [--out DIR]
 """
@@ -21,6 +22,7 @@ from typing import Any
 from dak_inductor import hardware
 from dak_inductor.benchmarks.harness import attention_grid, command_line
 from dak_inductor.benchmarks.harness.linear_bars import LAST_DECODE
+from dak_inductor.benchmarks.harness.models import SHAPES
 from dak_inductor.benchmarks.harness.record import Verdict, make_record, project_root
 from dak_inductor.cost_model import both_seconds, op_time
 from dak_inductor.hardware_profile import HardwareProfile
@@ -29,7 +31,10 @@ from dak_inductor.plan import OpUse
 
 GRIDS = ("linear", "linear_prefill", "linear_peer", "linear_peer_prefill", "attention",
          "attention_peer")  # fmt: skip
+STEPS = ("decode_step", "decode_step_16", "decode_step_64", "decode_step_70b", "decode_step_peer",
+         "prefill_1", "prefill_4")  # fmt: skip
 MEDIAN_BAR, WORST_BAR = 0.03, 0.10
+RESIDENT, OURS = "resident inductor", "dak"
 COLUMNS = ("record", "phase", "remote", "cells", "median", "bias", "worst", "worst cell")
 _BANDS = ((0.0, "0"), (0.01, "to 1%"), (0.1, "to 10%"), (1.0, "more"))
 
@@ -105,6 +110,50 @@ def compare(name: str, record: Mapping[str, Any]) -> list[Compared]:
     return found
 
 
+def compare_steps(name: str, record: Mapping[str, Any]) -> list[Compared]:
+    """All steps of ours whose products have a prediction; none of a record that lacks them, or the
+    step with everything resident."""
+    resident = [c for c in record["cells"] if c["provider"] == RESIDENT and c["status"] == "ok"]
+    ours = [
+        cell
+        for cell in record["cells"]
+        if cell["provider"] == OURS and cell["status"] == "ok" and "products_milliseconds" in cell
+    ]
+    if not resident or not ours:
+        return []
+    profile, phase = profile_of(record), "prefill" if record["arguments"]["prefill"] else "decode"
+    products = sum(
+        op_time(use, 0.0, profile, profile.link(ours[0]["remote"]))
+        for use in step_uses(record["arguments"])
+    )
+    other = resident[0]["milliseconds"] - products * 1e3
+    return [
+        Compared(
+            name, f"{phase} step", _band(cell["fraction"]),
+            (cell["products_milliseconds"] + other) / cell["milliseconds"] - 1,
+            f"{name} {cell['fraction']}",
+        )
+        for cell in ours
+    ]  # fmt: skip
+
+
+def step_uses(arguments: Mapping[str, Any]) -> list[OpUse]:
+    """The products of a step of `bench_step`; gate and up are one."""
+    shapes = dict(SHAPES[arguments["shape"]].linear_shapes())
+    rows, columns = shapes.pop("up")
+    shapes["gate"] = (2 * rows, columns)
+    m = arguments["batch"] * (arguments["context"] if arguments["prefill"] else 1)
+    uses = [
+        OpUse(
+            op=name, graph="", tensor=name, kind="linear", calls=1, m=m,
+            touched_bytes=ELEMENT_BYTES * n * k, other_bytes=ELEMENT_BYTES * m * (n + k),
+            flops=2.0 * m * n * k,
+        )
+        for name, (n, k) in shapes.items()
+    ]  # fmt: skip
+    return uses * arguments["layers"]
+
+
 def _band(fraction: float) -> str:
     return next(text for largest, text in _BANDS if fraction <= largest)
 
@@ -129,29 +178,38 @@ def rows(compared: Iterable[Compared]) -> list[dict[str, object]]:
 
 
 def verdicts(compared: Sequence[Compared]) -> list[Verdict]:
-    """Of all cells together."""
-    errors = [abs(each.error) for each in compared]
-    median, worst = statistics.median(errors), max(errors)
-    return [
-        Verdict("median error", median, MEDIAN_BAR, "share", median <= MEDIAN_BAR),
-        Verdict("worst error", worst, WORST_BAR, "share", worst <= WORST_BAR),
-    ]
+    """Of all operators together, and of all steps."""
+    found = []
+    for ending, wanted in (("", False), (", steps", True)):
+        errors = [abs(each.error) for each in compared if each.phase.endswith("step") == wanted]
+        if errors:
+            median, worst = statistics.median(errors), max(errors)
+            found += [
+                Verdict(f"median error{ending}", median, MEDIAN_BAR, "share", median <= MEDIAN_BAR),
+                Verdict(f"worst error{ending}", worst, WORST_BAR, "share", worst <= WORST_BAR),
+            ]
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     results = project_root() / "benchmarks" / "results"
     made.add_argument(
-        "records", nargs="*", type=Path, default=[results / f"{name}.json" for name in GRIDS]
-    )
+        "records", nargs="*", type=Path,
+        default=[results / f"{name}.json" for name in (*GRIDS, *STEPS)],
+    )  # fmt: skip
     made.add_argument("--out", type=Path, default=Path("benchmark-results"))
     arguments = made.parse_args(argv)
     compared: list[Compared] = []
     for path in arguments.records:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if not str(record["benchmark"]).startswith(("linear", "attention")):
-            raise SystemExit(f"{path} is no grid of linears or attention")
-        compared += compare(record["benchmark"], record)
+        name = str(record["benchmark"])
+        if name.startswith(("linear", "attention")):
+            compared += compare(name, record)
+        elif name.startswith(("decode_step", "prefill_")):
+            compared += compare_steps(name, record)
+        else:
+            raise SystemExit(f"{path} is no grid of linears or attention, and no record of steps")
     result = make_record(
         "cost_model",
         arguments={"records": [path.name for path in arguments.records]},

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dak_inductor.ahead_report import StepStrategy
+from dak_inductor.ahead_report import EAGER, StepStrategy
 from dak_inductor.benchmarks.harness.models import DecoderBlocks, StepInputs
 from dak_inductor.benchmarks.harness.peers.provider import (
     Kind,
@@ -68,7 +68,11 @@ class DakBackend(Provider):
         steps = dak.explain(offloaded).strategies
         ring = max((each.ring_bytes for each in steps), default=0)
         return Prepared(
-            step, remote, device_bytes=before - tiered + local + ring, note=strategies_text(steps)
+            step,
+            remote,
+            device_bytes=before - tiered + local + ring,
+            note=strategies_text(steps),
+            products_seconds=sum(each.seconds for each in steps if each.where != EAGER),
         )
 
 
