@@ -74,13 +74,17 @@ def test_what_holds_nothing_offloaded_has_its_own_calls() -> None:
     assert expected(Called(512, 256), Called(1, 7, ())) == [256, 16]
 
 
+PROMPT = 384
+
+
 def problem(share: float, prefills: float, decodes: float) -> PlanProblem:
-    """Linears of 8 Llama-3-8B layers in another GPU's memory: prompts of 512 tokens, one a step."""
+    """Linears of 8 Llama-3-8B layers in another GPU's memory: prompts of PROMPT tokens, one a
+    step."""
     whole = decoder(share, remote="peer")
     own = tuple(replace(use, calls=decodes) for use in whole.uses[1:])
     prefill = tuple(
-        replace(use, graph="prefill", calls=prefills, m=512, flops=512 * use.flops,
-                other_bytes=512 * use.other_bytes)
+        replace(use, graph="prefill", calls=prefills, m=PROMPT, flops=PROMPT * use.flops,
+                other_bytes=PROMPT * use.other_bytes)
         for use in own
     )  # fmt: skip
     asked = whole.remote_bytes - whole.tensors[0].nbytes
@@ -96,8 +100,9 @@ def planned_again(share: float, prefills: float, decodes: float) -> tuple[Plan, 
 
 
 def test_many_prefills_do_not_undo_the_placement_made_for_decode_steps() -> None:
-    """Weighed 256 to 16, every product was to have a tenth: 1.62 ms a step instead of 1.36."""
-    first, spread = planned_again(0.1, 256.0, 16.0)
-    assert sum(map(bool, spread.splits.values())) > 4 * sum(map(bool, first.splits.values()))
-    prefills, decodes = expected(Called(512, 256), Called(1, 7))
+    """Weighed 256 to 16, decode steps are to take 5% longer; it was 19% while prefill was priced
+    without what divided products pay: then every product was to have a tenth."""
+    first, moved = planned_again(0.1, 256.0, 16.0)
+    assert moved.step_times["decode"] > 1.04 * first.step_times["decode"]
+    prefills, decodes = expected(Called(PROMPT, 256), Called(1, 7))
     assert planned_again(0.1, prefills, decodes)[1].splits == first.splits

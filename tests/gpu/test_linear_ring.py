@@ -52,7 +52,7 @@ def staged(case: LinearCase) -> Tensor:
 
 def assert_right(case: LinearCase, what: object) -> None:
     reference = make_reference(case.resident)
-    poison_free_memory(ring_plan.RING_BYTES, case.tiered.x.device)
+    poison_free_memory(ring_plan.LARGE_RING * ring_plan.RING_BYTES, case.tiered.x.device)
     poison_free_memory(case.problem.m * case.problem.n * 2, case.tiered.x.device)
     verdict = reference.judge(staged(case))
     assert verdict.passed, f"{what}: {verdict}"
