@@ -144,13 +144,9 @@ def step_uses(arguments: Mapping[str, Any]) -> list[OpUse]:
     shapes["gate"] = (2 * rows, columns)
     m = arguments["batch"] * (arguments["context"] if arguments["prefill"] else 1)
     uses = [
-        OpUse(
-            op=name, graph="", tensor=name, kind="linear", calls=1, m=m,
-            touched_bytes=ELEMENT_BYTES * n * k, other_bytes=ELEMENT_BYTES * m * (n + k),
-            flops=2.0 * m * n * k,
-        )
-        for name, (n, k) in shapes.items()
-    ]  # fmt: skip
+        linear_use({"M": m, "N": n, "K": k, "weight_bytes": ELEMENT_BYTES * n * k})
+        for n, k in shapes.values()
+    ]
     return uses * arguments["layers"]
 
 

@@ -11,7 +11,7 @@ from typing import Protocol
 from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 
 AT_ONCE = 1 << 30
-"""Bytes of the remote tier that are looked for beyond what is needed now."""
+"""Bytes of the remote tier to look for beyond what is needed now."""
 
 
 class RoomOfTier(Protocol):
@@ -23,17 +23,17 @@ class RoomOfTier(Protocol):
 
 
 class CheckedRoom:
-    """Used by one thread."""
+    """Used by one thread. With `at_once` 0 all that is needed is looked for each time."""
 
-    def __init__(self, tier: RoomOfTier) -> None:
-        self._tier = tier
+    def __init__(self, tier: RoomOfTier, at_once: int = AT_ONCE) -> None:
+        self._tier, self._at_once = tier, at_once
         self._left = 0  # of the remote bytes that were found free
 
     def need(self, held: TierBytes, what: str) -> None:
         """Raise HostMemoryError or DeviceMemoryError unless `held` fits. Remote bytes that fitted
         when more than these were looked for are not looked for again."""
         if held.remote > self._left:
-            ahead = TierBytes(held.local, held.remote + AT_ONCE)
+            ahead = TierBytes(held.local, held.remote + self._at_once)
             if self._tier.has_room(ahead):
                 self._left = ahead.remote
             else:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dak_inductor.cuda_runtime import address_table, device_records
-from dak_inductor.cuda_runtime.checked_room import CheckedRoom
+from dak_inductor.cuda_runtime.checked_room import AT_ONCE, CheckedRoom
 from dak_inductor.cuda_runtime.host_memory import available_host_memory, check_host_memory
 from dak_inductor.cuda_runtime.memory_lock import MEMORY_LOCK
 from dak_inductor.cuda_runtime.nvrtc import extension
@@ -121,9 +121,9 @@ class VmmTier(Tier):
         """
         held = [self.held_bytes(nbytes, split) for nbytes, split in requests]
         ahead = PREPARED_AHEAD_BYTES if self._fits(sum(held, TierBytes())) else 0
-        room = CheckedRoom(self)
+        room = CheckedRoom(self, AT_ONCE if ahead else 0)
         stages = PageStages(
-            lambda nbytes, split: self._made(nbytes, split, room if ahead else None),
+            lambda nbytes, split: self._made(nbytes, split, room),
             self._mapped,
             lambda nbytes, split: self.allocate(nbytes, split=split),
         )
@@ -136,13 +136,10 @@ class VmmTier(Tier):
     def check_growth(self, more: TierBytes, what: str) -> None:
         self.check_room(more, what)
 
-    def _made(self, nbytes: int, split: int, room: CheckedRoom | None) -> Any:
+    def _made(self, nbytes: int, split: int, room: CheckedRoom) -> Any:
         """The pages of a new buffer, not mapped yet."""
         with MEMORY_LOCK:
-            if room is None:
-                self._check_buffer(nbytes, split)
-            else:
-                room.need(self.held_bytes(nbytes, split), f"a tensor of {nbytes} bytes")
+            room.need(self.held_bytes(nbytes, split), f"a tensor of {nbytes} bytes")
             return self._tier.make(nbytes, creation_split(split, nbytes))
 
     def _mapped(self, memory: Any, split: int) -> VmmBuffer:

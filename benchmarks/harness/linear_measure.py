@@ -155,12 +155,11 @@ def _served_by(x: Tensor, weights: TieredWeights) -> dict[str, object]:
 
 def _ring_parts(facts: CallFacts) -> list[int]:
     """Features of each product of the ring, in order."""
-    from dak_inductor.lowering.gpu_profile import profile_of
-    from dak_inductor.lowering.linear import ring_plan
+    from dak_inductor.lowering.linear.ring import plan_of
+    from dak_inductor.lowering.linear.ring_plan import residencies
 
-    profile = profile_of(facts.device_index)
-    residency = ring_plan.residencies(facts.problem, facts.remote_bytes)
-    plan = ring_plan.choose(facts.problem, residency, profile, profile.link(facts.tier))
+    residency = residencies(facts.problem, facts.remote_bytes)
+    plan = plan_of(facts.problem, residency, facts.device_index, frozenset({facts.tier}))
     return [part.features for part in plan.parts]
 
 

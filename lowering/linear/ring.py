@@ -123,7 +123,7 @@ def run(
     problem = LinearProblem(rows.shape[0], n, rows.shape[1], x.dtype, gated, in_out)
     residency = tuple(map(_residency, weights, buffers))
     tiers = frozenset(buffer.tier for buffer in buffers if buffer is not None)
-    plan = _plan(problem, residency, x.device.index, tiers)
+    plan = plan_of(problem, residency, x.device.index, tiers)
     outputs = tuple(x.new_empty((problem.m, n)) for _ in weights)
     slots = allocate([features * problem.k for features in plan.slots], x)
     products = Products(rows, weights, biases, outputs, residency, in_out)
@@ -163,12 +163,13 @@ def counted(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _plan(
+def plan_of(
     problem: LinearProblem,
     residency: tuple[Residency, ...],
     device_index: int,
     tiers: frozenset[str],
 ) -> RingPlan:
+    """By which a call runs; `tiers` are those of its weights."""
     profile = profile_of(device_index)
     links = (profile.link(tier) for tier in tiers or {"cpu"})
     slowest = min(links, key=lambda link: link.copy_bandwidth)

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dak_inductor.cuda_runtime import checked_room
 from dak_inductor.cuda_runtime.checked_room import AT_ONCE, CheckedRoom
 from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.errors import DeviceMemoryError, HostMemoryError
@@ -71,14 +70,22 @@ def test_local_bytes_are_looked_for_each_time() -> None:
         room.need(TierBytes(MIB, MIB), "a tensor")
 
 
-def test_what_others_take_meanwhile_is_seen_a_gibibyte_later(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(checked_room, "AT_ONCE", 2 * MIB)
+def test_what_others_take_meanwhile_is_seen_a_gibibyte_later() -> None:
     memory = Memory(0, AT_ONCE)
-    room = CheckedRoom(memory)
+    room = CheckedRoom(memory, 2 * MIB)
     room.need(TierBytes(0, MIB), "the first")
     memory.free = TierBytes(0, 0)
     room.need(TierBytes(0, 2 * MIB), "what was found with it")
+    with pytest.raises(HostMemoryError, match="the last"):
+        room.need(TierBytes(0, MIB), "the last")
+
+
+def test_each_time_all_is_looked_for_where_nothing_is_ahead() -> None:
+    memory = Memory(0, 3 * MIB)
+    room = CheckedRoom(memory, 0)
+    for _ in range(3):
+        room.need(TierBytes(0, MIB), "a tensor")
+        memory.take(TierBytes(0, MIB))
+    assert memory.asked == 3
     with pytest.raises(HostMemoryError, match="the last"):
         room.need(TierBytes(0, MIB), "the last")
