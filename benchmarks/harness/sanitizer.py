@@ -1,23 +1,28 @@
 """A script of checked calls that starts itself again under compute-sanitizer.
 
-With `--tool` the script runs under that tool, from PATH or from the CUDA toolkit, and returns its
-status; 2 where there is no such tool. Only this package's kernels are watched: of cuDNN's and
-torch's own attention, which make the references, racecheck reports hazards. It does not see writes
-by TMA: what it reports of shared memory that only TMA writes is no race that it could judge.
+With `--tool` the script runs under that tool and returns its status; 2 where there is no such tool.
+It is that of the package nvidia-cuda-sanitizer-api where that is installed, else one from PATH or
+from the CUDA toolkit: racecheck of toolkit 13.0 knows neither several mbarriers in a warp nor
+warpgroups, and ends in an error of its own. Only this package's kernels are watched: of cuDNN's
+and torch's own attention, which make the references, racecheck reports hazards. It does not see
+writes by TMA.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 TOOLKIT = "/usr/local/cuda/bin"
+PACKAGES = "nvidia"
 FOUND_ERRORS = 86
 WATCHED = "kernel_substring=tiered"
 
@@ -31,11 +36,23 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
+def _folders() -> list[str]:
+    """Where the tool may lie, the most recent first."""
+    nvidia = importlib.util.find_spec(PACKAGES)
+    packages = nvidia.submodule_search_locations if nvidia else None
+    found = [str(path) for root in packages or () for path in sorted(Path(root).glob("cu*/bin"))]
+    return [*found, *os.environ["PATH"].split(os.pathsep), TOOLKIT]
+
+
 def run_under(tool: str, script: Sequence[str], *, tool_options: str = "") -> int:
     """`script`, a Python file and its arguments, under compute-sanitizer; the tool's status."""
-    path = shutil.which("compute-sanitizer", path=os.pathsep.join((os.environ["PATH"], TOOLKIT)))
+    path = shutil.which("compute-sanitizer", path=os.pathsep.join(_folders()))
     if path is None:
-        print(f"compute-sanitizer is neither in PATH nor in {TOOLKIT}", file=sys.stderr)
+        print(
+            f"compute-sanitizer is neither in PATH nor in {TOOLKIT}; "
+            "pip install nvidia-cuda-sanitizer-api brings it",
+            file=sys.stderr,
+        )
         return 2
     command = [path, "--tool", tool, "--error-exitcode", str(FOUND_ERRORS), "--print-limit", "20"]
     command += ["--kernel-name", WATCHED]

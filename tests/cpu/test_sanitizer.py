@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +38,25 @@ def test_a_script_runs_under_the_tool_and_returns_its_status(
     assert command[command.index("--error-exitcode") + 1] == str(sanitizer.FOUND_ERRORS)
     assert environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
     assert "compute-sanitizer --tool memcheck" in capsys.readouterr().out
+
+
+def test_the_installed_package_comes_before_the_toolkit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "nvidia" / "cu13" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "compute-sanitizer").touch(mode=0o700)
+    found = SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
+    monkeypatch.setattr(sanitizer.importlib.util, "find_spec", lambda name: found)
+    ran: list[str] = []
+
+    def run(command: list[str], **options: Any) -> Any:
+        ran.append(command[0])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert sanitizer.run_under("racecheck", ["calls.py"]) == 0
+    assert ran == [str(folder / "compute-sanitizer")]
 
 
 def test_without_the_tool_nothing_passes(

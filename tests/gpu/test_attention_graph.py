@@ -57,8 +57,8 @@ def test_the_stock_composition_waits_for_nothing_and_counts_what_it_reads(remote
     call = torch.ops.dak.attention.default
     arguments = (query, key, value, lengths, starts, bias, D**-0.5, True, 0, 0.0)
     call(*arguments)
+    torch.cuda.synchronize()  # what is in flight at a reset counts after it
     device_counters.reset()
-    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         result = call(*arguments)

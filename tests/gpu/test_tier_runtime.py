@@ -254,9 +254,9 @@ def test_writes_of_every_kind(tier: VmmTier) -> None:
 @pytest.mark.alone
 @pytest.mark.host
 def test_loading_rate_into_host_pages() -> None:
-    """5 GB/s, or nearly what the driver needs to make the pages and nothing else, at that time:
-    other processes of the machine slow down both. Mapping and filling pages beside it takes 8%
-    of that (`pages.json`), the first pages and the last bytes have nothing beside them."""
+    """Pages are mapped and filled while the driver makes the next: a load takes little longer than
+    making its pages and nothing else, at that time. One after the other it takes nearly twice as
+    long. 5 GB/s is what `bench_load` holds it to; what a driver reaches depends on the machine."""
     tier = vmm_tier()
     source = torch.randint(0, 255, (PAGES_AT_ONCE,), dtype=torch.uint8)
     total = 8 * GIB
@@ -276,7 +276,7 @@ def test_loading_rate_into_host_pages() -> None:
         rates.append((loaded, page_rate(tier, total) / 1e9))
     print(f"loading into the host tier, and making the pages alone, GB/s: {rates}")
     if (os.cpu_count() or 1) >= 16:
-        assert any(loaded >= min(5.0, 0.9 * alone) for loaded, alone in rates[1:])
+        assert any(loaded >= 0.8 * alone for loaded, alone in rates[1:])
 
 
 def test_more_than_there_is_is_refused() -> None:
