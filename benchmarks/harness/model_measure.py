@@ -47,6 +47,9 @@ class Machine:
     host_memory: int | None = None
     caches: CompileCaches | None = None
     """What a case's compilation begins with; None: whatever torch's caches hold."""
+    spoiled: bool = False
+    """A capture has failed in this process: torch's generator stays in it, and the next random
+    number raises."""
     references: dict[tuple[object, ...], Any] = field(default_factory=dict)
 
 
@@ -197,7 +200,7 @@ def _phase_row(
 ) -> dict[str, object]:
     """Time of a step and what it moves; L is that of the share asked for, whatever is realised."""
     name = "tpot" if phase == DECODE else "ttft"
-    step, method = _callable(prepared, machine.device, graph=phase == DECODE)
+    step, method = _callable(prepared, machine, graph=phase == DECODE)
     row: dict[str, object] = {}
     if case.provider == "dak":  # others read as they like, and nothing counts it
         local, remote = _counted(prepared, machine.device)
@@ -266,15 +269,18 @@ def _as_planned(case: Case, model: WholeModel) -> dict[str, object]:
 
 
 def _callable(
-    prepared: Prepared, device: torch.device, *, graph: bool
+    prepared: Prepared, machine: Machine, *, graph: bool
 ) -> tuple[Callable[[], object], str]:
     """A CUDA graph where a decode step can be captured; otherwise calls, with the reason."""
-    if device.type != "cuda" or not graph or not prepared.graph:
+    if machine.device.type != "cuda" or not graph or not prepared.graph:
         return prepared.step, "calls"
+    here = torch.cuda.current_stream(machine.device)
     try:
         return capture(prepared.step), "CUDA graph replays"
     except Exception as error:  # a model's own code may do what no capture allows
-        torch.cuda.synchronize(device)
+        machine.spoiled = True
+        torch.cuda.set_stream(here)  # torch leaves that of the capture in place
+        torch.cuda.synchronize(machine.device)
         return prepared.step, f"calls: no capture ({type(error).__name__}: {str(error)[:200]})"
 
 

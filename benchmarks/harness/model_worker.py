@@ -69,6 +69,8 @@ def main() -> int:
             machine = machine or _machine(job)
             row = run_case(case, machine)
         emit(event="row", case=case.key, row={**case.fields(), **row})
+        if machine is not None and machine.spoiled:
+            return 0  # another process runs the rest
     emit(event="end")
     return 0
 

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
 from dak_inductor.benchmarks.harness import (
     ceilings,
@@ -20,7 +22,13 @@ from dak_inductor.benchmarks.harness import (
     model_prediction,
     model_worker,
 )
-from dak_inductor.benchmarks.harness.model_case import MEASURED, PREDICTION, SIMULATION, Case
+from dak_inductor.benchmarks.harness.model_case import (
+    DECODERS,
+    MEASURED,
+    PREDICTION,
+    SIMULATION,
+    Case,
+)
 from dak_inductor.benchmarks.harness.model_measure import Machine
 from dak_inductor.benchmarks.harness.timing import QUICK
 from dak_inductor.benchmarks.harness.yardstick import Ceilings
@@ -75,6 +83,47 @@ def test_each_case_begins_and_ends_with_an_event(
     assert first is second and first.ceilings is None and first.caches is None
 
 
+def test_a_worker_whose_capture_failed_leaves_the_rest_to_another(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(case: Case, machine: Machine) -> dict[str, object]:
+        machine.spoiled = case.provider == "split eager"
+        return {"status": "ok"}
+
+    monkeypatch.setattr(model_measure, "run_case", run)
+    cases = [case(SIMULATION, name) for name in ("dak", "split eager", "resident eager")]
+    found = events(cases, monkeypatch, capsys)
+    assert [event["event"] for event in found] == ["begin", "row", "begin", "row"]
+
+
+def test_a_failed_capture_is_told_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(step: Any) -> Any:
+        raise RuntimeError("a read of device memory")
+
+    monkeypatch.setattr(model_measure, "capture", fail)
+    for name in ("current_stream", "set_stream", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    machine = Machine(torch.device("cuda", 0), FOUND, QUICK)
+    prepared = SimpleNamespace(step=lambda: None, graph=True)
+    assert model_measure._callable(cast(Any, prepared), machine, graph=False)[1] == "calls"
+    assert not machine.spoiled
+    step, method = model_measure._callable(cast(Any, prepared), machine, graph=True)
+    assert step is prepared.step and "RuntimeError: a read of device memory" in method
+    assert machine.spoiled
+
+
+@pytest.mark.parametrize("model", DECODERS)
+def test_no_decode_step_reads_device_memory_from_the_host(model: str) -> None:
+    """No capture allows that, and a graph without breaks has none."""
+    small = Case(SIMULATION, model, "dak", 2, 2, 8, 4, 0.3)
+    whole = model_measure.build(small, torch.device("cpu"))
+    inputs = whole.phase_inputs(batch=2, prompt=8, seed=1)
+    compiled = torch.compile(whole, backend="eager", fullgraph=True)
+    for phase in inputs.tensors:
+        inputs.phase = phase
+        torch.testing.assert_close(compiled(*inputs.arguments()), whole(*inputs.arguments()))
+
+
 def test_a_model_that_cannot_be_planned_is_a_row(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,8 +142,6 @@ def test_a_model_that_cannot_be_planned_is_a_row(
 def test_ceilings_are_measured_once_and_handed_on(
     machines: list[Machine], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import torch
-
     measured: list[tuple[object, ...]] = []
 
     def measure(*asked: object, host_memory: int | None) -> Ceilings:
