@@ -159,7 +159,8 @@ def _ring_parts(facts: CallFacts) -> list[int]:
     from dak_inductor.lowering.linear.ring_plan import residencies
 
     residency = residencies(facts.problem, facts.remote_bytes)
-    plan = plan_of(facts.problem, residency, facts.device_index, frozenset({facts.tier}))
+    tiers = frozenset({facts.tier})
+    plan = plan_of(facts.problem, residency, facts.device_index, tiers, in_graph=True)
     return [part.features for part in plan.parts]
 
 

@@ -20,12 +20,14 @@ from torch import Tensor
 
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.lowering import reads, staging
+from dak_inductor.lowering.choices import is_capturing
 from dak_inductor.lowering.element_types import DTYPES
 from dak_inductor.lowering.gpu_profile import profile_of
 from dak_inductor.lowering.linear import ring_plan
 from dak_inductor.lowering.linear.copy_engine import copy
 from dak_inductor.lowering.linear.problem import LinearProblem
-from dak_inductor.lowering.linear.queues import queues_of
+from dak_inductor.lowering.linear.queues import Queues, queues_of
+from dak_inductor.lowering.linear.ring_calls import choose_for_calls
 from dak_inductor.lowering.linear.ring_plan import Part, Residency, RingPlan
 from dak_inductor.lowering.marks import MARKS
 from dak_inductor.lowering.slots import allocate
@@ -123,12 +125,15 @@ def run(
     problem = LinearProblem(rows.shape[0], n, rows.shape[1], x.dtype, gated, in_out)
     residency = tuple(map(_residency, weights, buffers))
     tiers = frozenset(buffer.tier for buffer in buffers if buffer is not None)
-    plan = plan_of(problem, residency, x.device.index, tiers)
+    in_graph = x.is_cuda and is_capturing(x.device.index)
+    plan = plan_of(problem, residency, x.device.index, tiers, in_graph=in_graph)
     outputs = tuple(x.new_empty((problem.m, n)) for _ in weights)
     slots = allocate([features * problem.k for features in plan.slots], x)
     products = Products(rows, weights, biases, outputs, residency, in_out)
     count = partial(reads.count_dense, "linear", *counted(weights))
     queues = queues_of(x.device)
+    if plan.in_line:
+        queues = Queues(queues.main, queues.main)
     staging.issue(plan.parts, products, slots, queues, count, copy_bound=plan.copy_bound)
     return finish(outputs, activation, residual).view(*x.shape[:-1], n)
 
@@ -168,12 +173,15 @@ def plan_of(
     residency: tuple[Residency, ...],
     device_index: int,
     tiers: frozenset[str],
+    *,
+    in_graph: bool,
 ) -> RingPlan:
-    """By which a call runs; `tiers` are those of its weights."""
+    """By which a call runs; `tiers` are those of its weights, `in_graph`: it is being captured."""
     profile = profile_of(device_index)
     links = (profile.link(tier) for tier in tiers or {"cpu"})
     slowest = min(links, key=lambda link: link.copy_bandwidth)
-    return ring_plan.choose(problem, residency, profile, slowest)
+    choose = ring_plan.choose if in_graph else choose_for_calls
+    return choose(problem, residency, profile, slowest)
 
 
 def _residency(weight: Tensor, buffer: TieredBuffer | None) -> Residency:

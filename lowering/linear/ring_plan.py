@@ -81,13 +81,16 @@ class RingPlan:
 
     Attributes:
         slots: features that each slot of the ring has room for; `staged[i]` takes slot i % slots.
+        seconds: on the card, from the start to the end of the call.
         copy_bound: the last staged product waits for its copy.
+        in_line: copies are queued among the products, and nothing overlaps.
     """
 
     parts: tuple[Part, ...]
     slots: tuple[int, ...]
     seconds: float
     copy_bound: bool
+    in_line: bool = False
 
     @property
     def local(self) -> tuple[Part, ...]:
@@ -119,7 +122,7 @@ def choose(
     start where no local work hides the first copy; local work in one block or, where the ring does
     not hold all copies, in some; and then a larger ring, if that saves enough."""
     timing = RingTiming(problem, residency, profile, link)
-    in_place = tuple(_in_place(problem, where) for where in residency)
+    in_place = tuple(features_in_place(problem, where) for where in residency)
     row_bytes = problem.k * ELEMENT_BYTES
     plan = _fastest(problem, in_place, RING_BYTES // row_bytes, timing)
     if sum(part.features for part in plan.staged) * row_bytes <= RING_BYTES:
@@ -150,7 +153,7 @@ def _local(in_place: tuple[int, ...], blocks: int) -> tuple[Part, ...]:
     return tuple(found)
 
 
-def _in_place(problem: LinearProblem, where: Residency) -> int:
+def features_in_place(problem: LinearProblem, where: Residency) -> int:
     """Features whose product needs no copy. Too few for a product of their own are copied too."""
     if problem.in_out:
         return problem.n if where.local >= problem.k else 0

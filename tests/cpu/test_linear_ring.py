@@ -116,6 +116,26 @@ class Checked:
         self._queue.run(checked)
 
 
+@pytest.mark.parametrize("local", [0, 128, 400])
+def test_copies_in_line_need_no_second_queue(local: int) -> None:
+    m, n, k = 33, 400, 64
+    residency = (Residency(local, local),)
+    x, weight = torch.randn(m, k, dtype=BF16), torch.randn(n, k, dtype=BF16)
+    parts = [ring_plan.Part(0, 0, local, False), ring_plan.Part(0, local, n, True)]
+    parts = [part for part in parts if part.features]
+    slots = tuple(part.features for part in parts if part.staged)
+    plan = ring_plan.RingPlan(tuple(parts), slots, 1e-6, copy_bound=True, in_line=True)
+    output = torch.full((m, n), float("nan"), dtype=BF16)
+    products = ring.Products(x, (weight,), (None,), (output,), residency, False)
+    scheduler = Scheduler(random.Random(0))
+    main = scheduler.queue()
+    counted: list[bool] = []
+    issue(plan, products, poisoned(plan, k), main, main, partial(counted.append, True))
+    scheduler.drain()
+    assert counted == [True]
+    torch.testing.assert_close(output, x @ weight.t(), rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("lost", ["main", "side"])
 @pytest.mark.parametrize("local", [0, 256])
 def test_a_lost_wait_is_found(small_ring, lost: str, local: int) -> None:

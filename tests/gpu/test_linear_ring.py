@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +22,19 @@ N, K = 3072, 4096
 NBYTES = N * K * 2
 LAYOUTS = ("out_in", "in_out")
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@pytest.fixture(params=["plans of calls", "plans of graphs"])
+def either_plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Calls take few parts in line; here also those that a graph takes."""
+    if request.param == "plans of graphs":
+        monkeypatch.setattr(ring, "choose_for_calls", ring_plan.choose)
+    ring.plan_of.cache_clear()
+    yield
+    ring.plan_of.cache_clear()
+
+
+both_plans = pytest.mark.usefixtures("either_plan")
 
 
 def stored_row_bytes(layout: str) -> int:
@@ -58,6 +73,7 @@ def assert_right(case: LinearCase, what: object) -> None:
     assert verdict.passed, f"{what}: {verdict}"
 
 
+@both_plans
 @layouts
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_split(tier: Tier, device: torch.device, layout: str, dtype: torch.dtype) -> None:
@@ -67,6 +83,7 @@ def test_every_split(tier: Tier, device: torch.device, layout: str, dtype: torch
             assert_right(case, f"M={m}, {name}")
 
 
+@both_plans
 @layouts
 def test_odd_sizes_and_every_epilogue(tier: Tier, device: torch.device, layout: str) -> None:
     for n, k in ((1000, 4104), (264, 72), (8, 8), (5120, 1032)):
@@ -80,6 +97,7 @@ def test_odd_sizes_and_every_epilogue(tier: Tier, device: torch.device, layout: 
                 assert_right(case, case.problem)
 
 
+@both_plans
 @layouts
 @pytest.mark.parametrize("gating", ["separate", "fused"])
 def test_gated(tier: Tier, device: torch.device, gating: str, layout: str) -> None:
@@ -95,6 +113,7 @@ def test_gated(tier: Tier, device: torch.device, gating: str, layout: str) -> No
             assert_right(case, f"{splits}, M={m}")
 
 
+@both_plans
 @layouts
 def test_remote_bytes_cross_the_link_once_by_count(
     tier: Tier, device: torch.device, layout: str
@@ -166,6 +185,7 @@ def test_two_streams_at_once(tier: Tier, device: torch.device, layout: str, capt
             assert reference.judge(output).passed
 
 
+@both_plans
 @layouts
 def test_the_input_may_still_be_in_the_making_and_its_memory_is_reused_at_once(
     tier: Tier, device: torch.device, layout: str
