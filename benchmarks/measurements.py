@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dak_inductor.benchmarks.harness.bar_tables import bars, steps
+from dak_inductor.benchmarks.harness.bar_tables import bars, models, steps
 from dak_inductor.benchmarks.harness.cause_tables import (
     beyond_link,
     fits,
@@ -34,6 +34,7 @@ STEPS = (
     "decode_step_peer_direct", "b1", "b64", "prefill_1", "prefill_4",
     "pre1",
 )  # fmt: skip
+MODELS = ("models", "models_opt", "models_encoders")
 TOPICS = {
     "system": (
         "planner", "cost_model", "compile", "move", "load", "pages", "over_budget", "marks",
@@ -42,6 +43,7 @@ TOPICS = {
     "linears": GRIDS[:4],
     "attention": (*GRIDS[4:], "long_context"),
     "steps": (*STEPS, "window", "fillers"),
+    "models": MODELS,
 }  # fmt: skip
 PAGE, CELLS_PAGE = "measurements.md", "cells_over.md"
 GENERATED = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -67,6 +69,7 @@ def blocks(results: Path) -> dict[str, str]:
         "fits": fits(decode[:1]),
         "beyond the link": beyond_link(decode),
         "steps": steps(results, STEPS),
+        "models": models(results, MODELS),
     }
 
 

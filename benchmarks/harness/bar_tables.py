@@ -1,4 +1,4 @@
-"""The verdicts of records as Markdown: a line for each bar, and the bars a decode step misses."""
+"""What records conclude, as Markdown: a line for each bar, for each step, for each model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dak_inductor.benchmarks.harness.cause_tables import markdown
+from dak_inductor.report.peer_ratios import PHASES, PeerRatio, peer_ratios
 
 WORDS = {True: "met", False: "**missed**", None: "open"}
 _UNITS = {"B/s": (1e-9, " GB/s"), "s": (1e3, " ms"), "B": (1.0, " B")}
@@ -54,6 +55,30 @@ def steps(results: Path, names: Sequence[str]) -> str:
     ]  # fmt: skip
     head = ("record", "% remote", "provider", "kind", "T, ms", "T / L", "T - L, ms", "note")
     return markdown(head, rows)
+
+
+def models(results: Path, names: Sequence[str]) -> str:
+    """Whole models: time over that of the fastest real peer, by share remote."""
+    cells = {
+        name: json.loads((results / f"{name}.json").read_text(encoding="utf-8"))["cells"]
+        for name in names
+    }
+    shares = sorted({cell["share"] for rows in cells.values() for cell in rows if cell["share"]})
+    head = ("step", "model", *(f"{share:.0%} remote" for share in shares), "record")
+    rows = [
+        [title, line, *(_ratio(at.get(share)) for share in shares), f"`{name}.json`"]
+        for phase, title in PHASES.items()
+        for name, of_name in cells.items()
+        for line, at in peer_ratios(of_name, phase).items()
+    ]
+    return markdown(head, rows)
+
+
+def _ratio(found: PeerRatio | None) -> str:
+    if found is None:
+        return "-"
+    text = f"{found.ratio:.2f}x"
+    return f"**{text}** ({found.peer})" if found.ratio > 1 else text
 
 
 def _measured(path: Path) -> Iterator[Mapping[str, Any]]:

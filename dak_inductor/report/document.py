@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from dak_inductor.report.heat_map import heat_maps
 from dak_inductor.report.html import Html, cell, details, join, number, table, tag
-from dak_inductor.report.model_table import model_tables
+from dak_inductor.report.model_map import model_maps
+from dak_inductor.report.model_table import SHOWN, model_tables
 from dak_inductor.report.plan_view import plan_view
 from dak_inductor.report.records import LoadedRecord
 from dak_inductor.report.roofline import roofline
-from dak_inductor.report.run_comparison import comparison
+from dak_inductor.report.run_comparison import comparison, share_cells
 from dak_inductor.report.style import STYLE
 from dak_inductor.report.trace_view import trace_view
 from dak_inductor.report.verdict_table import verdict_table
@@ -48,7 +49,7 @@ def document(records: Sequence[LoadedRecord]) -> str:
             key=lambda r: r.benchmark,
         )
         for old, new in itertools.pairwise(list(group))
-        if new.is_record
+        if new.is_record and share_cells(old, new)
     ]
     links = [
         tag("li", tag("a", f"{record.benchmark} ({record.path.name})", href=f"#r{index}"))
@@ -82,10 +83,11 @@ def _section(index: int, record: LoadedRecord) -> Html:
             _facts(record),
             tag("ul", *lines, class_="small") if lines else "",
             heat_maps(record.cells),
+            model_maps(record.cells) if models else "",
             roofline(record),
             window_history(record.benchmark, updates_of(record.data.get("window_history"))),
             model_tables(record.cells) if models else "",
-            _cells(record.cells, folded=models),
+            _cells(record.cells, folded=models, without=SHOWN if models else frozenset()),
             _folded(record),
         ]
     )
@@ -108,12 +110,16 @@ def _facts(record: LoadedRecord) -> Html:
     return tag("p", "; ".join(f"{k}: {v}" for k, v in items.items() if v), class_="facts")
 
 
-def _cells(cells: Sequence[Mapping[str, Any]], *, folded: bool) -> Html:
-    """Rows with all their entries; those of a grid are folded, since its map shows them."""
+def _cells(
+    cells: Sequence[Mapping[str, Any]], *, folded: bool, without: Set[str] = frozenset()
+) -> Html:
+    """Rows with all entries but those `without`, which are shown elsewhere; those of a grid are
+    folded, since its map shows them."""
     if not cells:
         return Html("")
     kept = list(cells)[:_ROWS]
-    names = [n for n in dict.fromkeys(key for row in kept for key in row) if _shown(n, kept)]
+    found = dict.fromkeys(key for row in kept for key in row if key not in without)
+    names = [name for name in found if _shown(name, kept)]
     names.sort(key=lambda name: name in _LAST)  # long texts, behind the figures
     same = [name for name in names if len(kept) > 1 and _is_same(name, kept)]
     names = [name for name in names if name not in same]

@@ -12,6 +12,13 @@ from dak_inductor.report.html import Html, cell, join, number, table, tag
 HEADINGS = ("provider", "kind", "status", "realised", "TTFT ms", "T/L", "TPOT ms", "T/L",
             "tokens/s", "GB/s", "remote", "local B/token", "remote B/token", "card peak",
             "host peak", "compile s", "note")  # fmt: skip
+SHOWN = frozenset({
+    "kind", "status", "realised", "ttft_ms", "ttft T/L", "tpot_ms", "tpot T/L", "tokens_per_second",
+    "bandwidth", "remote_bytes", "local_bytes_per_token", "remote_bytes_per_token",
+    "card_peak_bytes", "host_peak_bytes", "compile_seconds", "compile_cold", "note", "reason",
+    "model_layers", "tpot_method",
+})  # fmt: skip
+"""Entries of a row that the tables show."""
 _NUMBERS = range(3, 16)
 
 

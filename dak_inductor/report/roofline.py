@@ -47,13 +47,21 @@ def pictures(record: LoadedRecord) -> list[Picture]:
         return []
     steps = _is_of_steps(record)
     link = max(direct, copy) if steps else direct  # the yardstick of steps, and that of kernels
-    points = _of_steps(record.cells, hbm, link) if steps else _of_kernels(record.cells)
-    if not points:
-        return []
-    return [
-        _bandwidth(record.benchmark, points, hbm, link),
-        _over(record.benchmark, points, hbm, link),
-    ]
+    found: list[Picture] = []
+    for name, cells in _by_model(record).items():
+        points = _of_steps(cells, hbm, link) if steps else _of_kernels(cells)
+        if points:
+            found += [_bandwidth(name, points, hbm, link), _over(name, points, hbm, link)]
+    return found
+
+
+def _by_model(record: LoadedRecord) -> dict[str, list[Mapping[str, Any]]]:
+    """The cells by what their pictures are called: steps of whole models by model and batch."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in record.cells:
+        model = f"-{row['model']}-b{row.get('batch')}" if "model" in row else ""
+        found.setdefault(f"{record.benchmark}{model}", []).append(row)
+    return found
 
 
 def _is_of_steps(record: LoadedRecord) -> bool:

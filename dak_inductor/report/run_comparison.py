@@ -17,6 +17,15 @@ METRICS = ("T/L", "tpot T/L", "ttft T/L", "tpot_ms", "ttft_ms", "milliseconds", 
 NOISE = 0.02
 
 
+def share_cells(old: LoadedRecord, new: LoadedRecord) -> bool:
+    """Whether there is anything to compare: parts of one run have neither cells nor verdicts in
+    common."""
+    cells = {_key(row) for row in old.cells} & {_key(row) for row in new.cells}
+    named = {v.get("name") for v in old.verdicts} & {v.get("name") for v in new.verdicts}
+    nameless = {()}  # samples of a run: their verdicts are compared
+    return bool(cells - nameless) or (cells == nameless and bool(named))
+
+
 def comparison(old: LoadedRecord, new: LoadedRecord) -> Html:
     """Ratios new / old, the worst first."""
     before = {_key(row): row for row in old.cells}

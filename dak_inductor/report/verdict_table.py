@@ -1,4 +1,4 @@
-"""Every verdict of every record: the figure, its bar, pass or miss."""
+"""Every verdict of every record: the figure, its bar, pass or miss. Many that passed are folded."""
 
 from __future__ import annotations
 
@@ -6,20 +6,33 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dak_inductor.plan_report import bytes_text, seconds_text
-from dak_inductor.report.html import Html, cell, number, table
+from dak_inductor.report.html import Html, cell, details, join, number, table
 from dak_inductor.report.records import LoadedRecord
 
+MANY = 40
+"""Verdicts; with more of them those that passed would hide the others."""
+
+_HEADINGS = ("verdict", "what", "measured", "bar", "unit", "note", "record")
 _WORDS = {True: ("pass", "ok"), False: ("MISS", "bad"), None: ("open", "open")}
 
 
 def verdict_table(records: Iterable[LoadedRecord]) -> Html:
     """Misses first within each record; nothing where no record has a verdict."""
+    passed: list[list[object]] = []
+    others: list[list[object]] = []
     rows: list[list[object]] = []
     for record in records:
         for verdict in sorted(record.verdicts, key=lambda v: v.get("passed") is not False):
-            rows.append([*_row(verdict), cell(record.benchmark, "")])
-    headings = ("verdict", "what", "measured", "bar", "unit", "note", "record")
-    return table(headings, rows, numbers=range(2, 4)) if rows else Html("")
+            row = [*_row(verdict), cell(record.benchmark, "")]
+            rows.append(row)
+            (passed if verdict.get("passed") is True else others).append(row)
+    if len(rows) <= MANY:
+        return _table(rows)
+    return join([_table(others), details(f"{len(passed)} passed", _table(passed))])
+
+
+def _table(rows: list[list[object]]) -> Html:
+    return table(_HEADINGS, rows, numbers=range(2, 4)) if rows else Html("")
 
 
 def amount(value: object, unit: str) -> str:

@@ -25,6 +25,7 @@ from dak_inductor.planner import make_plan
 from dak_inductor.report.document import document
 from dak_inductor.report.heat_map import colour
 from dak_inductor.report.html import number, tag
+from dak_inductor.report.peer_ratios import peer_ratios
 from dak_inductor.report.records import load_all
 from dak_inductor.report.roofline import limit, pictures
 
@@ -127,21 +128,78 @@ def test_a_failed_row_shows_its_reason(tmp_path: Path) -> None:
     assert "no &lt;kernel&gt;" in page and ">failed<" in page
 
 
-def test_rows_of_a_bench_stand_beside_their_peers(tmp_path: Path) -> None:
-    def row(provider: str, tpot: float, **more: Any) -> dict[str, Any]:
-        return {"figure": "measured", "model": "m", "layers": 2, "model_layers": 4, "batch": 1,
-                "prompt": 8, "new": 4, "share": 0.5, "remote": "cpu", "provider": provider,
-                "kind": "real peer", "status": "ok", "tpot_ms": tpot, "tpot T/L": 1.5,
-                "realised": 0.5, "remote_bytes": 10**9, **more}  # fmt: skip
+def bench_row(provider: str, milliseconds: float, **more: Any) -> dict[str, Any]:
+    return {"figure": "measured", "model": "m", "layers": 2, "model_layers": 4, "batch": 1,
+            "prompt": 8, "new": 4, "share": 0.5, "remote": "cpu", "provider": provider,
+            "kind": "real peer", "status": "ok", "tpot_ms": milliseconds, "tpot T/L": 1.5,
+            "realised": 0.5, **more}  # fmt: skip
 
-    rows = [row("dak", 2.5), row("split", 3.5), row("prefetch", 1.5, kind="oracle"),
-            row("dak plan", 2.25, figure="prediction")]  # fmt: skip
+
+def test_rows_of_a_bench_stand_beside_their_peers(tmp_path: Path) -> None:
+    rows = [bench_row("dak", 2.5, remote_bytes=10**9), bench_row("split", 3.5),
+            bench_row("prefetch", 1.5, kind="oracle"),
+            bench_row("dak plan", 2.25, figure="prediction")]  # fmt: skip
     data = {"benchmark": "models", "cells": rows,
             "ceilings": {"hbm_stream": 4e12, "link_direct": 5e10}}  # fmt: skip
     page = report(write(tmp_path, "models.json", data))
     assert '<td class="n ok">2.5<' in page and page.count('class="n ok"') == 1
     assert "2 of 4 layers" in page and "50% remote (cpu)" in page and "1.0 GB" in page
     assert page.count("<h3>") == 2 and "aggregate bandwidth" in page
+
+
+def test_the_fastest_real_peer_of_each_setting_counts() -> None:
+    rows = [
+        bench_row("dak", 2.0), bench_row("split", 4.0), bench_row("slow", 9.0),
+        bench_row("prefetch", 1.0, kind="oracle"), bench_row("wrong", 1.0, status="inaccurate"),
+        bench_row("resident", 1.0, share=0.0),
+        bench_row("dak", 3.0, share=1.0), bench_row("split", 2.0, share=1.0),
+        bench_row("dak", 3.0, batch=16), bench_row("split", 2.0, model="other"),
+        bench_row("dak", 5.0, remote="cuda:1"), bench_row("split", 4.0, remote="cuda:1"),
+    ]  # fmt: skip
+    found = peer_ratios(rows, "tpot_ms")
+    assert {line: {x: r.ratio for x, r in at.items()} for line, at in found.items()} == {
+        "m, batch 1": {0.5: 0.5, 1.0: 1.5}, "m, batch 1, remote tier cuda:1": {0.5: 1.25},
+    }  # fmt: skip
+    assert found["m, batch 1"][0.5].peer == "split" and not peer_ratios(rows, "ttft_ms")
+
+
+def test_models_have_a_map_and_pictures_of_their_own(tmp_path: Path) -> None:
+    rows = [
+        bench_row(provider, times, batch=batch)
+        for batch in (1, 16)
+        for provider, times in (("dak", 3.0), ("split", 2.0))
+    ]
+    data = {"benchmark": "models", "cells": rows,
+            "ceilings": {"hbm_stream": 4e12, "link_direct": 5e10}}  # fmt: skip
+    path = write(tmp_path, "models.json", data)
+    page = report(path)
+    assert page.count('<td class="n h5 miss"') == 2 and "Decode step: time over" in page
+    assert "First token" not in page, "no row has one"
+    (record,) = load_all([path])
+    names = [picture.name for picture in pictures(record)]
+    assert names == [f"models-m-b{b}-{kind}" for b in (1, 16) for kind in ("bandwidth", "over")]
+
+
+def test_many_verdicts_that_passed_are_folded(tmp_path: Path) -> None:
+    verdicts = [
+        {"name": f"bar {i}", "measured": 1.0, "bar": 2.0, "unit": "x", "passed": i != 7, "note": ""}
+        for i in range(50)
+    ]
+    page = report(write(tmp_path, "a.json", {"benchmark": "a", "cells": [], "verdicts": verdicts}))
+    before, folded = page.split("<details")[:2]
+    assert "bar 7<" in before and "bar 8<" not in before
+    assert "49 passed" in folded and "bar 8<" in folded and "bar 7<" not in folded
+
+
+def test_parts_of_one_run_are_not_compared(tmp_path: Path) -> None:
+    def part(name: str, model: str) -> Path:
+        rows = [bench_row("dak", 2.0, model=model, case=f"{model}: dak")]
+        verdicts = [{"name": "rows left out", "measured": 0, "bar": 0, "passed": True}]
+        return write(tmp_path, name, {"benchmark": "models", "cells": rows, "verdicts": verdicts})
+
+    first, other, again = part("a.json", "m"), part("b.json", "other"), part("c.json", "m")
+    assert "Runs compared" not in report(first, other)
+    assert "Runs compared" in report(first, again)
 
 
 def test_two_runs_are_compared(tmp_path: Path) -> None:
