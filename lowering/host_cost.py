@@ -13,6 +13,12 @@ PRODUCT_SECONDS = 75e-6
 RING_SECONDS = 190e-6
 """Of one whose ring has nothing to copy: 4 layers of BERT-large, 24 products all of which went that
 way, took 5.1 ms. With copies it takes what one with a copy ahead does."""
+RING_PART_SECONDS = 135e-6
+"""Of each part that such a ring copies on a queue of its own: calls of BERT-large and ViT-huge,
+4 layers each, all remote, 16 sequences, took 16.6 and 16.5 ms with 80 and 76 of them
+(`models_encoders.json`)."""
+IN_LINE_SECONDS = 60e-6
+"""Of each part that is copied on the queue of the products. Assumed."""
 COPY_SECONDS = 15e-6
 """Of each copy ahead for a product that is one launch, besides the launch."""
 STAGED_SECONDS = 330e-6

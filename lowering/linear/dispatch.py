@@ -13,6 +13,7 @@ from dak_inductor.cuda_runtime.current_stream import current_capture
 from dak_inductor.lowering import device_counters
 from dak_inductor.lowering.element_types import DTYPES
 from dak_inductor.lowering.linear import stopwatch, tensor_maps
+from dak_inductor.lowering.linear.call_facts import CallFacts
 from dak_inductor.lowering.linear.configuration import MAXIMUM_TOKENS
 from dak_inductor.lowering.linear.launch import LinearLaunch
 from dak_inductor.lowering.linear.open_step import current, spares_host
@@ -69,15 +70,29 @@ def run(
         if served is not None:
             return served
         route = ROUTES.find(product.key, state, spared=spared)
-    if route is not None:
-        if route.way == "ring" and _is_refused(product.ring_refusal()):
-            return None
+    if route is not None:  # what refuses a call is in its key
         return _by(route.way, product, route.problem, route.launch)
     if x.dim() and x.numel() > MAXIMUM_TOKENS * x.shape[-1]:
-        return None if _is_refused(product.ring_refusal()) else product.staged()
+        return _by_ring(product, spared=spared)
     if _is_refused(kernel_refusal(product)):
         return None
     return _fastest(product, stock, measures=step is None or step.measures, spared=spared)
+
+
+def _by_ring(product: Product, *, spared: bool) -> Tensor | None:
+    """Of more tokens than the kernel takes."""
+    if _is_refused(product.ring_refusal()):
+        return None
+    facts = product.facts()
+    way = _in_place("ring", product, facts)
+    ROUTES.keep(product, way, facts.problem, None, TRIALS.state, spared=spared)
+    return _by(way, product, facts.problem, None)
+
+
+def _in_place(way: WayName, product: Product, facts: CallFacts) -> WayName:
+    """With nothing remote the ring is stock products in place. One that nothing follows takes the
+    host less as the stock operator; what follows the ring works in the memory of its result."""
+    return "stock" if way == "ring" and product.is_plain and not any(facts.remote_bytes) else way
 
 
 def _fastest(
@@ -110,9 +125,10 @@ def _fastest(
     if spared:
         way = TRIALS.sparing(facts, ways)
     launch = _launch(product, facts.problem, way)
+    name = _in_place(way.name, product, facts)
     if TRIALS.is_settled(facts, ways) and (launch is None or product.may_launch_again):
-        ROUTES.keep(product, way.name, facts.problem, launch, TRIALS.state, spared=spared)
-    return _by(way.name, product, facts.problem, launch)
+        ROUTES.keep(product, name, facts.problem, launch, TRIALS.state, spared=spared)
+    return _by(name, product, facts.problem, launch)
 
 
 def way_of(product: Product) -> WayName:
@@ -122,7 +138,9 @@ def way_of(product: Product) -> WayName:
     reason = None if facts.problem.m > MAXIMUM_TOKENS else kernel_refusal(product)
     if reason is None and any(way.name == "ring" for way in ways):
         reason = product.ring_refusal()
-    return TRIALS.current(facts, ways).name if reason is None else "stock"
+    if reason is not None:
+        return "stock"
+    return _in_place(TRIALS.current(facts, ways).name, product, facts)
 
 
 def _compute(product: Product, problem: LinearProblem, way: Way) -> Tensor | None:

@@ -78,6 +78,11 @@ class Product:
         optional = (*self.biases, self.residual)
         return [self.x, *self.weights, *(each for each in optional if each is not None)]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing follows its one matrix product."""
+        return len(self.weights) == 1 and self.activation == "none" and self.residual is None
+
     def facts(self) -> CallFacts:
         """What its time depends on. At least one weight is in a buffer."""
         in_out = self.layout == "in_out"

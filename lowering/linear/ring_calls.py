@@ -2,23 +2,18 @@
 
 A replay queues a whole graph at once. A call queues part after part, each with a copy on a queue of
 its own and marks between the queues, and that may take the host longer than the card takes to run
-them. Then few parts, one after the other on one queue, are faster.
+them. Then fewer parts are faster, or a few one after the other on one queue.
 """
 
 from __future__ import annotations
 
 from dak_inductor.hardware_profile import HardwareProfile, LinkProfile
 from dak_inductor.lowering.element_types import ELEMENT_BYTES
+from dak_inductor.lowering.host_cost import IN_LINE_SECONDS, RING_PART_SECONDS, RING_SECONDS
 from dak_inductor.lowering.linear import ring_plan
 from dak_inductor.lowering.linear.problem import LinearProblem
 from dak_inductor.lowering.linear.ring_plan import Part, Residency, RingPlan
 from dak_inductor.lowering.linear.ring_timing import RingTiming
-
-LOCAL_SECONDS, STAGED_SECONDS, IN_LINE_SECONDS = 70e-6, 160e-6, 110e-6
-"""To queue a part in place, one through a slot with a queue of its own, and one that is copied on
-the queue of the products. The first two are what calls of encoders take beyond all resident, by the
-parts of their plans (`models_encoders.json`: BERT and ViT, 16 sequences, 5 to 100% remote). The
-last is assumed: a part in place and a copy."""
 
 
 def choose_for_calls(
@@ -27,9 +22,9 @@ def choose_for_calls(
     profile: HardwareProfile,
     link: LinkProfile,
 ) -> RingPlan:
-    """What `choose` finds, unless the host takes longer to queue it than the card to run few parts
-    in line."""
-    plan = ring_plan.choose(problem, residency, profile, link)
+    """The plan that ends first where another call follows at once: of those for the card with the
+    host's time, and of few parts in line."""
+    plan = ring_plan.choose(problem, residency, profile, link, cost=call_seconds)
     if host_seconds(plan) <= plan.seconds:
         return plan
     simple = _in_line(problem, residency, RingTiming(problem, residency, profile, link))
@@ -38,8 +33,8 @@ def choose_for_calls(
 
 def host_seconds(plan: RingPlan) -> float:
     """That the host takes to queue it."""
-    each = IN_LINE_SECONDS if plan.in_line else STAGED_SECONDS
-    return len(plan.local) * LOCAL_SECONDS + len(plan.staged) * each
+    each = IN_LINE_SECONDS if plan.in_line else RING_PART_SECONDS
+    return RING_SECONDS + len(plan.staged) * each
 
 
 def call_seconds(plan: RingPlan) -> float:

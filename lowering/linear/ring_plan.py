@@ -17,7 +17,7 @@ Nothing here knows streams or tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dak_inductor.hardware_profile import HardwareProfile, LinkProfile
@@ -112,27 +112,38 @@ def residencies(problem: LinearProblem, remote_bytes: tuple[int, ...]) -> tuple[
     return tuple(found)
 
 
+def card_seconds(plan: RingPlan) -> float:
+    """What a plan takes where nobody has to queue it: in a replay of a graph."""
+    return plan.seconds
+
+
 def choose(
     problem: LinearProblem,
     residency: tuple[Residency, ...],
     profile: HardwareProfile,
     link: LinkProfile,
+    *,
+    cost: Callable[[RingPlan], float] = card_seconds,
 ) -> RingPlan:
-    """The fastest of some plans: parts of a few sizes; smaller ones at the end or not, and at the
-    start where no local work hides the first copy; local work in one block or, where the ring does
-    not hold all copies, in some; and then a larger ring, if that saves enough."""
+    """The fastest, by `cost`, of some plans: parts of a few sizes; smaller ones at the end or not,
+    and at the start where no local work hides the first copy; local work in one block or, where the
+    ring does not hold all copies, in some; and then a larger ring, if that saves enough."""
     timing = RingTiming(problem, residency, profile, link)
     in_place = tuple(features_in_place(problem, where) for where in residency)
     row_bytes = problem.k * ELEMENT_BYTES
-    plan = _fastest(problem, in_place, RING_BYTES // row_bytes, timing)
+    plan = _fastest(problem, in_place, RING_BYTES // row_bytes, timing, cost)
     if sum(part.features for part in plan.staged) * row_bytes <= RING_BYTES:
         return plan
-    large = _fastest(problem, in_place, LARGE_RING * RING_BYTES // row_bytes, timing)
-    return large if large.seconds < (1 - LARGE_RING_SAVES) * plan.seconds else plan
+    large = _fastest(problem, in_place, LARGE_RING * RING_BYTES // row_bytes, timing, cost)
+    return large if cost(large) < (1 - LARGE_RING_SAVES) * cost(plan) else plan
 
 
 def _fastest(
-    problem: LinearProblem, in_place: tuple[int, ...], room: int, timing: RingTiming
+    problem: LinearProblem,
+    in_place: tuple[int, ...],
+    room: int,
+    timing: RingTiming,
+    cost: Callable[[RingPlan], float],
 ) -> RingPlan:
     """With slots for `room` features in all."""
     total = sum(problem.n - features for features in in_place)
@@ -141,7 +152,7 @@ def _fastest(
     for blocks in _LOCAL_BLOCKS if any(in_place) and total > room else (1,):
         local = _local(in_place, blocks)
         found += [_schedule(local, staged, room, timing) for staged in divisions]
-    return min(found, key=lambda plan: plan.seconds)
+    return min(found, key=cost)
 
 
 def _local(in_place: tuple[int, ...], blocks: int) -> tuple[Part, ...]:

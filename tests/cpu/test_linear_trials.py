@@ -418,6 +418,54 @@ def test_a_call_is_served_by_the_winner(tried: SimpleNamespace, winner: str) -> 
     assert dispatch.way_of(call) == winner
 
 
+def test_more_tokens_than_the_kernel_takes_go_through_the_ring_without_asking_again(
+    tried: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "MAXIMUM_TOKENS", 100)
+    asked: list[str | None] = []
+    refusal = product.Product.ring_refusal
+    monkeypatch.setattr(
+        product.Product, "ring_refusal", lambda call: asked.append(refusal(call)) or asked[-1]
+    )
+    x = torch.randn(200, 512, dtype=BF16)
+    for _ in range(3):
+        tried.run(x, tried.weight, None)
+    assert tried.ran == ["ring"] * 3 and asked == [None]
+    tried.buffer.split = tried.buffer.nbytes
+    for _ in range(2):
+        result = tried.run(x, tried.weight, None)
+        torch.testing.assert_close(result, F.linear(x, tried.weight), rtol=0, atol=0)
+    assert tried.ran[3:] == ["stock"] * 2 and asked == [None] * 2, "nothing is remote"
+
+
+@pytest.mark.parametrize("epilogue", [{"activation": "gelu"}, {"residual": True}])
+def test_what_follows_the_ring_stays_in_its_memory(
+    tried: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, epilogue: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(dispatch, "MAXIMUM_TOKENS", 100)
+    tried.buffer.split = tried.buffer.nbytes
+    x = torch.randn(200, 512, dtype=BF16)
+    residual = torch.randn(200, 512, dtype=BF16) if "residual" in epilogue else None
+    dispatch.run(
+        x, (tried.weight,), biases=(None,), residual=residual,
+        activation=epilogue.get("activation", "none"), layout="out_in",
+    )  # fmt: skip
+    assert tried.ran == ["ring"]
+
+
+def test_where_nothing_is_remote_a_ring_that_won_is_the_stock_operator(
+    tried: SimpleNamespace,
+) -> None:
+    tried.times.update(direct=2.0, ring=1.0)
+    tried.buffer.split = tried.buffer.nbytes
+    x = torch.randn(200, 512, dtype=BF16)
+    for _ in range(2):
+        tried.run(x, tried.weight, None)
+    assert sorted(tried.ran[:2]) == ["direct", "ring"] and tried.ran[2:] == ["stock"] * 2
+    call = product.Product(x, (tried.weight,), (tried.buffer,), (None,), None, "none", "out_in")
+    assert dispatch.way_of(call) == "stock"
+
+
 def test_a_call_spares_the_host_where_the_steps_plan_says_so_but_in_no_capture(
     tried: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,15 +21,22 @@ def all_remote(m: int, n: int, k: int) -> tuple[LinearProblem, tuple[Residency, 
     return LinearProblem(m, n, k, BF16), (Residency(0, 0),)
 
 
-@pytest.mark.parametrize(("n", "k"), [(1024, 1024), (4096, 1024), (1024, 4096), (1280, 5120)])
+@pytest.mark.parametrize(("n", "k"), [(1024, 1024), (4096, 1024), (1024, 4096)])
 def test_small_products_take_few_parts_on_one_queue(n: int, k: int) -> None:
     problem, residency = all_remote(8192, n, k)
     graph = ring_plan.choose(problem, residency, H200, HOST)
     call = ring_calls.choose_for_calls(problem, residency, H200, HOST)
     assert len(graph.parts) > 2 and not graph.in_line
     assert call.in_line and len(call.parts) == 1 and call.slots == (n,)
-    assert graph.seconds < call.seconds or ring_calls.host_seconds(graph) > call.seconds
     assert ring_calls.call_seconds(call) < ring_calls.call_seconds(graph)
+
+
+def test_products_between_take_fewer_parts_beside_each_other() -> None:
+    problem, residency = all_remote(8192, 4096, 4096)
+    graph = ring_plan.choose(problem, residency, H200, HOST)
+    call = ring_calls.choose_for_calls(problem, residency, H200, HOST)
+    assert 1 < len(call.parts) < len(graph.parts) and not call.in_line
+    assert graph.seconds < call.seconds < ring_calls.host_seconds(graph)
 
 
 @pytest.mark.parametrize(("n", "k"), [(28672, 8192), (14336, 4096)])
