@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -41,12 +42,18 @@ def card_groups(cards: int, remote: str, *, present: int) -> list[dict[str, str]
 
 
 def shared_out(cases: Sequence[Case], groups: int) -> list[list[Case]]:
-    """A list for each group; peers of one model and batch are in one list, in their order."""
+    """A list for each group; peers of one model and batch are in one list, in their order.
+
+    Turns go up and down: batches come from small to large, and large ones take longer.
+    """
     lists: list[list[Case]] = [[] for _ in range(groups)]
-    turn: dict[tuple[str, int], int] = {}
+    turns = itertools.cycle((*range(groups), *reversed(range(groups))))
+    group: dict[tuple[str, int], int] = {}
     for case in cases:
-        at = turn.setdefault((case.model, case.batch), len(turn) % groups)
-        lists[at].append(case)
+        kind = case.model, case.batch
+        if kind not in group:
+            group[kind] = next(turns)
+        lists[group[kind]].append(case)
     return lists
 
 

@@ -22,9 +22,10 @@ from dak_inductor.benchmarks import bench_models
 from dak_inductor.benchmarks.bench_models import BenchRequest, cases_of
 from dak_inductor.benchmarks.harness import model_measure, model_prediction, model_worker
 from dak_inductor.benchmarks.harness.compile_caches import CompileCaches
-from dak_inductor.benchmarks.harness.model_cards import card_groups, run_together
+from dak_inductor.benchmarks.harness.model_cards import card_groups, run_together, shared_out
 from dak_inductor.benchmarks.harness.model_case import (
     DECODERS,
+    MEASURED,
     MODELS,
     PREDICTION,
     SIMULATION,
@@ -318,6 +319,21 @@ def test_each_worker_sees_its_own_cards(
         card_groups(1, "cuda:1", present=4)
 
 
+def test_large_batches_are_on_every_card_and_peers_together() -> None:
+    cases = [
+        Case(MEASURED, model, provider, 4, batch, 8, 4, 0.3)
+        for model in ("llama-3-8b", "qwen2.5-14b", "mistral-7b", "opt-30b")
+        for batch in (1, 16)
+        for provider in ("dak", "split eager")
+    ]
+    lists = shared_out(cases, 2)
+    assert sorted(map(len, lists)) == [8, 8]
+    kinds = [{(case.model, case.batch) for case in each} for each in lists]
+    assert kinds[0].isdisjoint(kinds[1])
+    assert [sum(batch == 16 for _, batch in each) for each in kinds] == [2, 2]
+    assert all(each == [case for case in cases if case in each] for each in lists)
+
+
 def test_cards_share_the_cases_and_write_one_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faked: Path
 ) -> None:
@@ -330,7 +346,7 @@ def test_cards_share_the_cases_and_write_one_record(
     monkeypatch.setattr(bench_models, "cases_of", lambda request, on_gpu: cases)
     record = bench_models.run(BenchRequest(tmp_path, cards=2, remote="cpu"), on_gpu=True)
     assert [row["case"] for row in record.cells] == [each.key for each in cases]
-    assert [row["visible"] for row in record.cells] == ["0", "0", "1", "1", "0", "0"]
+    assert [row["visible"] for row in record.cells] == ["0", "0", "1", "1", "1", "1"]
     assert any("2 GPUs at the same time" in note for note in record.notes)
     with pytest.raises(OptionError, match="--cards 3: there are 2"):
         bench_models.run(BenchRequest(tmp_path, cards=3), on_gpu=True)
