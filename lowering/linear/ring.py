@@ -18,9 +18,9 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from dak_inductor.cuda_runtime.current_stream import current_capture
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.lowering import reads, staging
-from dak_inductor.lowering.choices import is_capturing
 from dak_inductor.lowering.element_types import DTYPES
 from dak_inductor.lowering.gpu_profile import profile_of
 from dak_inductor.lowering.linear import ring_plan
@@ -125,7 +125,7 @@ def run(
     problem = LinearProblem(rows.shape[0], n, rows.shape[1], x.dtype, gated, in_out)
     residency = tuple(map(_residency, weights, buffers))
     tiers = frozenset(buffer.tier for buffer in buffers if buffer is not None)
-    in_graph = x.is_cuda and is_capturing(x.device.index)
+    in_graph = current_capture(x.device) != 0
     plan = plan_of(problem, residency, x.device.index, tiers, in_graph=in_graph)
     outputs = tuple(x.new_empty((problem.m, n)) for _ in weights)
     slots = allocate([features * problem.k for features in plan.slots], x)
