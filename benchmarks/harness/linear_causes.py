@@ -29,6 +29,7 @@ STOCK_READS = "stock reads over the link"
 LINK_RATE = "rate of the link"
 KERNEL_RATE = "products of the kernel"
 PARTS = "parts of less than a wave"
+NOT_BESIDE = "one after the other in the ring"
 NOT_ISOLATED = "cause not isolated"
 
 BALANCE = 2.0
@@ -113,7 +114,11 @@ def _prefill(grid: GridRecord, over: Missed) -> str:
             return START_AND_END
         return KERNEL_RATE if _kernel_alone(grid, cell) > over.limit else NOT_ISOLATED
     if more > DIVIDED_MOST:
-        return PARTS if _more_by_parts(cell) >= more / 2 else NOT_ISOLATED
+        if _more_by_parts(cell) >= more / 2:
+            return PARTS
+        return (
+            NOT_BESIDE if cell.get("ring_microseconds", 0.0) - least >= more / 2 else NOT_ISOLATED
+        )
     return LAST_COPY if grid.remote(cell) > cell["C_microseconds"] else DIVIDED
 
 

@@ -150,18 +150,21 @@ def _served_by(x: Tensor, weights: TieredWeights) -> dict[str, object]:
     trial = TRIALS.result_of(facts)
     times = None if trial is None else {name: each * 1e6 for name, each in trial.seconds}
     served: dict[str, object] = {"served_by": way, "trial_microseconds": times}
-    return served | {"ring_parts": _ring_parts(facts)} if way == "ring" else served
+    return served | _ring(facts) if way == "ring" else served
 
 
-def _ring_parts(facts: CallFacts) -> list[int]:
-    """Features of each product of the ring, in order."""
+def _ring(facts: CallFacts) -> dict[str, object]:
+    """Features of each product of the ring, in order, and what its plan has for the call."""
     from dak_inductor.lowering.linear.ring import plan_of
     from dak_inductor.lowering.linear.ring_plan import residencies
 
     residency = residencies(facts.problem, facts.remote_bytes)
     tiers = frozenset({facts.tier})
     plan = plan_of(facts.problem, residency, facts.device_index, tiers, in_graph=True)
-    return [part.features for part in plan.parts]
+    return {
+        "ring_parts": [part.features for part in plan.parts],
+        "ring_microseconds": plan.seconds * 1e6,
+    }
 
 
 def _work(tokens: int, weight: Tensor, local: int, remote: int) -> Work:

@@ -81,6 +81,7 @@ def linear(
     repeats: tuple[float, ...] | None = None,
     stock: float | None = None,
     parts: tuple[int, ...] = (),
+    plan: float = 0.0,
     trial: float | None = None,
     over: dict[str, float] | None = None,
 ) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def linear(
         "microseconds": microseconds, "L_microseconds": bound, "C_microseconds": resident,
         "served_by": way, "repeats_microseconds": repeats or (microseconds,), "over": over or {},
         "peers_microseconds": {} if stock is None else {"stock on split": stock},
-        "N": 8192, "K": 28672, "ring_parts": parts,
+        "N": 8192, "K": 28672, "ring_parts": parts, "ring_microseconds": plan,
         "trial_microseconds": None if trial is None else {"direct": trial},
     }  # fmt: skip
 
@@ -130,6 +131,10 @@ def linear(
          PREFILL, 110.0, linear_causes.NOT_ISOLATED),
         (linear(160.0, m=512, share=0.02, resident=100.0, way="ring", parts=(4096, *(512,) * 8)),
          0.0, PREFILL, 110.0, linear_causes.PARTS),
+        (linear(160.0, m=512, share=0.02, resident=100.0, way="ring", parts=(8192,), plan=131.0),
+         0.0, PREFILL, 110.0, linear_causes.NOT_BESIDE),
+        (linear(160.0, m=512, share=0.02, resident=100.0, way="ring", parts=(8192,), plan=129.0),
+         0.0, PREFILL, 110.0, linear_causes.NOT_ISOLATED),
         (linear(160.0, m=512, share=0.005, resident=100.0, trial=120.0), 0.0, PREFILL, 110.0,
          linear_causes.KERNEL_RATE),
         (linear(160.0, m=512, share=0.005, resident=100.0, trial=105.0), 0.0, PREFILL, 110.0,
