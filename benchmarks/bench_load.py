@@ -31,7 +31,8 @@ from dak_inductor.benchmarks.harness.record import Verdict, make_record
 from dak_inductor.cuda_runtime import vmm
 from dak_inductor.cuda_runtime.tiers import open_tier
 from dak_inductor.cuda_runtime.vmm import VmmTier
-from dak_inductor.offloaded import OffloadedWeight, record_of
+from dak_inductor.offloaded import record_of
+from dak_inductor.offloaded_model import OffloadedWeight
 
 BAR_RATE = 5e9
 PAGE = 2 << 20

@@ -15,7 +15,7 @@ from dak_inductor.lowering.ahead.known_step import KnownStep
 from dak_inductor.lowering.ahead.memory import tokens_text
 from dak_inductor.lowering.ahead.sequence import StepCall
 from dak_inductor.lowering.ahead.step_plan import StepPlan
-from dak_inductor.plan_report import bytes_text, seconds_text
+from dak_inductor.quantity_text import bytes_text, count_text, seconds_text
 from dak_inductor.tensor_names import role
 
 CAPTURED, EAGER = "in CUDA graphs", "outside of CUDA graphs"
@@ -65,7 +65,7 @@ class StepStrategy:
         if self.off:
             return f"{head}: nothing is copied ahead: {self.off}"
         text = (
-            f"{head}: {self.staged} of {len(self.ops)} products copied ahead through "
+            f"{head}: {self.staged} of {count_text(len(self.ops), 'product')} copied ahead through "
             f"{bytes_text(self.ring_bytes)}; predicted {seconds_text(self.seconds)}, all direct "
             f"{seconds_text(self.direct_seconds)}"
         )

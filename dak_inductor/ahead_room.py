@@ -12,7 +12,7 @@ from dak_inductor.copy_ring import RING_SHARE, expected_ring_bytes
 from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.lowering.ahead.ring_room import Room
 from dak_inductor.lowering.refusals import HOPPER, capability
-from dak_inductor.offloaded import OffloadedModel
+from dak_inductor.offloaded_model import OffloadedModel
 from dak_inductor.options import copies_ahead_by_default
 
 DEVICES: tuple[str, ...] = ()

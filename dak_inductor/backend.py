@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from dak_inductor import options as option_parser
 from dak_inductor.attention_masks import mend_masks
+from dak_inductor.compiled_graph import CompiledGraph
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.epilogues import fuse_epilogues
 from dak_inductor.errors import DakError, TieredTensorError
@@ -26,7 +27,7 @@ from dak_inductor.options import BackendOptions
 from dak_inductor.refusal import Refusal
 from dak_inductor.resident_copies import has_memory
 from dak_inductor.rewrite import rewrite
-from dak_inductor.session import SESSION, CompiledGraph
+from dak_inductor.session import SESSION
 from dak_inductor.templates import with_templates
 from dak_inductor.torch_versions import warn_of_newer_torch
 from dak_inductor.untraced_graph import untraced_table
@@ -51,7 +52,7 @@ def dak(
         options: `strategy`, `window`, `strict`, `plan`, `trials`, `nvtx`, `mode`; all other keys
             are Inductor's.
 
-    Raises:
+    Raises, when what is returned is called (Dynamo wraps what a backend raises):
         OptionError: an option that does not exist.
         NothingOffloadedError, ResidentCopyError: under `strict`.
     """

@@ -8,7 +8,7 @@ names, calls, sizes. It keeps no weight alive.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -68,6 +68,10 @@ class Binding:
         """The buffers that are still there, by index of graph input."""
         found = ((index, reference()) for index, reference in self.buffers.items())
         return {index: buffer for index, buffer in found if buffer is not None}
+
+    def reads_any(self, buffer_ids: Container[int]) -> bool:
+        """Whether one of the buffers that are still there is among these, by identity."""
+        return any(id(buffer) in buffer_ids for buffer in self.live_buffers().values())
 
     @property
     def rows(self) -> int:

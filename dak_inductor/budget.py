@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from dak_inductor.cuda_runtime import address_table
-from dak_inductor.offloaded import OffloadedModel, PlannedCache
+from dak_inductor.offloaded_model import OffloadedModel, PlannedCache
 
 MINIMUM_RESERVE = 512 << 20
 RESERVE_SHARE = 0.06

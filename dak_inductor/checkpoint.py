@@ -1,4 +1,4 @@
-"""Reading a safetensors checkpoint tensor by tensor, straight from its memory map.
+"""Reading a safetensors checkpoint tensor by tensor: weights in pieces, the rest as mapped.
 
 Everything that can be wrong with a checkpoint is found before anything is allocated.
 """
@@ -6,9 +6,6 @@ Everything that can be wrong with a checkpoint is found before anything is alloc
 from __future__ import annotations
 
 import difflib
-import json
-import os
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +14,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dak_inductor.checkpoint_files import INDEX_NAME, StoredFile, files_of
 from dak_inductor.cuda_runtime.file_bytes import FileBytes, read_into
 from dak_inductor.errors import CheckpointError
 from dak_inductor.inventory import Inventory, Member
+from dak_inductor.quantity_text import count_text
 from dak_inductor.tensor_names import few_of
 
-INDEX_NAME = "model.safetensors.index.json"
 _PIECE_BYTES = 64 << 20
 """Tensors are read in pieces of about this size."""
 
@@ -37,8 +35,8 @@ class Checkpoint:
         self.path = Path(path)
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, Path] = {}
-        self._stored: dict[str, _StoredFile] = {}
-        for file, names in _listing(self.path).items():
+        self._stored: dict[str, StoredFile] = {}
+        for file, names in files_of(self.path).items():
             handle = self._open(file)
             held = set(handle.keys())
             missing = sorted(names - held) if names is not None else []
@@ -121,8 +119,8 @@ class Checkpoint:
         if missing:
             wanted = {n for entry in inventory for member in entry.members for n in member.names}
             raise CheckpointError(
-                f"{self.path} misses {len(missing)} tensors that are on meta in the model: "
-                f"{few_of(missing)}. {self._hint(missing, wanted)}"
+                f"{self.path} misses {count_text(len(missing), 'tensor')} of those on meta in "
+                f"the model: {few_of(missing)}. {self._hint(missing, wanted)}"
             )
 
     def close(self) -> None:
@@ -172,41 +170,8 @@ class Checkpoint:
     def _stored_bytes(self, name: str) -> FileBytes:
         file = self._file_of[name]
         if str(file) not in self._stored:
-            self._stored[str(file)] = _StoredFile(file)
+            self._stored[str(file)] = StoredFile(file)
         return self._stored[str(file)].bytes_of(name, self.read(name).nbytes)
-
-
-class _StoredFile:
-    """A safetensors file's descriptor and the places of its tensors.
-
-    The file begins with the length of its header (u64, little endian) and the header, JSON that
-    gives each tensor's first and last byte behind it. safetensors has checked all that when it
-    opened the file; a file that was replaced since raises CheckpointError.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._name = str(path)
-        try:
-            with path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                self._header = json.loads(file.read(length))
-                self._data_start = 8 + length
-                self._descriptor = os.dup(file.fileno())
-        except (OSError, ValueError, OverflowError, struct.error, RecursionError) as error:
-            raise CheckpointError(f"{path} was replaced while it was read: {error}") from error
-
-    def bytes_of(self, name: str, nbytes: int) -> FileBytes:
-        """The place of a tensor of `nbytes` bytes."""
-        try:
-            first, last = map(int, self._header[name]["data_offsets"])
-        except (LookupError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{self._name} was replaced while it was read") from error
-        if first < 0 or last - first != nbytes:
-            raise CheckpointError(f"{self._name} was replaced while it was read")
-        return FileBytes(self._descriptor, self._data_start + first, nbytes, self._name)
-
-    def close(self) -> None:
-        os.close(self._descriptor)
 
 
 @contextmanager
@@ -219,8 +184,9 @@ def open_checkpoint(path: str | Path | None, inventory: Inventory) -> Iterator[C
     if path is None:
         if meta:
             raise CheckpointError(
-                f"{len(meta)} tensors of {inventory.label} are on meta, {meta[0].name} first: pass "
-                "checkpoint=<path>, or use `with dak.loading(...): Model.from_pretrained(path)`"
+                f"{inventory.label} has {count_text(len(meta), 'tensor')} on meta, "
+                f"{meta[0].name} first: pass checkpoint=<path>, or "
+                "use `with dak.loading(...): Model.from_pretrained(path)`"
             )
         yield None
         return
@@ -235,35 +201,3 @@ def open_checkpoint(path: str | Path | None, inventory: Inventory) -> Iterator[C
         yield checkpoint
     finally:
         checkpoint.close()
-
-
-def _listing(path: Path) -> dict[Path, set[str] | None]:
-    """Files of a checkpoint, and the names to take from each; None: all that it holds."""
-    if path.is_dir():
-        if (path / INDEX_NAME).exists():
-            return _read_index(path / INDEX_NAME)
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{path} holds no .safetensors file and no {INDEX_NAME}")
-        return dict.fromkeys(files)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist: a .safetensors file, a folder, or an index")
-    return _read_index(path) if path.suffix == ".json" else {path: None}
-
-
-def _read_index(path: Path) -> dict[Path, set[str] | None]:
-    try:
-        weight_map = json.loads(path.read_text())["weight_map"]
-        pairs = [(str(name), str(file)) for name, file in weight_map.items()]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not an index of shards: {error!r}") from error
-    folder = path.parent.resolve()
-    listing: dict[Path, set[str] | None] = {}
-    for name, file in pairs:
-        # A link to elsewhere is the user's own (caches are made of them), a path is not.
-        if Path(file).name != file or file in ("", ".", ".."):
-            raise CheckpointError(f"{path} places {name} in {file!r}, outside its folder {folder}")
-        names = listing.setdefault(folder / file, set())
-        if names is not None:
-            names.add(name)
-    return listing

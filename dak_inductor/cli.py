@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from dak_inductor.errors import DakError, OptionError
+from dak_inductor.quantity_text import count_text
 from dak_inductor.whole_files import write_whole
 
 ERROR_EXIT_CODE = 2
@@ -276,7 +277,7 @@ def report(
         _write(out, document(loaded))
         if figures is not None:
             write_figures(loaded, figures, png=png)
-        count = f"{len(loaded)} record{'s' if len(loaded) != 1 else ''}"
+        count = count_text(len(loaded), "record")
         typer.echo(f"{out}: {count}, {out.stat().st_size / 1e3:.0f} kB")
 
 

@@ -11,7 +11,7 @@ import re
 from torch import nn
 
 from dak_inductor.inventory import Entry, Inventory, Member
-from dak_inductor.offloaded import OffloadedModel
+from dak_inductor.offloaded_model import OffloadedModel
 from dak_inductor.plan import OpUse
 
 GRAPH = "decode"

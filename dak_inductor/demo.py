@@ -22,6 +22,7 @@ from dak_inductor.output_check import (
     generate,
     reference_logits,
 )
+from dak_inductor.quantity_text import count_text
 from dak_inductor.whole_files import write_whole
 
 # Llama-3-8B, and a model of the same make that two CPU cores compile and run in seconds.
@@ -177,8 +178,9 @@ def _bytes_table(trace: Trace) -> Table:
 
 def _print_comparison(console: Console, comparison: Comparison, shape: torch.Size) -> None:
     console.print(
-        f"logits of {shape[0]} steps x {shape[1]} sequences, error against fp32 on the same "
-        f"tokens: RMS {comparison.rms:.3g} (eager {comparison.eager_rms:.3g}), "
+        f"logits of {count_text(shape[0], 'step')} x {count_text(shape[1], 'sequence')}, error "
+        f"against fp32 on the same tokens: "
+        f"RMS {comparison.rms:.3g} (eager {comparison.eager_rms:.3g}), "
         f"max {comparison.max:.3g} (eager {comparison.eager_max:.3g}); "
         f"allowed: {ERROR_RATIO:g} times eager's",
         highlight=False,

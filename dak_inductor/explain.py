@@ -14,20 +14,23 @@ from dak_inductor import ahead_report, hardware, plan_report, template_report, t
 from dak_inductor.ahead_report import EAGER, StepStrategy
 from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.errors import ModelError
+from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.link_window import LinkWindow, window_changes, window_in_force
 from dak_inductor.lowering.linear.trials import Trial
 from dak_inductor.measured_ops import measured_seconds
 from dak_inductor.memory_curve import MemoryPoint, memory_curve
 from dak_inductor.memory_curve import render as render_curve
-from dak_inductor.offloaded import OffloadedModel, find_resident_copies, record_of
+from dak_inductor.offloaded import record_of
+from dak_inductor.offloaded_model import find_resident_copies
 from dak_inductor.op_notes import OpKey, OpNotes
-from dak_inductor.plan import OpPlan, Plan
-from dak_inductor.plan_report import bytes_text
+from dak_inductor.plan import OpPlan, Plan, PlanProblem
 from dak_inductor.planner import make_plan
+from dak_inductor.quantity_text import bytes_text, count_text
 from dak_inductor.replanning import problem_of
 from dak_inductor.report.window_history import WindowUpdate, updates_of
 from dak_inductor.session import SESSION
 from dak_inductor.template_report import OpTemplate, templates_of
+from dak_inductor.tensor_names import few_of
 
 _WIDTH = 172
 """Of `str()`: room for every column of the operators of a Llama."""
@@ -71,10 +74,10 @@ class Explanation:
 
     def to_text(self, *, all_ops: bool = False, width: int = _WIDTH) -> str:
         """The report; with `all_ops` a row for every operator, which `str()` sums over layers."""
-        console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+        written = io.StringIO()
+        console = Console(file=written, width=width, color_system=None, force_terminal=False)
         console.print(self._tables(all_ops=all_ops))
-        assert isinstance(console.file, io.StringIO)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+        return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
 
     def _tables(self, *, all_ops: bool) -> Group:
         title, notes = self._title(), self.notes
@@ -114,7 +117,7 @@ class Explanation:
 
     def _title(self) -> str:
         seen = (
-            f"{self.graphs} graphs seen"
+            f"{count_text(self.graphs, 'graph')} seen"
             if self.graphs
             else "no graph seen yet: every weight counts once"
         )
@@ -129,8 +132,8 @@ class Explanation:
         if not self.replaced:
             return ""
         return (
-            f"; {len(self.replaced)} weights, {self.replaced[0]} first, were replaced (.half(), "
-            ".to(), assign=True) and lie whole on the device: of them nothing is offloaded"
+            "; replaced (.half(), .to(), assign=True) by tensors that lie whole on the device, so "
+            f"that nothing of them is offloaded: {few_of(self.replaced)}"
         )
 
     def _caches(self) -> str:
@@ -157,33 +160,28 @@ def explain(model: torch.nn.Module) -> Explanation:
         raise ModelError(
             f"{type(model).__name__} is not offloaded; call dak.offload(model, ...) first"
         )
-    planned = record.planned_bytes()
-    ours = record.buffer_ids()
-    bindings = [
-        binding
-        for binding in SESSION.bindings()
-        if any(id(buffer) in ours for buffer in binding.live_buffers().values())
-    ]
+    placed, planned = record.bytes_by_tier(), record.planned_bytes()
+    ours, seen = record.buffer_ids(), SESSION.bindings()
+    bindings = [binding for binding in seen if binding.reads_any(ours)]
+    problem, profile = problem_of(record, seen), hardware.current(record.device)
     tables = {binding.graph: binding.table for binding in bindings}
     asked = [binding.window for binding in bindings if binding.window is not None]
-    plan, trials = _as_placed(record), trial_report.trials_of(record.device, record.remote)
+    plan = _as_placed(problem, profile)
+    trials = trial_report.trials_of(record.device, record.remote)
     shapes = {name: weight.shape for name, weight in record.weights.items()}
     return Explanation(
         label=record.label,
         device=str(record.device),
         remote=record.remote,
-        placed=record.bytes_by_tier(),
-        caches=TierBytes(
-            planned.local - record.bytes_by_tier().local,
-            planned.remote - record.bytes_by_tier().remote,
-        ),
+        placed=placed,
+        caches=TierBytes(planned.local - placed.local, planned.remote - placed.remote),
         resident_bytes=record.resident_bytes,
         graphs=len(tables),
         plan=plan,
         templates=tuple(op for item in tables.items() for op in templates_of(*item)),
         window=window_in_force(record.device, record.remote, asked),
         trials=trials,
-        curve=_curve(record),
+        curve=_curve(problem, profile),
         strategies=ahead_report.strategies_of(bindings),
         measured=measured_seconds(plan, trials, shapes),
         window_history=updates_of(window_changes(record.device, record.remote)),
@@ -191,16 +189,18 @@ def explain(model: torch.nn.Module) -> Explanation:
     )
 
 
-def _curve(record: OffloadedModel) -> tuple[MemoryPoint, ...]:
+def _remote_now(problem: PlanProblem) -> int:
+    return sum(spec.current_remote or 0 for spec in problem.tensors)
+
+
+def _curve(problem: PlanProblem, profile: HardwareProfile) -> tuple[MemoryPoint, ...]:
     """Empty where nothing is remote."""
-    problem = problem_of(record, SESSION.bindings())
-    placed = sum(spec.current_remote or 0 for spec in problem.tensors)
-    return memory_curve(problem, hardware.current(record.device), placed) if placed else ()
+    remote = _remote_now(problem)
+    return memory_curve(problem, profile, remote) if remote else ()
 
 
-def _as_placed(record: OffloadedModel) -> Plan:
+def _as_placed(problem: PlanProblem, profile: HardwareProfile) -> Plan:
     """The operators' costs with the splits as they are, not as a new plan would have them."""
-    problem = problem_of(record, SESSION.bindings())
     fixed = tuple(
         replace(
             spec,
@@ -212,6 +212,5 @@ def _as_placed(record: OffloadedModel) -> Plan:
         )
         for spec in problem.tensors
     )
-    placed = sum(spec.current_remote or 0 for spec in problem.tensors)
-    profile = hardware.current(record.device)
-    return make_plan(replace(problem, tensors=fixed, remote_bytes=placed), profile)
+    as_placed = replace(problem, tensors=fixed, remote_bytes=_remote_now(problem))
+    return make_plan(as_placed, profile)

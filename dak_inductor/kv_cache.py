@@ -20,8 +20,10 @@ from dak_inductor.kv_cache_plan import join, place_with_weights, splits_by_ratio
 from dak_inductor.kv_cache_storage import CacheStorage
 from dak_inductor.kv_cache_tensors import TensorPlan, tensor_plans
 from dak_inductor.offload_request import check_ratio
-from dak_inductor.offloaded import OffloadedModel, note_change, places, record_of, size_text
+from dak_inductor.offloaded import note_change, record_of
+from dak_inductor.offloaded_model import OffloadedModel, places
 from dak_inductor.placement import LAUNCH_LOCK
+from dak_inductor.quantity_text import bytes_text, count_text
 
 if TYPE_CHECKING:
     from dak_inductor.kv_cache_layers import TieredCache
@@ -222,14 +224,14 @@ def _line(module: nn.Module, storage: CacheStorage, refused: str | None) -> str:
     place, far = places(storage.device, storage.tier.name)
     share = 100 * planned.remote / max(1, planned.total)
     text = (
-        f"dak: KV cache of {type(module).__name__}, {len(geometry.layers)} layers, batch "
-        f"{geometry.batch}, up to {geometry.max_len} tokens, {size_text(planned.total)}: "
-        f"{size_text(planned.local)} {place}, {size_text(planned.remote)} {far} ({share:.1f}%), "
-        "taken as the context grows"
+        f"dak: KV cache of {type(module).__name__}, {count_text(len(geometry.layers), 'layer')}, "
+        f"batch {geometry.batch}, up to {count_text(geometry.max_len, 'token')}, "
+        f"{bytes_text(planned.total)}: {bytes_text(planned.local)} {place}, "
+        f"{bytes_text(planned.remote)} {far} ({share:.1f}%), taken as the context grows"
     )
     if storage.tier.name == "cpu":
         asked: int | None = getattr(storage.tier, "host_memory", None)
         room = available_host_memory() if asked is None else asked
         if planned.remote > room:
-            text += f"; at full length that is more than the {size_text(room)} of host memory left"
+            text += f"; at full length that is more than the {bytes_text(room)} of host memory left"
     return text if refused is None else f"{text}; stock attention: {refused}"

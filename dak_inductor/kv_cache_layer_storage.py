@@ -24,6 +24,7 @@ from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.errors import CacheError
 from dak_inductor.kv_cache_geometry import CacheGeometry, LayerShape
 from dak_inductor.lowering.attention import host_lengths
+from dak_inductor.quantity_text import count_text
 
 CROP_MARGIN = 32
 """Tokens beyond the window that a sliding layer keeps, so that drafts can be taken back."""
@@ -207,8 +208,9 @@ class LayerStorage:
         if self.base and left - (self.shape.window - 1) < self.base:
             most = self.tokens - self.base - (self.shape.window - 1)
             raise CacheError(
-                f"crop({-tokens}): a sliding window of {self.shape.window} tokens has moved on; "
-                f"of {self.tokens} tokens the last {max(0, most)} can be taken back"
+                f"crop({-tokens}): a sliding window of "
+                f"{count_text(self.shape.window, 'token')} has moved on; of "
+                f"{count_text(self.tokens, 'token')} the last {max(0, most)} can be taken back"
             )
 
     def crop(self, tokens: int) -> None:

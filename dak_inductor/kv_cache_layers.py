@@ -24,7 +24,7 @@ from dak_inductor.errors import CacheError
 from dak_inductor.kv_cache_checks import check_starts, check_states, starts_of
 from dak_inductor.kv_cache_layer_storage import LayerStorage
 from dak_inductor.kv_cache_storage import CacheStorage, owner_of
-from dak_inductor.offloaded import size_text
+from dak_inductor.quantity_text import bytes_text, count_text
 
 
 class TieredLayer(CacheLayerMixin):
@@ -193,9 +193,9 @@ class TieredCache(Cache):
     def __repr__(self) -> str:
         geometry, held = self.storage.geometry, self.bytes_by_tier()
         return (
-            f"TieredCache({len(self.layers)} layers, batch {geometry.batch}, "
-            f"{self.storage.tokens} of {geometry.max_len} tokens, {size_text(held.local)} local, "
-            f"{size_text(held.remote)} remote)"
+            f"TieredCache({count_text(len(self.layers), 'layer')}, batch {geometry.batch}, "
+            f"{self.storage.tokens} of {count_text(geometry.max_len, 'token')}, "
+            f"{bytes_text(held.local)} local, {bytes_text(held.remote)} remote)"
         )
 
     def update(
@@ -205,8 +205,8 @@ class TieredCache(Cache):
         half way, so that layers hold different tokens."""
         if layer_idx >= len(self.layers):
             raise CacheError(
-                f"layer {layer_idx}, and the KV cache was made for a model with {len(self.layers)} "
-                "layers: make one with dak.kv_cache(model, ...)"
+                f"layer {layer_idx}, and the KV cache was made for a model with "
+                f"{count_text(len(self.layers), 'layer')}: make one with dak.kv_cache(model, ...)"
             )
         layer: Any = self.layers[layer_idx]
         if not torch.compiler.is_compiling():
@@ -223,12 +223,14 @@ class TieredCache(Cache):
             end, given = self._step
             if end == first and tokens != given:
                 raise CacheError(
-                    f"layer {layer_idx} is given {tokens} tokens in a step of {given}: of cross "
-                    "attention, to an image or an encoder, dak.kv_cache holds no keys"
+                    f"layer {layer_idx} is given {count_text(tokens, 'token')} in a step of "
+                    f"{given}: of cross attention, to an image or an encoder, dak.kv_cache "
+                    "holds no keys"
                 )
             raise CacheError(
-                f"layer {layer_idx} of the KV cache would have {own + tokens} tokens and layer 0 "
-                f"has {first}: an earlier step ended half way; reset() the cache"
+                f"layer {layer_idx} of the KV cache would have "
+                f"{count_text(own + tokens, 'token')} and layer 0 has {first}: an earlier "
+                "step ended half way; reset() the cache"
             )
 
     def bytes_by_tier(self) -> TierBytes:

@@ -13,7 +13,8 @@ from dak_inductor.errors import BudgetError
 from dak_inductor.kv_cache_geometry import CacheGeometry
 from dak_inductor.kv_cache_storage import CacheStorage
 from dak_inductor.kv_cache_tensors import TensorPlan, decode_uses
-from dak_inductor.offloaded import OffloadedModel, note_change
+from dak_inductor.offloaded import note_change
+from dak_inductor.offloaded_model import OffloadedModel
 from dak_inductor.page_fit import plan_in_pages
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
 from dak_inductor.planner import make_plan

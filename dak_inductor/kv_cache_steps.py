@@ -25,6 +25,7 @@ from dak_inductor.errors import CacheError
 from dak_inductor.kv_cache_layer_storage import LayerStorage, storage_numbered, storage_of
 from dak_inductor.kv_cache_storage import owner_of
 from dak_inductor.normalise import value_of
+from dak_inductor.quantity_text import count_text
 from dak_inductor.sizes import Evaluator, Size, size_of
 
 _library = torch.library.Library("dak", "FRAGMENT")
@@ -89,8 +90,8 @@ def announce(layer: LayerStorage, tokens: int) -> None:
     """Prepare the cache of `layer` for a compiled step that adds `tokens`. Raises as `before`."""
     if layer.is_long(tokens) and layer.tokens:
         raise CacheError(
-            f"{tokens} tokens at once behind {layer.tokens}: a compiled step on a sliding window "
-            f"of {layer.shape.window} takes at most {layer.room} then. Pass "
+            f"{count_text(tokens, 'token')} at once behind {layer.tokens}: a compiled step on a "
+            f"sliding window of {layer.shape.window} takes at most {layer.room} then. Pass "
             f"prefill_chunk_size={layer.room} to generate, or make the cache with "
             f"dak.kv_cache(..., prefill_chunk={tokens})"
         )

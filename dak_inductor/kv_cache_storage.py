@@ -24,6 +24,7 @@ from dak_inductor.kv_cache_layer_storage import LayerStorage, aligned_split
 from dak_inductor.kv_cache_tensors import CacheTensor, TensorPlan, decode_uses
 from dak_inductor.placement import LAUNCH_LOCK
 from dak_inductor.plan import OpUse, TensorSpec
+from dak_inductor.quantity_text import count_text
 
 _REORDER_BYTES = 64 << 20
 
@@ -125,9 +126,10 @@ class CacheStorage:
     def _check_length(self, length: int) -> None:
         if length > self.geometry.max_len:
             raise ContextLengthError(
-                f"a context of {length} tokens, and the KV cache was made for max_len="
-                f"{self.geometry.max_len}; {self.tokens} tokens are in it and stay. Make it with "
-                f"dak.kv_cache(model, max_len={length}) or more, or call reset()"
+                f"a context of {count_text(length, 'token')}, and the KV cache was made for "
+                f"max_len={self.geometry.max_len}; it holds {count_text(self.tokens, 'token')} and "
+                f"stays as it is. Make it "
+                f"with dak.kv_cache(model, max_len={length}) or more, or call reset()"
             )
 
     def _grow(self, slots: list[int], length: int) -> None:
@@ -138,7 +140,7 @@ class CacheStorage:
         ]
         if not short:
             return
-        what = f"the KV cache at {length} tokens of {self.geometry.max_len}"
+        what = f"the KV cache at {count_text(length, 'token')} of {self.geometry.max_len}"
         self._ahead.check()
         with LAUNCH_LOCK, MEMORY_LOCK:
             try:
@@ -186,7 +188,7 @@ class CacheStorage:
     def crop(self, tokens: int) -> None:
         """Take the last `tokens` tokens back. Raises CacheError; then nothing is changed."""
         if not 0 <= tokens <= self.tokens:
-            raise CacheError(f"crop({-tokens}): there are {self.tokens} tokens in the cache")
+            raise CacheError(f"crop({-tokens}): the cache holds {count_text(self.tokens, 'token')}")
         for layer in self.layers:
             layer.check_crop(tokens)
         for layer in self.layers:
@@ -202,7 +204,8 @@ class CacheStorage:
         """Let sequence i be what sequence `order[i]` was. Only those that change are copied."""
         if len(order) != self.geometry.batch:
             raise CacheError(
-                f"an order of {len(order)} sequences for a cache of {self.geometry.batch}"
+                f"an order of {count_text(len(order), 'sequence')} for a cache of "
+                f"{self.geometry.batch}"
             )
         batch = range(self.geometry.batch)
         if any(source not in batch for source in order):  # on a GPU the copy would be an assert

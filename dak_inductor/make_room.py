@@ -11,7 +11,7 @@ from dak_inductor.budget import DeviceBudget
 from dak_inductor.first_plan import budget_terms
 from dak_inductor.inventory import Inventory
 from dak_inductor.offload_request import OffloadRequest
-from dak_inductor.offloaded import OffloadedModel
+from dak_inductor.offloaded_model import OffloadedModel
 from dak_inductor.plan import PlanProblem
 from dak_inductor.planner import make_plan
 

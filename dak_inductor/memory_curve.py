@@ -10,8 +10,8 @@ from rich.table import Table
 
 from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.plan import PlanProblem
-from dak_inductor.plan_report import bytes_text, seconds_text
 from dak_inductor.planner import make_plan
+from dak_inductor.quantity_text import bytes_text, seconds_text
 
 _GIB = 1 << 30
 _GRAPHS_SHOWN = 4

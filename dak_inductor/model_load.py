@@ -18,9 +18,10 @@ from dak_inductor.make_room import make_room
 from dak_inductor.model_checks import check_modules
 from dak_inductor.offload import enter_record
 from dak_inductor.offload_request import OffloadRequest
-from dak_inductor.offloaded import OffloadedModel, OffloadedWeight
+from dak_inductor.offloaded_model import OffloadedModel, OffloadedWeight
 from dak_inductor.parts import like_parameter, part_of, parts_on
 from dak_inductor.plan import TensorSpec
+from dak_inductor.quantity_text import count_text
 from dak_inductor.tensor_names import few_of
 from dak_inductor.transfer import Transfer
 
@@ -93,8 +94,8 @@ class ModelLoad:
         left = [name for entry in inventory if entry.device.type == "meta" for name in entry.names]
         if left:
             raise CheckpointError(
-                f"{len(left)} tensors of {inventory.label} are still on meta after loading: "
-                f"{few_of(left)}. The checkpoint lacks them, or the load was not complete."
+                f"{inventory.label} has {count_text(len(left), 'tensor')} still on meta after "
+                f"loading: {few_of(left)}. The checkpoint lacks them, or the load was not complete."
             )
         before = self._transfer.freeze(inventory) | self._required_grad
         self._budget.claims.pop(self, None)

@@ -44,7 +44,7 @@ def gain_by_steps(
     saved: dict[str, float] = {}
     unknown: set[str] = set()
     for binding, calls in zip(bindings, expected_calls(bindings), strict=True):
-        if binding.graph not in gains or not _reads(binding, splits):
+        if binding.graph not in gains or not binding.reads_any(splits):
             continue
         now = _predicted(binding, lambda buffer: buffer.split)
         then = _predicted(binding, lambda buffer: splits.get(id(buffer), buffer.split))
@@ -56,10 +56,6 @@ def gain_by_steps(
         each.others + (each.products if graph in unknown else saved.get(graph, each.products))
         for graph, each in gains.items()
     )
-
-
-def _reads(binding: Binding, splits: Mapping[int, int]) -> bool:
-    return any(id(buffer) in splits for buffer in binding.live_buffers().values())
 
 
 def _predicted(binding: Binding, split_of: Callable[[TieredBuffer], int]) -> float | None:

@@ -21,7 +21,8 @@ from dak_inductor.inventory import Entry, Inventory, take_inventory
 from dak_inductor.make_room import make_room
 from dak_inductor.model_checks import check_model
 from dak_inductor.offload_request import OffloadRequest
-from dak_inductor.offloaded import OffloadedModel, OffloadedWeight, register
+from dak_inductor.offloaded import register
+from dak_inductor.offloaded_model import OffloadedModel, OffloadedWeight
 from dak_inductor.placement import LAUNCH_LOCK
 from dak_inductor.plan import Plan
 from dak_inductor.restore import forget_replaced

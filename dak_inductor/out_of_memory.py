@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dak_inductor.offloaded import OffloadedModel
+from dak_inductor.offloaded_model import OffloadedModel
 
 
 def advice(models: Sequence[OffloadedModel], error: torch.OutOfMemoryError) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.inventory import QUANTISED_PARAMETERS, Entry, Member
-from dak_inductor.offloaded import WeightPart
+from dak_inductor.offloaded_model import WeightPart
 
 
 def parts_of(entry: Entry) -> tuple[WeightPart, ...]:

@@ -17,7 +17,7 @@ from dak_inductor.cuda_runtime.memory_lock import MEMORY_LOCK
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.errors import DakError, MoveError
 from dak_inductor.lowering.marks import MARKS
-from dak_inductor.offloaded import OffloadedModel
+from dak_inductor.offloaded_model import OffloadedModel
 from dak_inductor.plan import Plan
 
 log = logging.getLogger(__name__)

@@ -9,26 +9,27 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from dak_inductor import hardware
 from dak_inductor.ahead_room import expected_ring_by_profile
+from dak_inductor.byte_size import parse_budget
+from dak_inductor.capture import capture_generation
+from dak_inductor.config_model import build_model, kv_cache_bytes
 from dak_inductor.copied_rows import row_block
 from dak_inductor.cost_model import reached_flops
-from dak_inductor.errors import BudgetError, ModelError, OptionError
+from dak_inductor.errors import BudgetError, ModelError
 from dak_inductor.hardware_profile import HardwareProfile
+from dak_inductor.inventory import Inventory, take_inventory
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
-from dak_inductor.plan_report import bytes_text, seconds_text
 from dak_inductor.planner import make_plan
-from dak_inductor.presets import read_config
+from dak_inductor.quantity_text import bytes_text, count_text, seconds_text
 from dak_inductor.refusal import Refusal
-
-if TYPE_CHECKING:
-    import torch
 
 CONTEXT_BYTES = 600_000_000  # CUDA context, libraries and modules on the device
 REMOTE_PAGE = 2 << 20  # a tensor's remote part takes whole pages of the remote tier
-_DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ class PlanAnswer:
         asked, memory = self.request, self.memory
         return (
             f"{asked.model} on {self.plan.hardware}, remote tier {asked.remote}: batch "
-            f"{asked.batch}, {asked.prompt} tokens in, {asked.new} out\n"
+            f"{asked.batch}, {count_text(asked.prompt, 'token')} in, {asked.new} out\n"
             f"weights {bytes_text(memory.planned + memory.kept_whole)}, KV cache "
             f"{bytes_text(memory.kv_cache)}, activations about {bytes_text(memory.activations)}, "
             f"context {bytes_text(memory.context)}; budget {bytes_text(memory.budget)}"
@@ -111,7 +112,8 @@ class PlanAnswer:
         if self.tpot is not None:
             total = self.ttft + self.tpot * (self.request.new - 1)
             tokens = self.request.batch * self.request.new
-            lines.append(f"{tokens} tokens in {seconds_text(total)}: {tokens / total:.1f} tokens/s")
+            generated = f"{count_text(tokens, 'token')} in {seconds_text(total)}"
+            lines.append(f"{generated}: {tokens / total:.1f} tokens/s")
         if not self.plan.asked_bytes:
             lines.append("everything fits into gpu_memory: nothing has to be offloaded")
         return "\n".join(lines)
@@ -135,8 +137,6 @@ def answer(request: PlanRequest, report: Callable[[str], None] = lambda _: None)
 
     Raises OptionError, BudgetError, ProfileError or ModelError with what to change.
     """
-    from dak_inductor.byte_size import parse_budget
-
     profile = hardware.load(request.hardware)
     profile.link(request.remote)
     budget = (
@@ -152,57 +152,6 @@ def answer(request: PlanRequest, report: Callable[[str], None] = lambda _: None)
     return plan_model(request, model, uses, refusals, budget, profile)
 
 
-def build_model(name_or_path: str) -> torch.nn.Module:
-    """The model of a preset or config file on the meta device, in its config's dtype."""
-    return build_from(read_config(name_or_path), name_or_path, device="meta")
-
-
-def build_from(config_values: dict[str, Any], name: str, *, device: Any) -> torch.nn.Module:
-    """The model of these values of a config on `device`, with random weights unless that is meta.
-
-    Raises OptionError, with `name` for the model, where transformers cannot build it.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise OptionError(
-            "dak plan builds models with transformers, which is not installed: "
-            "pip install 'dak-inductor[demo]'"
-        ) from error
-    import torch
-
-    kind = config_values.pop("model_type")
-    dtype_name = str(config_values.pop("torch_dtype", None) or config_values.pop("dtype", None))
-    config_values.pop("dtype", None)
-    dtype_name = dtype_name.removeprefix("torch.")
-    if dtype_name == "None":
-        dtype_name = "bfloat16"
-    if dtype_name not in _DTYPES:
-        raise OptionError(f"dtype {dtype_name!r} of the config is none of {', '.join(_DTYPES)}")
-    try:
-        config = transformers.AutoConfig.for_model(kind, **config_values)
-        family = (
-            transformers.AutoModelForCausalLM
-            if type(config) in transformers.AutoModelForCausalLM._model_mapping
-            and not _is_encoder(config)
-            else transformers.AutoModel
-        )
-        with torch.device(device):
-            model: torch.nn.Module = family.from_config(config, dtype=getattr(torch, dtype_name))
-    except Exception as error:  # whatever the validation of a config may raise
-        raise OptionError(f"transformers cannot build {name!r}: {error}") from error
-    return model.eval()
-
-
-def _is_encoder(config: Any) -> bool:
-    """Whether a config of a BERT, which transformers could build as a decoder, asks for none."""
-    from transformers import AutoModelForMaskedLM
-
-    if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
-        return False
-    return type(config) in AutoModelForMaskedLM._model_mapping
-
-
 def graphs_for(
     model: torch.nn.Module, *, batch: int, prompt: int, new: int
 ) -> tuple[list[OpUse], list[Refusal]]:
@@ -210,8 +159,6 @@ def graphs_for(
 
     Operands that are no parameters (the KV cache) are named "": local, and their time counts.
     """
-    from dak_inductor.capture import capture_generation
-
     names = entry_names(model)
     uses: list[OpUse] = []
     refusals: list[Refusal] = []
@@ -271,29 +218,7 @@ def plan_model(
     return PlanAnswer(request, memory, make_plan(problem, profile), compute)
 
 
-def kv_cache_bytes(config: Any, *, batch: int, length: int, itemsize: int) -> int:
-    """Bytes of a static cache of `length` positions; 0 for a model without one.
-
-    Layers with a sliding window hold no more than the window.
-    """
-    get_text_config = getattr(config, "get_text_config", None)
-    if get_text_config is None:
-        return 0
-    text = get_text_config()
-    layers, heads = (getattr(text, n, None) for n in ("num_hidden_layers", "num_attention_heads"))
-    if not layers or not heads or getattr(text, "is_encoder_decoder", False):
-        return 0
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    window = getattr(text, "sliding_window", None) or length
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * layers
-    positions = sum(min(length, window) if "sliding" in kind else length for kind in kinds)
-    return 2 * batch * positions * kv_heads * head_dim * itemsize
-
-
-def _inventory(model: torch.nn.Module) -> Any:
-    from dak_inductor.inventory import take_inventory
-
+def _inventory(model: torch.nn.Module) -> Inventory:
     inventory = take_inventory(model, minimum_bytes=REMOTE_PAGE)
     if not inventory.entries and not inventory.resident:
         raise ModelError(f"{type(model).__name__} has no parameters to plan")

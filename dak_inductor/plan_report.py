@@ -13,6 +13,7 @@ from rich.text import Text
 
 from dak_inductor.op_notes import OpNotes
 from dak_inductor.plan import OpPlan, Plan
+from dak_inductor.quantity_text import bytes_text, count_text, seconds_text
 from dak_inductor.refusal import Refusal
 from dak_inductor.tensor_names import role
 
@@ -83,22 +84,6 @@ def group_ops(
     return [OpGroup.of(str(key[0]), members, known) for key, members in groups.items()]
 
 
-def seconds_text(seconds: float) -> str:
-    """Three digits with the unit that fits: "1.24 ms"."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}" if seconds < 1000 else f"{seconds:.0f} s"
-    return f"{seconds / 1e-9:.3g} ns" if seconds else "0 s"
-
-
-def bytes_text(size: float) -> str:
-    """Decimal bytes, as vendors count: "16.1 GB"."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:,.1f} {unit}"
-    return f"{size:.0f} B"
-
-
 def render(
     plan: Plan,
     *,
@@ -135,7 +120,7 @@ def _placed(plan: Plan) -> str:
     share = remote / total if total else 0.0
     return (
         f"{bytes_text(remote)} of {bytes_text(total)} planned bytes remote ({share:.1%}): of "
-        f"{len(sizes)} tensors {whole} whole, {split} in part"
+        f"{count_text(len(sizes), 'tensor')} {whole} whole, {split} in part"
     )
 
 
@@ -251,8 +236,7 @@ def _row(group: OpGroup, step: float) -> _Row:
 
 
 def _refusal_table(refusals: Sequence[Refusal], all_ops: bool) -> Table:
-    count = len(refusals)
-    title = f"not offloaded: {count} operator{'' if count == 1 else 's'}"
+    title = f"not offloaded: {count_text(len(refusals), 'operator')}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("operator", "count", "where", "reason"):
         table.add_column(name, overflow="fold", justify="right" if name == "count" else "left")
@@ -268,7 +252,7 @@ def _refusal_table(refusals: Sequence[Refusal], all_ops: bool) -> Table:
         table.add_row(*map(Text, (target, str(len(members)), place, reason)))
     hidden = 0 if all_ops else len(rows) - _REFUSALS_SHOWN
     if hidden > 0:
-        table.add_row(Text(f"and {hidden} more kinds"), "", "", "")
+        table.add_row(Text(f"and {count_text(hidden, 'more kind')}"), "", "", "")
     return table
 
 

@@ -21,6 +21,7 @@ from dak_inductor.errors import BudgetError, PlanError
 from dak_inductor.greedy import fill, round_splits, steepest_slope
 from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.plan import Plan, PlanProblem
+from dak_inductor.quantity_text import count_text
 from dak_inductor.schedule import Schedule
 from dak_inductor.split_grid import SplitGrid, split_grid
 from dak_inductor.tensor_names import natural
@@ -106,9 +107,9 @@ def _check(problem: PlanProblem, grids: list[SplitGrid]) -> None:
         pinned = sum(grid.high < grid.nbytes for grid in grids)
         raise BudgetError(
             f"{problem.remote_bytes:,} bytes have to leave the GPU, but only {possible:,} of the "
-            f"{total:,} bytes planned may ({pinned} of {len(grids)} tensors are held back): "
-            f"let more tensors leave, or ask {problem.remote_bytes - possible:,} bytes less of "
-            "them (more gpu_memory, a smaller offload_ratio)"
+            f"{total:,} bytes planned may ({pinned} of {count_text(len(grids), 'tensor')} held "
+            f"back): let more tensors leave, or ask {problem.remote_bytes - possible:,} bytes less "
+            "of them (more gpu_memory, a smaller offload_ratio)"
         )
 
 

@@ -24,6 +24,7 @@ from dak_inductor.probe_link import (
     median_rates,
     timed,
 )
+from dak_inductor.quantity_text import count_text
 
 if TYPE_CHECKING:
     import torch
@@ -186,7 +187,9 @@ def _gpu(device: torch.device | int | str | None) -> torch.device:
         raise TierError(f"dak probe measures a GPU; {chosen} is none: name a device such as cuda:0")
     index = torch.cuda.current_device() if chosen.index is None else chosen.index
     if index >= torch.cuda.device_count():
-        raise TierError(f"there is no {chosen}: torch sees {torch.cuda.device_count()} GPUs")
+        raise TierError(
+            f"there is no {chosen}: torch sees {count_text(torch.cuda.device_count(), 'GPU')}"
+        )
     return torch.device("cuda", index)
 
 

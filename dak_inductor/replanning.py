@@ -14,7 +14,7 @@ from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.default_plan import default_uses
 from dak_inductor.expected_calls import expected_calls
 from dak_inductor.move_gain import gain_by_steps, gain_of, gains_by_graph
-from dak_inductor.offloaded import OffloadedModel
+from dak_inductor.offloaded_model import OffloadedModel
 from dak_inductor.plan import OpUse, Plan, PlanProblem
 from dak_inductor.plan_file import load_plan
 from dak_inductor.planner import make_plan
@@ -78,8 +78,7 @@ def ring_bytes(model: OffloadedModel, bindings: Iterable[Binding]) -> int:
     called = [
         binding.ahead
         for binding in bindings
-        if binding.ahead is not None
-        and any(id(buffer) in own for buffer in binding.live_buffers().values())
+        if binding.ahead is not None and binding.reads_any(own)
     ]
     if not called:
         return expected_ring(model.budget)

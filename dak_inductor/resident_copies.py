@@ -10,7 +10,8 @@ import torch
 
 from dak_inductor.binding import Binding
 from dak_inductor.cuda_runtime import address_table
-from dak_inductor.offloaded import OffloadedModel, find_resident_copies, offloaded_models
+from dak_inductor.offloaded import offloaded_models
+from dak_inductor.offloaded_model import OffloadedModel, find_resident_copies
 from dak_inductor.op_table import OpTable
 
 

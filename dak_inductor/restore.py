@@ -11,7 +11,8 @@ from dak_inductor.attention_switch import restore_attention_function
 from dak_inductor.cuda_runtime.host_memory import check_host_memory
 from dak_inductor.errors import DeviceMemoryError, ModelError
 from dak_inductor.inventory import take_inventory
-from dak_inductor.offloaded import OffloadedModel, drop, record_of
+from dak_inductor.offloaded import drop, record_of
+from dak_inductor.offloaded_model import OffloadedModel
 from dak_inductor.parts import plain_copy
 from dak_inductor.placement import LAUNCH_LOCK
 from dak_inductor.wrappers import rewrap_all

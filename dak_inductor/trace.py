@@ -15,7 +15,8 @@ from torch import nn
 
 from dak_inductor.errors import ModelError, OptionError
 from dak_inductor.lowering.marks import MARKS
-from dak_inductor.offloaded import OffloadedModel, record_of
+from dak_inductor.offloaded import record_of
+from dak_inductor.offloaded_model import OffloadedModel
 from dak_inductor.trace_events import LANES, Event, Mark, Work, marks_of, work_of
 from dak_inductor.trace_labels import process_name, thread_name, thread_position
 

@@ -18,7 +18,7 @@ from dak_inductor.cuda_runtime.tier import Tier
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.errors import CheckpointError
 from dak_inductor.inventory import Entry, Inventory, Member, Wrapper
-from dak_inductor.offloaded import OffloadedWeight, WeightPart
+from dak_inductor.offloaded_model import OffloadedWeight, WeightPart
 from dak_inductor.parts import (
     is_contiguous,
     like_parameter,

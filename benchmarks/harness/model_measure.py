@@ -31,7 +31,7 @@ from dak_inductor.benchmarks.harness.peers.provider import (
 from dak_inductor.benchmarks.harness.timing import TimingRule, capture, synchronize, time_calls
 from dak_inductor.benchmarks.harness.whole_model import DECODE, PREFILL, PhaseInputs, WholeModel
 from dak_inductor.benchmarks.harness.yardstick import Ceilings, over_bound, step_bound
-from dak_inductor.plan_command import build_from
+from dak_inductor.config_model import build_from
 
 CHECK_SEED, SETTLING_STEPS = 101, 2
 _RECOMPILES = 1 << 10

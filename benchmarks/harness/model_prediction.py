@@ -8,10 +8,11 @@ from typing import Any
 from dak_inductor import hardware
 from dak_inductor.ahead_room import expected_ring_by_profile
 from dak_inductor.benchmarks.harness.model_case import Case
+from dak_inductor.config_model import build_model
 from dak_inductor.copied_rows import row_block
 from dak_inductor.inventory import take_inventory
 from dak_inductor.plan import Plan, PlanProblem, TensorSpec
-from dak_inductor.plan_command import REMOTE_PAGE, build_model, graphs_for
+from dak_inductor.plan_command import REMOTE_PAGE, graphs_for
 from dak_inductor.planner import make_plan
 
 _AMPLE_BUDGET = 1 << 40

@@ -8,7 +8,7 @@ from typing import Any
 from dak_inductor.benchmarks.harness.model_case import MEASURED
 from dak_inductor.benchmarks.harness.model_run import LEFT_OUT
 from dak_inductor.benchmarks.harness.record import Verdict
-from dak_inductor.plan_report import bytes_text
+from dak_inductor.quantity_text import bytes_text
 
 BAR_AGAINST_PEERS = 1.0
 BAR_REALISED = 0.98

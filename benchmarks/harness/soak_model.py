@@ -18,7 +18,8 @@ import dak_inductor as dak
 from dak_inductor import replanning
 from dak_inductor.benchmarks.harness.accuracy import errors
 from dak_inductor.benchmarks.harness.generation import freeze, margins
-from dak_inductor.offloaded import OffloadedModel, record_of
+from dak_inductor.offloaded import record_of
+from dak_inductor.offloaded_model import OffloadedModel
 from dak_inductor.placement import LAUNCH_LOCK
 from dak_inductor.session import SESSION
 

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
+from dak_inductor.quantity_text import count_text
 from dak_inductor.report.heat_map import heat_maps
 from dak_inductor.report.html import Html, cell, details, join, number, table, tag
 from dak_inductor.report.model_map import model_maps
@@ -126,7 +127,9 @@ def _cells(
     rows = [[_entry(name, row.get(name)) for name in names] for row in kept]
     texts = {n for n in names if any(isinstance(row.get(n), str) for row in kept)}
     numeric = {i for i, name in enumerate(names) if name not in texts}
-    words = f"{len(kept)} of {len(cells)} rows" if len(cells) > len(kept) else f"{len(kept)} rows"
+    words = count_text(len(cells), "row")
+    if len(cells) > len(kept):
+        words = f"{len(kept)} of {words}"
     told = "; ".join(f"{name}: {number(kept[0][name])}" for name in same)
     return details(
         words,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dak_inductor.ahead_report import COLUMNS, StepStrategy, rows_of
 from dak_inductor.memory_curve import MemoryPoint
-from dak_inductor.plan_report import bytes_text, seconds_text
+from dak_inductor.quantity_text import bytes_text, count_text, seconds_text
 from dak_inductor.report.document import page
 from dak_inductor.report.html import Html, cell, details, join, table, tag
 from dak_inductor.report.plan_view import plan_view
@@ -81,7 +81,7 @@ def _kernels(templates: Sequence[OpTemplate]) -> Html:
     return join(
         [
             tag("h2", "Kernels"),
-            tag("p", f"{len(templates)} operators: {sums}"),
+            tag("p", f"{count_text(len(templates), 'operator')}: {sums}"),
             details("each operator", table(headings, rows, numbers=range(0))),
         ]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dak_inductor.quantity_text import count_text
 from dak_inductor.report.html import Html, cell, details, join, table, tag
 
 STEPS = (1.02, 1.05, 1.1, 1.2, 1.35, 1.6, 2.5)
@@ -36,7 +37,9 @@ def heat_maps(cells: Sequence[Mapping[str, Any]]) -> Html:
         for (shape, m), at in lines.items()
     ]
     missed = sum(bool(row.get("over")) for row in grid)
-    words = f"T / L of {len(grid)} cells; {missed} missed a bar (framed; listed below)"
+    words = (
+        f"T / L of {count_text(len(grid), 'cell')}; {missed} missed a bar (framed; listed below)"
+    )
     scale = [tag("span", f"up to {limit:g}", class_=f"key h{i}") for i, limit in enumerate(STEPS)]
     scale.append(tag("span", f"above {STEPS[-1]:g}", class_=f"key h{len(STEPS)}"))
     parts = [tag("p", words), tag("p", *scale), table(headings, body, numbers=range(1, 99))]
@@ -57,7 +60,7 @@ def _missed(grid: Sequence[Mapping[str, Any]]) -> Html:
     rows.sort(key=lambda pair: -pair[0])
     headings = ("shape", "M", "remote", "times its bar", "bar")
     listed = table(headings, [row for _, row in rows], numbers=range(1, 4))
-    return details(f"{len(rows)} misses", listed)
+    return details(count_text(len(rows), "miss", "misses"), listed)
 
 
 def _cell(row: Mapping[str, Any] | None) -> Html:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dak_inductor.plan_report import bytes_text
+from dak_inductor.quantity_text import bytes_text
 from dak_inductor.report.html import Html, cell, join, number, table, tag
 
 HEADINGS = ("provider", "kind", "status", "realised", "TTFT ms", "T/L", "TPOT ms", "T/L",

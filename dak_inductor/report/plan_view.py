@@ -8,7 +8,8 @@ from dak_inductor import hardware
 from dak_inductor.errors import DakError
 from dak_inductor.op_notes import OpNotes
 from dak_inductor.plan import Plan
-from dak_inductor.plan_report import OpGroup, bytes_text, group_ops, seconds_text
+from dak_inductor.plan_report import OpGroup, group_ops
+from dak_inductor.quantity_text import bytes_text, count_text, seconds_text
 from dak_inductor.refusal import Refusal
 from dak_inductor.report.html import Html, cell, details, join, table, tag
 from dak_inductor.report.strip import Bar, strip
@@ -53,7 +54,7 @@ def graph_view(plan: Plan, graph: str, notes: OpNotes) -> Html:
         tag("h3", f"{graph}: {seconds_text(step)} predicted{over}"),
         _picture(plan, graph),
         _groups(layers, step),
-        details(f"all {len(ops)} operators", _groups(every, step)),
+        details(f"all {count_text(len(ops), 'operator')}", _groups(every, step)),
     ])  # fmt: skip
 
 
@@ -112,7 +113,7 @@ def refusals(found: Sequence[Refusal]) -> Html:
         for (target, place, source, reason), count in counts.items()
     ]
     headings = ("operator", "where", "source", "reason", "count")
-    words = f"not offloaded: {len(found)} operators"
+    words = f"not offloaded: {count_text(len(found), 'operator')}"
     return details(words, table(headings, rows, numbers=range(4, 5)))
 
 

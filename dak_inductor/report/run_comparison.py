@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from dak_inductor.quantity_text import count_text
 from dak_inductor.report.html import Html, cell, join, number, table, tag
 from dak_inductor.report.records import LoadedRecord
 
@@ -49,8 +50,8 @@ def comparison(old: LoadedRecord, new: LoadedRecord) -> Html:
         better = sum(r < 1 - NOISE for r in ratios)
         worse = sum(r > 1 + NOISE for r in ratios)
         words = (
-            f"{len(ratios)} cells in both: {better} faster and {worse} slower by more than "
-            f"{NOISE:.0%}; median {statistics.median(ratios):.3f}"
+            f"{count_text(len(ratios), 'cell')} in both: {better} faster and {worse} slower "
+            f"by more than {NOISE:.0%}; median {statistics.median(ratios):.3f}"
         )
         parts.append(tag("p", words))
         headings = ("cell", "metric", "old", "new", "new / old")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dak_inductor.plan_report import seconds_text
+from dak_inductor.quantity_text import count_text, seconds_text
 from dak_inductor.report.html import Html, tag
 
 MOST_SPANS = 600
@@ -42,7 +42,7 @@ def strip(bars: Sequence[Bar], lanes: Sequence[tuple[str, str]], words: str) -> 
         role="img",
     )  # fmt: skip
     if len(bars) > len(shown):
-        words += f"; the {len(shown)} longest of {len(bars)} spans"
+        words += f"; the {len(shown)} longest of {count_text(len(bars), 'span')}"
     return tag("figure", tag("div", picture, class_="scroll"), tag("figcaption", words))
 
 

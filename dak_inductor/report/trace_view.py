@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dak_inductor.plan_report import seconds_text
+from dak_inductor.quantity_text import seconds_text
 from dak_inductor.report.html import Html, join, table, tag
 from dak_inductor.report.strip import Bar, strip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dak_inductor.plan_report import bytes_text, seconds_text
+from dak_inductor.quantity_text import bytes_text, seconds_text
 from dak_inductor.report.html import Html, cell, details, join, number, table
 from dak_inductor.report.records import LoadedRecord
 

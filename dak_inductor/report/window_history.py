@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dak_inductor.quantity_text import bytes_text, count_text
 from dak_inductor.report.chart import Axis, Picture, Series, chart
 from dak_inductor.report.html import Html, join, tag
 
@@ -39,8 +40,9 @@ def window_history(name: str, updates: Sequence[WindowUpdate]) -> Html:
         return Html("")
     windows = [update.window for update in updates]
     words = (
-        f"{len(updates)} updates: from {windows[0] / 1e3:,.1f} kB to {windows[-1] / 1e3:,.1f} kB, "
-        f"least {min(windows) / 1e3:,.1f} kB, most {max(windows) / 1e3:,.1f} kB"
+        f"{count_text(len(updates), 'update')}: from {bytes_text(windows[0])} to "
+        f"{bytes_text(windows[-1])}, least {bytes_text(min(windows))}, "
+        f"most {bytes_text(max(windows))}"
     )
     return join([tag("p", words), *map(chart, window_pictures(name, updates))])
 

@@ -31,7 +31,8 @@ from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.errors import DakError, MoveError
 from dak_inductor.offload import offload
 from dak_inductor.offload_request import OffloadRequest
-from dak_inductor.offloaded import OffloadedModel, record_of
+from dak_inductor.offloaded import record_of
+from dak_inductor.offloaded_model import OffloadedModel
 from dak_inductor.plan import PlanProblem
 from dak_inductor.planner import make_plan
 from dak_inductor.restore import restore

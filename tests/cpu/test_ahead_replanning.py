@@ -18,7 +18,8 @@ from dak_inductor.lowering.ahead.known_step import KnownStep
 from dak_inductor.lowering.ahead.memory import StepMemory
 from dak_inductor.lowering.ahead.ring_room import Room
 from dak_inductor.make_room import give_way
-from dak_inductor.offloaded import OffloadedModel, record_of
+from dak_inductor.offloaded import record_of
+from dak_inductor.offloaded_model import OffloadedModel
 from dak_inductor.options import BackendOptions
 from dak_inductor.session import SESSION
 

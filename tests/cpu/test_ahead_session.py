@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import dak_inductor as dak
-from dak_inductor import ahead_room, copy_ring, session
+from dak_inductor import ahead_room, copy_ring, replanning
 from dak_inductor.ahead_room import ring_room
 from dak_inductor.backend import compile_graph
 from dak_inductor.lowering.ahead import memory, step_plan
@@ -207,13 +207,13 @@ def test_the_first_ring_makes_a_plan_due(monkeypatch: pytest.MonkeyPatch) -> Non
     _, model = offloaded()
     run = compiled(model, strategy="staged")
     due: list[int] = []
-    real = session.replanning.replan
+    real = replanning.replan
 
     def replan(*args, **kwargs):
         due.append(SESSION.bindings()[0].calls)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(session.replanning, "replan", replan)
+    monkeypatch.setattr(replanning, "replan", replan)
     for _ in range(6):
         run(torch.randn(3, WIDTH, dtype=torch.bfloat16))
     assert due == [1, 2]

@@ -41,8 +41,8 @@ from dak_inductor.benchmarks.harness.timing import TimingRule
 from dak_inductor.benchmarks.harness.whole_model import DECODE, PREFILL
 from dak_inductor.benchmarks.harness.yardstick import Ceilings
 from dak_inductor.cli import ERROR_EXIT_CODE, app
+from dak_inductor.config_model import build_from
 from dak_inductor.errors import OptionError
-from dak_inductor.plan_command import build_from
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(hbm_stream=1e10, link_direct=1e9, link_copy=1e9, matmul_flops=1e10)

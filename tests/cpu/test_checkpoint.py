@@ -116,7 +116,7 @@ def test_a_missing_tensor_is_named(source, tmp_path):
     del state["second.weight"]
     save_file(state, tmp_path / "m.safetensors")
     model = empty_network()
-    with pytest.raises(CheckpointError, match=r"misses 1 tensors .*second\.weight"):
+    with pytest.raises(CheckpointError, match=r"misses 1 tensor of .*second\.weight"):
         filled(model, tmp_path)
     assert unchanged(model)
 

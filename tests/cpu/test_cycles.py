@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 import dak_inductor as dak
+from dak_inductor.compiled_graph import CompiledGraph
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
 from dak_inductor.offload_request import OffloadRequest
 from dak_inductor.offloaded import offloaded_models, record_of
-from dak_inductor.session import SESSION, CompiledGraph
+from dak_inductor.session import SESSION
 
 from . import profiles, small_models
 from .test_random_programs import recording

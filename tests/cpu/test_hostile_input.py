@@ -18,7 +18,8 @@ from torch import nn
 
 from dak_inductor import hardware, options
 from dak_inductor.byte_size import parse_budget
-from dak_inductor.checkpoint import INDEX_NAME, Checkpoint
+from dak_inductor.checkpoint import Checkpoint
+from dak_inductor.checkpoint_files import INDEX_NAME
 from dak_inductor.cuda_runtime.nvrtc import Cubin, decode, encode
 from dak_inductor.errors import DakError
 from dak_inductor.hardware_profile import HardwareProfile

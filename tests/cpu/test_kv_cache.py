@@ -307,7 +307,7 @@ def test_too_many_tokens_overwrite_nothing():
         cache = make(model, max_len=60)
         logits_in_steps(model, tokens[:, :58], [50, 8], cache)
         before = [layer.keys.clone() for layer in cache.layers]
-        with pytest.raises(ContextLengthError, match=r"61 tokens, .* max_len=60; 58 tokens"):
+        with pytest.raises(ContextLengthError, match=r"61 tokens, .*=60; it holds 58 tokens"):
             logits_in_steps(model, tokens[:, 58:], [3], cache)
         assert all(
             torch.equal(layer.keys, b) for layer, b in zip(cache.layers, before, strict=True)

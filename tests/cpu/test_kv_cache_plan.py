@@ -11,7 +11,8 @@ import dak_inductor as dak
 from dak_inductor import hardware, placement, replanning
 from dak_inductor.cost_model import OpCost
 from dak_inductor.errors import BudgetError, MoveError
-from dak_inductor.offloaded import OffloadedModel, record_of
+from dak_inductor.offloaded import record_of
+from dak_inductor.offloaded_model import OffloadedModel
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
 from dak_inductor.planner import make_plan
 from dak_inductor.session import SESSION

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dak_inductor as dak
-from dak_inductor import hardware, session, trial_report
+from dak_inductor import compiled_graph, hardware, trial_report
 from dak_inductor.backend import compile_graph
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
@@ -633,7 +633,7 @@ def test_explain_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_option_switches_when_a_graph_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     model = dak.offload(torch.nn.Linear(256, 256), offload_ratio=0.5, remote="simulated")
     chooser = Trials()
-    monkeypatch.setattr(session, "TRIALS", chooser)
+    monkeypatch.setattr(compiled_graph, "TRIALS", chooser)
     x = torch.randn(3, 256)
     for option, expected in ((None, True), (False, False), (None, False), (True, True)):
         torch._dynamo.reset()

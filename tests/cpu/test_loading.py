@@ -20,7 +20,8 @@ from dak_inductor.cuda_runtime.simulated import SimulatedTier
 from dak_inductor.errors import BudgetError, CheckpointError, HostMemoryError, ModelError
 from dak_inductor.loading import loading
 from dak_inductor.offload_request import OffloadRequest
-from dak_inductor.offloaded import find_resident_copies, offloaded_models, record_of
+from dak_inductor.offloaded import offloaded_models, record_of
+from dak_inductor.offloaded_model import find_resident_copies
 from dak_inductor.restore import restore
 
 SMALL = {

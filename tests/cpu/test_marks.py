@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dak_inductor as dak
-from dak_inductor import placement, session
+from dak_inductor import compiled_graph, placement
 from dak_inductor.backend import compile_graph
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
 from dak_inductor.errors import OptionError
@@ -58,7 +58,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Marks:
     """Fresh switches wherever they are asked."""
     monkeypatch.delenv("DAK_NVTX", raising=False)
     found = Marks()
-    for module in (marks, ops, player, product, ring, session, placement):
+    for module in (marks, ops, player, product, ring, compiled_graph, placement):
         monkeypatch.setattr(module, "MARKS", found)
     return found
 

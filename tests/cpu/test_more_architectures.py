@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import dak_inductor as dak
+from dak_inductor.compiled_graph import CompiledGraph
 from dak_inductor.offloaded import record_of
 from dak_inductor.refusal import in_one_line
-from dak_inductor.session import SESSION, CompiledGraph
+from dak_inductor.session import SESSION
 
 from .more_architectures import CAUSAL, ENCODERS, PAIRS
 from .profiles import PROFILE

@@ -15,7 +15,8 @@ from dak_inductor.binding import Binding
 from dak_inductor.lowering.ahead import planning, step_costs
 from dak_inductor.lowering.ahead.memory import StepMemory
 from dak_inductor.move_gain import gain_by_steps, gain_of, gains_by_graph
-from dak_inductor.offloaded import OffloadedModel, record_of
+from dak_inductor.offloaded import record_of
+from dak_inductor.offloaded_model import OffloadedModel
 from dak_inductor.planner import make_plan
 from dak_inductor.session import SESSION
 

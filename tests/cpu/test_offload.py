@@ -26,7 +26,8 @@ from dak_inductor.errors import (
 from dak_inductor.inventory import take_inventory
 from dak_inductor.offload import offload
 from dak_inductor.offload_request import OffloadRequest
-from dak_inductor.offloaded import find_resident_copies, offloaded_models, record_of
+from dak_inductor.offloaded import offloaded_models, record_of
+from dak_inductor.offloaded_model import find_resident_copies
 from dak_inductor.restore import restore
 from dak_inductor.wrappers import rewrapped
 
@@ -85,7 +86,7 @@ def test_outputs_are_equal_and_the_bytes_are_where_the_ratio_says(model, ids, ca
     assert address_table.lookup(weight.data_ptr()) is record.weights["blocks.0.up.weight"].buffer
     assert not any(p.requires_grad for p in model.parameters())
     line = capsys.readouterr().out.strip()
-    assert line.startswith("dak: Network 0.52 MB: ") and "6 of 12 tensors tiered" in line
+    assert line.startswith("dak: Network 521.7 kB: ") and "6 of 12 tensors tiered" in line
     assert "(39." in line or "(40." in line
 
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from dak_inductor import hardware, plan_command
+from dak_inductor.config_model import build_model, kv_cache_bytes
 from dak_inductor.errors import BudgetError, DakError, OptionError
 from dak_inductor.plan import OpUse
-from dak_inductor.plan_command import MemoryNeeds, PlanRequest, kv_cache_bytes, plan_model
+from dak_inductor.plan_command import MemoryNeeds, PlanRequest, plan_model
 from dak_inductor.presets import PRESETS, read_config
 
 H200 = hardware.load("h200")
@@ -60,7 +61,7 @@ def uses(names: dict[str, str]) -> list[OpUse]:
     ],
 )
 def test_presets_have_as_many_parameters_as_the_models(name: str, parameters: float) -> None:
-    model = plan_command.build_model(name)
+    model = build_model(name)
     count = sum(p.numel() for p in model.parameters())
     assert count == pytest.approx(parameters, rel=0.01)
     dtype = getattr(torch, PRESETS[name]["dtype"])
@@ -99,7 +100,7 @@ def test_configs_that_cannot_be_built_are_named_errors(
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "llama", "hidden_size": 64, **change}))
     with pytest.raises(DakError):
-        plan_command.build_model(str(path))
+        build_model(str(path))
 
 
 def test_memory_arithmetic() -> None:

@@ -11,8 +11,9 @@ from rich.console import Console
 from dak_inductor.hardware import load
 from dak_inductor.op_notes import OpNotes
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
-from dak_inductor.plan_report import bytes_text, group_ops, render, seconds_text
+from dak_inductor.plan_report import group_ops, render
 from dak_inductor.planner import make_plan
+from dak_inductor.quantity_text import bytes_text, seconds_text
 from dak_inductor.refusal import Refusal
 
 LAYERS = 4
@@ -96,10 +97,3 @@ def test_what_is_known_of_operators_stands_where_there_is_room(width: int, shown
 def test_a_title_replaces_the_first_line() -> None:
     assert to_text(PLAN, title="my title").splitlines()[0] == "my title"
     assert render(PLAN) is not None
-
-
-def test_units() -> None:
-    assert [seconds_text(s) for s in (0.0, 2.5e-9, 3.4e-5, 0.00124, 2.0, 5000.0)] == [
-        "0 s", "2.5 ns", "34 us", "1.24 ms", "2 s", "5000 s",
-    ]  # fmt: skip
-    assert [bytes_text(b) for b in (0, 999, 1500, 16.06e9)] == ["0 B", "999 B", "1.5 kB", "16.1 GB"]

@@ -14,9 +14,9 @@ import torch
 from hypothesis import example, given
 
 from dak_inductor.backend import compile_graph, dak
+from dak_inductor.compiled_graph import CompiledGraph
 from dak_inductor.lowering import counters
 from dak_inductor.options import BackendOptions
-from dak_inductor.session import CompiledGraph
 
 from .profiles import examples
 from .program_check import any_program, check, seeds, tokens

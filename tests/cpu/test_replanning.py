@@ -13,7 +13,8 @@ import dak_inductor as dak
 from dak_inductor import hardware, placement, replanning
 from dak_inductor.backend import compile_graph
 from dak_inductor.move_gain import gains_by_graph
-from dak_inductor.offloaded import OffloadedModel, record_of
+from dak_inductor.offloaded import record_of
+from dak_inductor.offloaded_model import OffloadedModel
 from dak_inductor.options import BackendOptions
 from dak_inductor.planner import make_plan
 from dak_inductor.session import SESSION

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
+from dak_inductor.compiled_graph import CompiledGraph
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
 from dak_inductor.lowering import counters
-from dak_inductor.session import CompiledGraph
 
 from .profiles import PROFILE
 from .test_random_programs import recording

@@ -67,7 +67,7 @@ def test_what_is_no_history_is_no_chart(tmp_path: Path, found: object) -> None:
 
 def test_a_single_update_is_told_in_words(tmp_path: Path) -> None:
     page = document(load_all([written(tmp_path, history(1))]))
-    assert "1 updates" in page and 'class="chart"' not in page
+    assert "1 update:" in page and 'class="chart"' not in page
 
 
 def test_updates_are_put_in_order_and_long_histories_thinned() -> None:

@@ -146,9 +146,9 @@ def test_memory_stays_within_the_budget(device: torch.device) -> None:
 def test_a_ring_that_has_no_room_is_not_taken(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dak_inductor import session
+    from dak_inductor import compiled_graph
 
-    monkeypatch.setattr(session, "ring_room", lambda *_: memory.Room(0))
+    monkeypatch.setattr(compiled_graph, "ring_room", lambda *_: memory.Room(0))
     model, expected = offloaded(device, "staged")
     for _ in range(3):
         x = expected.inputs(5)

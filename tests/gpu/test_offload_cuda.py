@@ -19,7 +19,8 @@ from torch import nn
 import dak_inductor as dak
 from dak_inductor.budget import CONTEXT_GROWTH, MINIMUM_RESERVE
 from dak_inductor.cuda_runtime import address_table, vmm
-from dak_inductor.offloaded import OffloadedModel, record_of
+from dak_inductor.offloaded import record_of
+from dak_inductor.offloaded_model import OffloadedModel
 from dak_inductor.placement import LAUNCH_LOCK
 
 FEATURES = 4096
