@@ -15,6 +15,7 @@ from dak_inductor.offloaded import drop, record_of
 from dak_inductor.offloaded_model import OffloadedModel
 from dak_inductor.parts import plain_copy
 from dak_inductor.placement import LAUNCH_LOCK
+from dak_inductor.session import SESSION
 from dak_inductor.wrappers import rewrap_all
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -41,6 +42,7 @@ def restore(model: Model, device: torch.device | str | int = "cpu") -> Model:
     for cache in record.caches:
         cache.give_back()
     _check_room(record, target)
+    SESSION.flush()  # reads are counted by buffers, which are about to go
     with LAUNCH_LOCK, torch.inference_mode(False), torch.no_grad():
         if record.device.type == "cuda":
             torch.cuda.synchronize(record.device)

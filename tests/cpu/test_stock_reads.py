@@ -73,14 +73,35 @@ def run(model: nn.Module, x: torch.Tensor, ratio: float = 0.5) -> None:
     torch.testing.assert_close(result, expected)
 
 
-@pytest.mark.parametrize("model", [Dequantised(), nn.Conv1d(32, 64, 3, padding=1)])
-def test_the_simulated_tier_counts_what_stock_operators_read(model):
+def conv() -> nn.Module:
+    return nn.Conv1d(32, 64, 3, padding=1)
+
+
+@pytest.mark.parametrize("make", [Dequantised, conv])
+def test_the_simulated_tier_counts_what_stock_operators_read(make):
+    model = make()
     x = torch.randn(2, 32, 128) if isinstance(model, nn.Conv1d) else torch.randn(4, 128)
     run(model, x)
     record = record_of(model)
     assert record is not None
     assert dak.stats().total == record.bytes_by_tier()
     assert {read.kind for read in dak.stats().reads} == {"stock"}
+
+
+def test_reads_of_stock_operators_are_counted_when_the_model_is_restored():
+    model, x = conv(), torch.randn(2, 32, 128)
+    run(model, x)
+    compiled = torch.compile(model, backend=backend())
+    record = record_of(model)
+    assert record is not None
+    read = record.bytes_by_tier()
+    dak.stats(reset=True)
+    for _ in range(3):
+        call(compiled, x)
+    del record
+    dak.restore(model)
+    total = dak.stats().total
+    assert (total.local, total.remote) == (3 * read.local, 3 * read.remote), "nobody asked before"
 
 
 def test_products_with_the_pieces_of_a_split_weight_are_served():
