@@ -116,9 +116,8 @@ def _prefill(grid: GridRecord, over: Missed) -> str:
     if more > DIVIDED_MOST:
         if _more_by_parts(cell) >= more / 2:
             return PARTS
-        return (
-            NOT_BESIDE if cell.get("ring_microseconds", 0.0) - least >= more / 2 else NOT_ISOLATED
-        )
+        more_by_plan = cell.get("ring_microseconds", 0.0) - least
+        return NOT_BESIDE if more_by_plan >= more / 2 else NOT_ISOLATED
     return LAST_COPY if grid.remote(cell) > cell["C_microseconds"] else DIVIDED
 
 

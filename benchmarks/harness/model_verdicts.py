@@ -9,6 +9,7 @@ from dak_inductor.benchmarks.harness.model_case import MEASURED
 from dak_inductor.benchmarks.harness.model_run import LEFT_OUT
 from dak_inductor.benchmarks.harness.record import Verdict
 from dak_inductor.quantity_text import bytes_text
+from dak_inductor.report.peer_ratios import against_fastest
 
 BAR_AGAINST_PEERS = 1.0
 BAR_REALISED = 0.98
@@ -62,19 +63,13 @@ def _against_peers(setting: str, rows: Sequence[Row]) -> list[Verdict]:
                 asked >= BAR_REALISED)
     ]  # fmt: skip
     for metric, word in (("tpot_ms", "decode"), ("ttft_ms", "first token")):
-        peers = {
-            row["provider"]: row[metric]
-            for row in ok
-            if row["kind"] == "real peer" and row["provider"] != "dak" and metric in row
-        }
-        if metric in ours and peers:
-            best = min(peers, key=lambda name: peers[name])
-            ratio = ours[metric] / peers[best]
-            passed = False if ratio > BAR_AGAINST_PEERS else None if waiting else True
-            note = f"{best}; not yet run: {', '.join(waiting)}" if waiting else best
+        found = against_fastest(rows, metric)
+        if found is not None:
+            passed = False if found.ratio > BAR_AGAINST_PEERS else None if waiting else True
+            note = f"{found.peer}; not yet run: {', '.join(waiting)}" if waiting else found.peer
             made.append(
-                Verdict(f"dak / fastest real peer, {word}, {setting}", ratio, BAR_AGAINST_PEERS,
-                        "x", passed, note)
+                Verdict(f"dak / fastest real peer, {word}, {setting}", found.ratio,
+                        BAR_AGAINST_PEERS, "x", passed, note)
             )  # fmt: skip
     return made
 

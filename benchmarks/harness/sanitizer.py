@@ -37,7 +37,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def _folders() -> list[str]:
-    """Where the tool may lie, the most recent first."""
+    """Where the tool may lie: that of an installed package first."""
     nvidia = importlib.util.find_spec(PACKAGES)
     packages = nvidia.submodule_search_locations if nvidia else None
     found = [str(path) for root in packages or () for path in sorted(Path(root).glob("cu*/bin"))]

@@ -42,13 +42,14 @@ def peer_ratios(rows: Sequence[Row], phase: str) -> dict[str, dict[float, PeerRa
             settings.setdefault((line, float(row["share"])), []).append(row)
     found: dict[str, dict[float, PeerRatio]] = {}
     for (line, share), peers in settings.items():
-        ratio = _against_fastest(peers, phase)
+        ratio = against_fastest(peers, phase)
         if ratio is not None:
             found.setdefault(line, {})[share] = ratio
     return found
 
 
-def _against_fastest(rows: Sequence[Row], phase: str) -> PeerRatio | None:
+def against_fastest(rows: Sequence[Row], phase: str) -> PeerRatio | None:
+    """Of rows that differ in the provider alone; None where a result of either is missing."""
     ok = [
         row for row in rows if row.get("status") == "ok" and isinstance(row.get(phase), int | float)
     ]

@@ -18,17 +18,16 @@ _WORDS = {True: ("pass", "ok"), False: ("MISS", "bad"), None: ("open", "open")}
 
 def verdict_table(records: Iterable[LoadedRecord]) -> Html:
     """Misses first within each record; nothing where no record has a verdict."""
-    passed: list[list[object]] = []
-    others: list[list[object]] = []
-    rows: list[list[object]] = []
-    for record in records:
-        for verdict in sorted(record.verdicts, key=lambda v: v.get("passed") is not False):
-            row = [*_row(verdict), cell(record.benchmark, "")]
-            rows.append(row)
-            (passed if verdict.get("passed") is True else others).append(row)
+    rows = [
+        (verdict.get("passed") is True, [*_row(verdict), cell(record.benchmark, "")])
+        for record in records
+        for verdict in sorted(record.verdicts, key=lambda v: v.get("passed") is not False)
+    ]
     if len(rows) <= MANY:
-        return _table(rows)
-    return join([_table(others), details(f"{len(passed)} passed", _table(passed))])
+        return _table([row for _, row in rows])
+    met = [row for passed, row in rows if passed]
+    others = [row for passed, row in rows if not passed]
+    return join([_table(others), details(f"{len(met)} passed", _table(met))])
 
 
 def _table(rows: list[list[object]]) -> Html:

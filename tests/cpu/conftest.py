@@ -55,6 +55,20 @@ def _what_is_there_is_no_garbage(_libraries_are_imported: None) -> None:
     gc.freeze()
 
 
+@pytest.fixture
+def h200(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Products are estimated for a GPU that is not there."""
+    from dak_inductor import hardware
+    from dak_inductor.lowering.linear import ways
+
+    profile = hardware.load("h200")
+    monkeypatch.setattr(ways, "profile_of", lambda _: profile)
+    monkeypatch.setattr(ways, "worker_count", lambda found, _: 132 // found.cluster)
+    ways.ways_of.cache_clear()
+    yield
+    ways.ways_of.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
     """A fixed seed before; no compiled code after, which would keep offloaded models alive."""

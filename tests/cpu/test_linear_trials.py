@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
 import dak_inductor as dak
 from dak_inductor import compiled_graph, hardware, trial_report
 from dak_inductor.backend import compile_graph
-from dak_inductor.cuda_runtime import address_table
-from dak_inductor.cuda_runtime.simulated import SimulatedTier
-from dak_inductor.lowering import choices, counters, device_counters, ops, ops_linear
+from dak_inductor.lowering import choices
 from dak_inductor.lowering.choices import fastest
 from dak_inductor.lowering.linear import (
-    dispatch,
-    open_step,
-    product,
-    routes,
-    stopwatch,
     trials,
     ways,
 )
@@ -38,7 +26,6 @@ from dak_inductor.lowering.linear.configuration import MAXIMUM_TOKENS
 from dak_inductor.lowering.linear.problem import LinearProblem
 from dak_inductor.lowering.linear.trials import Trial, Trials, is_sure
 from dak_inductor.lowering.linear.ways import Way, ways_of
-from dak_inductor.lowering.marks import MARKS
 from dak_inductor.options import BackendOptions
 
 BF16 = torch.bfloat16
@@ -99,16 +86,6 @@ def test_a_call_is_named_with_its_shape_and_share() -> None:
 
 
 # --- candidates ---
-
-
-@pytest.fixture
-def h200(monkeypatch: pytest.MonkeyPatch):
-    """The estimates of a GPU that is not there."""
-    monkeypatch.setattr(ways, "profile_of", lambda _: H200)
-    monkeypatch.setattr(ways, "worker_count", lambda found, _: 132 // found.cluster)
-    ways_of.cache_clear()
-    yield
-    ways_of.cache_clear()
 
 
 def names(m: int, remote: int, n: int = 8192, k: int = 8192) -> list[str]:
@@ -325,291 +302,6 @@ def test_kinds_are_bounded(chooser: Trials, monkeypatch: pytest.MonkeyPatch) -> 
     clock = Clock(offered, direct=157, stock=127)
     found = [chooser.choose(facts_of(n=8 * n), offered, clock).name for n in (1, 2, 3, 1)]
     assert found == ["stock", "stock", "direct", "stock"] and clock.calls == 2
-
-
-# --- calls ---
-
-
-def test_counters_are_as_before_and_other_words_as_they_became(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    record = torch.arange(10, 18)
-    overload = SimpleNamespace(default=lambda _: record)
-    monkeypatch.setattr(torch.ops.dak, "residency", overload)
-    with device_counters.kept([record, record]):
-        record += 100
-    assert record.tolist() == [110, 11, 12, 13, 14, 115, 116, 117]
-    with pytest.raises(ValueError), device_counters.kept([record]):
-        record[1:5] = 7
-        raise ValueError
-    assert record.tolist() == [110, 11, 12, 13, 14, 115, 116, 117]
-
-
-@pytest.fixture
-def tried(h200: None, monkeypatch: pytest.MonkeyPatch):
-    """Calls on CPU tensors that dispatch takes for a GPU's; `times` says what is measured."""
-    ran: list[str] = []
-    times: dict[str, float] = {}
-    chooser = Trials(capturing=lambda _: False)
-    chooser.switch(True)
-
-    def seconds_of(runs: Sequence, device: torch.device) -> list[float]:
-        before = len(ran)
-        for run in runs:
-            run()
-        return [times[name] for name in ran[before:]]
-
-    def direct(self, problem, launch) -> torch.Tensor:
-        assert launch is prepared
-        ran.append("direct")
-        return F.linear(self.x, self.weights[0]) + 1
-
-    def at_once(x: torch.Tensor) -> torch.Tensor | None:
-        if not x.is_contiguous():
-            return None
-        ran.append("direct")
-        return F.linear(x, weight) + 1
-
-    def staged(self) -> torch.Tensor:
-        ran.append("ring")
-        return F.linear(self.x, self.weights[0]) + 2
-
-    count = ops_linear.reads.count_dense
-
-    def counted(*arguments) -> None:
-        ran.append("stock")
-        count(*arguments)
-
-    monkeypatch.setattr(ops_linear.reads, "count_dense", counted)
-    monkeypatch.setattr(dispatch, "kernel_refusal", lambda _: None)
-    monkeypatch.setattr(dispatch, "TRIALS", chooser)
-    monkeypatch.setattr(trials, "SURE", 0.0)  # of so small a weight the ring's estimate is far
-    monkeypatch.setattr(stopwatch, "seconds_of", seconds_of)
-    monkeypatch.setattr(product.Product, "direct", direct)
-    prepared = SimpleNamespace(holds=True, run=lambda x, *_: at_once(x))
-    monkeypatch.setattr(product.Product, "launch", lambda *_: prepared)
-    monkeypatch.setattr(product.Product, "staged", staged)
-    buffer = SimulatedTier().allocate(512 * 512 * 2, split=512 * 512)
-    buffer.tier = "cpu"
-    weight = buffer.tensor(BF16, (512, 512)).copy_(torch.randn(512, 512))
-    operator = next(each for each in ops.OPERATORS if each.name == "linear")
-    run = ops._on_device(operator, operator.stock)
-    counters.reset()
-    yield SimpleNamespace(
-        ran=ran, times=times, weight=weight, run=run, buffer=buffer, chooser=chooser,
-        prepared=prepared,
-    )  # fmt: skip
-    counters.reset()
-
-
-@pytest.mark.parametrize("winner", ["direct", "ring", "stock"])
-def test_a_call_is_served_by_the_winner(tried: SimpleNamespace, winner: str) -> None:
-    tried.times.update({name: 1.0 if name == winner else 2.0 for name in ("direct", "ring")})
-    tried.times["stock"] = 1.0 if winner == "stock" else 2.0
-    x = torch.randn(200, 512, dtype=BF16)
-    result = tried.run(x, tried.weight, None)
-    assert sorted(tried.ran[:3]) == ["direct", "ring", "stock"], "each in the trial"
-    assert tried.ran[3:] == [winner], "and the call itself"
-    expected = F.linear(x, tried.weight) + {"direct": 1, "ring": 2, "stock": 0}[winner]
-    torch.testing.assert_close(result, expected, rtol=0, atol=0)
-    tried.run(x, tried.weight, None)
-    assert tried.ran[4:] == [winner]
-    call = product.Product(x, (tried.weight,), (tried.buffer,), (None,), None, "none", "out_in")
-    assert dispatch.way_of(call) == winner
-
-
-def test_more_tokens_than_the_kernel_takes_go_through_the_ring_without_asking_again(
-    tried: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dispatch, "MAXIMUM_TOKENS", 100)
-    asked: list[str | None] = []
-    refusal = product.Product.ring_refusal
-    monkeypatch.setattr(
-        product.Product, "ring_refusal", lambda call: asked.append(refusal(call)) or asked[-1]
-    )
-    x = torch.randn(200, 512, dtype=BF16)
-    for _ in range(3):
-        tried.run(x, tried.weight, None)
-    assert tried.ran == ["ring"] * 3 and asked == [None]
-    tried.buffer.split = tried.buffer.nbytes
-    for _ in range(2):
-        result = tried.run(x, tried.weight, None)
-        torch.testing.assert_close(result, F.linear(x, tried.weight), rtol=0, atol=0)
-    assert tried.ran[3:] == ["stock"] * 2 and asked == [None] * 2, "nothing is remote"
-
-
-@pytest.mark.parametrize("epilogue", [{"activation": "gelu"}, {"residual": True}])
-def test_what_follows_the_ring_stays_in_its_memory(
-    tried: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, epilogue: dict[str, Any]
-) -> None:
-    monkeypatch.setattr(dispatch, "MAXIMUM_TOKENS", 100)
-    tried.buffer.split = tried.buffer.nbytes
-    x = torch.randn(200, 512, dtype=BF16)
-    residual = torch.randn(200, 512, dtype=BF16) if "residual" in epilogue else None
-    dispatch.run(
-        x, (tried.weight,), biases=(None,), residual=residual,
-        activation=epilogue.get("activation", "none"), layout="out_in",
-    )  # fmt: skip
-    assert tried.ran == ["ring"]
-
-
-def test_where_nothing_is_remote_a_ring_that_won_is_the_stock_operator(
-    tried: SimpleNamespace,
-) -> None:
-    tried.times.update(direct=2.0, ring=1.0)
-    tried.buffer.split = tried.buffer.nbytes
-    x = torch.randn(200, 512, dtype=BF16)
-    for _ in range(2):
-        tried.run(x, tried.weight, None)
-    assert sorted(tried.ran[:2]) == ["direct", "ring"] and tried.ran[2:] == ["stock"] * 2
-    call = product.Product(x, (tried.weight,), (tried.buffer,), (None,), None, "none", "out_in")
-    assert dispatch.way_of(call) == "stock"
-
-
-def test_a_call_spares_the_host_where_the_steps_plan_says_so_but_in_no_capture(
-    tried: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried.times.update(direct=60e-6, ring=20e-6, stock=70e-6)
-    x = torch.randn(200, 512, dtype=BF16)
-    for _ in range(2):
-        tried.run(x, tried.weight, None)
-    assert tried.ran[3:] == ["ring"] * 2
-    assert not open_step.spare_host(True)
-    try:
-        for _ in range(2):
-            tried.run(x, tried.weight, None)
-        monkeypatch.setattr(dispatch, "current_capture", lambda _: 1)
-        tried.run(x, tried.weight, None)
-    finally:
-        assert open_step.spare_host(False)
-    assert tried.ran[5:] == ["direct"] * 2 + ["ring"]
-
-
-def test_without_a_stock_operator_it_is_not_tried(tried: SimpleNamespace) -> None:
-    tried.times.update(direct=2.0, ring=1.0)
-    options = {"biases": (None,), "residual": None, "activation": "none", "layout": "out_in"}
-    x = torch.randn(200, 512, dtype=BF16)
-    assert dispatch.run(x, (tried.weight,), **options) is not None
-    assert sorted(tried.ran[:2]) == ["direct", "ring"] and tried.ran[2:] == ["ring"]
-    del tried.ran[:]
-    assert dispatch.run(x[:1], (tried.weight,), **options) is not None
-    assert tried.ran == ["direct"]
-
-
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows by one at each call that is looked at in whole."""
-    looked: list[str] = []
-    monkeypatch.setattr(dispatch, "kernel_refusal", lambda _: looked.append(""))
-    return looked
-
-
-def test_a_call_like_an_earlier_one_is_served_alike_without_asking(
-    tried: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looked = asked(monkeypatch)
-    tried.times.update(direct=1.0, ring=2.0, stock=2.0)
-    x = torch.randn(200, 512, dtype=BF16)
-    for number in range(3):
-        tried.run(x + number, tried.weight, None)
-    assert len(looked) == 1 and tried.ran[3:] == ["direct"] * 3
-    tried.run(x, tried.weight, torch.zeros(512, dtype=BF16))
-    assert len(looked) == 2, "another call: it has a bias"
-    tried.buffer.split -= 4096
-    tried.run(x, tried.weight, None)
-    assert len(looked) == 3, "other bytes are remote"
-    tried.prepared.holds = False
-    tried.run(x, tried.weight, None)
-    assert len(looked) == 4, "the window is another"
-    tried.prepared.holds = True
-    tried.chooser.switch(False)
-    tried.run(x, tried.weight, None)
-    assert len(looked) == 5, "trials are switched off"
-
-
-def test_a_choice_that_is_not_made_yet_is_asked_for_again(
-    tried: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looked = asked(monkeypatch)
-    monkeypatch.setattr(tried.chooser._choices, "_capturing", lambda _: True)
-    x = torch.randn(200, 512, dtype=BF16)
-    for _ in range(2):
-        tried.run(x, tried.weight, None)
-    assert len(looked) == 2 and len(tried.ran) == 2, "no trial inside a capture, nothing kept"
-
-
-def test_routes_are_bounded_and_keep_no_memory_alive(
-    tried: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(routes, "MOST_ROUTES", 2)
-    kept = routes.Routes()
-    calls = [
-        product.Product(
-            torch.zeros(m, 512, dtype=BF16), (tried.weight,), (tried.buffer,), (None,), None,
-            "none", "out_in",
-        )
-        for m in (1, 2, 3)
-    ]  # fmt: skip
-    for call in calls:
-        kept.keep(call, "stock", call.facts().problem, None, 0, spared=False)
-    assert kept.find(calls[0].key, 0, spared=False) is None
-    assert kept.find(calls[2].key, 0, spared=False) is not None
-    assert kept.find(calls[2].key, 0, spared=True) is None, "another way may be taken"
-    assert kept.find(calls[2].key, 1, spared=False) is None, "trials have another state"
-    assert kept.find(calls[2].key, 0, spared=False) is None, "and it is forgotten"
-    found = kept.find(calls[1].key, 0, spared=False)
-    assert found is not None and found.shape == (2, 512)
-    assert [type(reference) for reference, _ in found.splits] == [weakref.ref]
-    tried.buffer.usable = False
-    assert kept.find(calls[1].key, 0, spared=False) is None, "it is another process's"
-    tried.buffer.usable = True
-
-
-def test_a_route_ends_where_a_local_weight_comes_to_lie_in_a_buffer(
-    tried: SimpleNamespace,
-) -> None:
-    outside = torch.zeros(512, 512, dtype=BF16)
-    call = product.Product(
-        torch.zeros(200, 512, dtype=BF16), (tried.weight, outside), (tried.buffer, None),
-        (None, None), None, "silu", "out_in",
-    )  # fmt: skip
-    kept = routes.Routes()
-    kept.keep(call, "ring", call.facts().problem, None, 0, spared=False)
-    assert kept.find(call.key, 0, spared=False) is not None
-
-    class Late:
-        address, nbytes, usable = outside.data_ptr(), outside.nbytes, True
-
-    late: Any = Late()
-    address_table.register(late)
-    assert kept.find(call.key, 0, spared=False) is None
-    address_table.forget(late)
-
-
-def test_marks_and_other_operands_take_the_long_way(tried: SimpleNamespace) -> None:
-    """It makes marks, and copies of what the kernel cannot read."""
-    tried.times.update(direct=1.0, ring=2.0, stock=2.0)
-    x = torch.randn(200, 512, dtype=BF16)
-    names: list[str] = []
-
-    @contextmanager
-    def maker(name: str):
-        names.append(name)
-        yield
-
-    tried.run(x, tried.weight, None)
-    with MARKS.recorded(maker):
-        tried.run(x, tried.weight, None)
-    apart = torch.randn(200, 520, dtype=BF16)[:, :512]
-    result = tried.run(apart, tried.weight, None)
-    torch.testing.assert_close(result, F.linear(apart, tried.weight) + 1, rtol=0, atol=0)
-    assert tried.ran[3:] == ["direct"] * 3
-
-
-def test_what_the_ring_refuses_is_stock_without_a_trial(tried: SimpleNamespace) -> None:
-    x = torch.randn(200, 512, dtype=BF16)
-    options = {"biases": (x[0, :8],), "residual": None, "activation": "none", "layout": "out_in"}
-    assert dispatch.run(x, (tried.weight,), **options) is None
-    assert not tried.ran
 
 
 # --- what users see ---
