@@ -32,13 +32,12 @@ BY_SHARE = {"linear": 16, "linear_peer": 16, "attention": None, "attention_peer"
 STEPS = (
     "decode_step", "decode_step_16", "decode_step_64", "decode_step_70b", "decode_step_peer",
     "decode_step_peer_direct", "b1", "b64", "prefill_1", "prefill_4",
-    "pre1",
 )  # fmt: skip
 MODELS = ("models", "models_opt", "models_encoders")
 TOPICS = {
     "system": (
         "planner", "cost_model", "compile", "move", "load", "pages", "over_budget", "marks",
-        "soak", "soak_threads", "models_quick",
+        "soak", "soak_threads", "models_quick", "host",
     ),
     "linears": GRIDS[:4],
     "attention": (*GRIDS[4:], "long_context"),

@@ -14,6 +14,9 @@ graphs, so it never changes while the buffer lives, and a move writes the new sp
 
 The memory comes from the driver, not from torch: no pool that is current when a buffer is made may
 own it, and it is written while another thread captures a graph.
+
+What no kernel of ours reads is counted beside it on the host, where it is queued, or by a table of
+a captured graph (`read_count`).
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import torch
 
 from dak_inductor.cuda_runtime.nvrtc import extension
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.cuda_runtime.window import window_of
 
 RECORD_BYTES = 64
@@ -40,12 +44,20 @@ _PEAK_WINDOW_OFFSET = 32
 
 @dataclass(frozen=True, slots=True)
 class RecordCounters:
-    """What kernels have counted for one buffer; bytes read by tier, calls, largest window."""
+    """What was counted for one buffer: bytes read by tier, calls, largest window of a kernel."""
 
     local_bytes: int = 0
     remote_bytes: int = 0
     calls: int = 0
     peak_window: int = 0
+
+    def __add__(self, other: RecordCounters) -> RecordCounters:
+        return RecordCounters(
+            self.local_bytes + other.local_bytes,
+            self.remote_bytes + other.remote_bytes,
+            self.calls + other.calls,
+            max(self.peak_window, other.peak_window),
+        )
 
     def since(self, base: RecordCounters) -> RecordCounters:
         """Sums less those of `base`; the peak as it is."""
@@ -72,6 +84,8 @@ class DeviceRecord:
         self.address = int(place.chunk.address) + place.offset
         self.base = RecordCounters()  # counters at the last reset
         self._place = place
+        self._lock = threading.Lock()
+        self._by_host = [0, 0, 0]  # bytes local and remote, calls
         record = _LAYOUT.pack(buffer.split, 0, 0, 0, 0, buffer.address, window_address)
         place.chunk.write(record, place.offset)
 
@@ -79,10 +93,18 @@ class DeviceRecord:
         """Write the split, done on return. No kernel that reads the record may be in flight."""
         self._place.chunk.write(struct.pack("<Q", split), self._place.offset)
 
+    def count_call(self, read: TierBytes) -> None:
+        """Count a call that nothing on the device counts. Any thread."""
+        with self._lock:
+            self._by_host[0] += read.local
+            self._by_host[1] += read.remote
+            self._by_host[2] += 1
+
     def counters(self) -> RecordCounters:
-        """All that finished kernels have counted since the buffer was made."""
+        """All that finished kernels and the host have counted since the buffer was made."""
         record = _LAYOUT.unpack(self._place.chunk.read(RECORD_BYTES, self._place.offset))
-        return RecordCounters(*record[1:5])
+        with self._lock:
+            return RecordCounters(*record[1:5]) + RecordCounters(*self._by_host)
 
     def reset(self) -> None:
         """Sums restart from where they are, so that none of a kernel in flight is lost."""
@@ -129,7 +151,7 @@ class DeviceRecords:
             record.publish(buffer.split)
 
     def read_counters(self) -> dict[TieredBuffer, RecordCounters]:
-        """What finished kernels have counted since the last reset, by live buffer.
+        """What was counted since the last reset, by live buffer; of kernels, those that ended.
 
         Waits for nothing: synchronise the device first to have all that was launched.
         """

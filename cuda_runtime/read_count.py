@@ -1,8 +1,7 @@
-"""Counting on the device what stock kernels and copies read of tiered buffers.
+"""Counting on the device what stock kernels and copies in captured graphs read of tiered buffers.
 
-Outside of a capture each call has a small kernel of its own: 1.2 us and a gap of 4 before the next
-kernel, on an H200. Within one a single kernel counts for up to 64 reads, from a table that is
-filled while the capture goes on.
+A kernel counts for up to 64 reads, from a table that is filled while the capture goes on: one for
+each read took 1.2 us and a gap of 4 before the next kernel, on an H200.
 """
 
 from __future__ import annotations
@@ -13,18 +12,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from dak_inductor.cuda_runtime.current_stream import current_stream
 from dak_inductor.cuda_runtime.kept_memory import KeptMemory
 from dak_inductor.cuda_runtime.kernel import LoadedKernel, load
-from dak_inductor.cuda_runtime.nvrtc import KernelInstance, extension, instance
+from dak_inductor.cuda_runtime.nvrtc import KernelInstance, instance
 
-COUNT_READS = instance("count_reads")
 COUNT_TABLE = instance("count_table")
-KERNELS: tuple[KernelInstance, ...] = (COUNT_READS, COUNT_TABLE)
-
-_READS = 4  # of a launch, as kernels/count_reads.cu has
-_HEAD = struct.Struct("<QII")
-_READ = struct.Struct("<QQ")
+KERNELS: tuple[KernelInstance, ...] = (COUNT_TABLE,)
 
 _TABLE_READS = 64  # as kernels/count_table.cu has
 _ENTRY = struct.Struct("<4Q")
@@ -76,8 +69,8 @@ class _CapturedCounts:
 
     def _begin(self) -> _Table:
         table = _Table(*self._memory.take(_TABLE_BYTES))
-        kernel, _ = _kernels(self._device_index)
         arguments = [struct.pack("<Q", table.address)]
+        kernel = load_counter(self._device_index)
         kernel.launch(grid=(1, 1, 1), block=(_TABLE_READS, 1, 1), arguments=arguments)
         return table
 
@@ -87,44 +80,30 @@ def _captured_counts(device_index: int) -> _CapturedCounts:
     return _CapturedCounts(device_index)
 
 
-def queue_count(record: int, reads: Sequence[tuple[int, int]], *, device_index: int) -> None:
-    """Add one call that reads these (start, size) bytes of a buffer to its record.
+def queue_count(
+    record: int, reads: Sequence[tuple[int, int]], *, capture: int, device_index: int
+) -> None:
+    """Add, in each replay, one call that reads these (start, size) bytes of a buffer to its record.
 
     Args:
         record: device address of the buffer's record (`device_records`).
+        capture: the number of that on torch's current stream.
 
-    Queued on torch's current stream: each replay of a graph captured over it counts by the split of
-    that moment. Raises CompilationError, DeviceMemoryError, DriverError.
+    A replay counts by the split of its moment. Raises CompilationError, DeviceMemoryError,
+    DriverError.
     """
-    capture = extension().capture_id(current_stream(device_index))
-    if capture:
-        entries = _entries(record, tuple(reads))
-        _captured_counts(device_index).add(capture, entries)
-        return
-    _, kernel = _kernels(device_index)
-    for first in range(0, len(reads), _READS):
-        arguments = _packed(record, tuple(reads[first : first + _READS]), first == 0)
-        kernel.launch(grid=(1, 1, 1), block=(32, 1, 1), arguments=[arguments])
+    _captured_counts(device_index).add(capture, _entries(record, reads))
 
 
 @lru_cache(maxsize=64)
-def _kernels(device_index: int) -> tuple[LoadedKernel, LoadedKernel]:
-    """For tables, and for single calls. Both are loaded with the first call, since a model is
-    called before it is captured."""
-    return load(COUNT_TABLE, device_index), load(COUNT_READS, device_index)
+def load_counter(device_index: int) -> LoadedKernel:
+    """The kernel that counts: to be loaded before a capture needs it."""
+    return load(COUNT_TABLE, device_index)
 
 
-def _entries(record: int, reads: tuple[tuple[int, int], ...]) -> list[bytes]:
+def _entries(record: int, reads: Sequence[tuple[int, int]]) -> list[bytes]:
     """For a table: the first of them counts the call."""
     return [
         _ENTRY.pack(record, start, size, int(position == 0))
         for position, (start, size) in enumerate(reads)
     ]
-
-
-@lru_cache(maxsize=8192)
-def _packed(record: int, reads: tuple[tuple[int, int], ...], first: bool) -> bytes:
-    """Arguments of one launch: a model's products read the same bytes at each step."""
-    padded = (*reads, *[(0, 0)] * (_READS - len(reads)))
-    arguments = _HEAD.pack(record, len(reads), int(first))
-    return arguments + b"".join(_READ.pack(start, size) for start, size in padded)

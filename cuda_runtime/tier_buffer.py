@@ -21,11 +21,14 @@ from dak_inductor.errors import MoveError, TieredTensorError, TierError
 
 
 class SplitRecord(Protocol):
-    """Where a buffer's split is kept for kernels to read (`device_records`)."""
+    """Where a buffer's split is kept for kernels to read, and what was read of it is counted
+    (`device_records`)."""
 
     address: int
 
     def publish(self, split: int) -> None: ...
+
+    def count_call(self, read: TierBytes) -> None: ...
 
 
 class TieredBuffer(abc.ABC):

@@ -7,9 +7,9 @@
         y = linear(x, W)                      -> dak::gated_linear on row slices of W
 
 Only where nothing in between is used elsewhere, dtypes and shapes agree, the weight is a graph
-input that the operator table holds, and something serves the fused operator: on CUDA the CUDA
-template; on the CPU (the simulated tier) the stock composition, which counts. `linear` stands for
-every product with a weight on its right.
+input that the operator table holds, something serves the fused operator (on CUDA the CUDA template;
+on the CPU, the simulated tier, the stock composition, which counts), and it has few enough tokens.
+`linear` stands for every product with a weight on its right.
 """
 
 from __future__ import annotations
@@ -29,13 +29,18 @@ from dak_inductor.normalise import value_of
 from dak_inductor.op_match import nbytes
 from dak_inductor.op_table import Op, OpTable
 from dak_inductor.products import Ops, Product, can_move, product_behind, shape
-from dak_inductor.sizes import Size, is_row_major
+from dak_inductor.sizes import Evaluator, Size, is_row_major
 from dak_inductor.templates import choice_for
 
 _aten = torch.ops.aten
 _ADD = (_aten.add.Tensor, _aten.add_.Tensor)
 _MUL = (_aten.mul.Tensor, _aten.mul_.Tensor)
 _VALUE_KEYS = ("val", "tensor_meta", "example_value")
+
+MOST_TOKENS = 512
+"""Of a product that takes its epilogue. With 1024 and more the stock GEMM wins nearly always
+(`linear_prefill.json`: 398 of 400 cells up to 8192), and what follows it is a pass of its own, or
+more. Inductor makes one pass of it together with its neighbours, such as the next normalisation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +69,15 @@ class Fusion:
 
 def fuse_epilogues(graph_module: GraphModule, table: OpTable) -> OpTable:
     """Fuse in a rewritten graph, in place; the table of the graph as it is then."""
-    graph = graph_module.graph
+    graph, evaluate = graph_module.graph, Evaluator(table.hints)
     ops: dict[str, tuple[Op, ...]] = {}
     for op in table.ops:
         ops[op.node] = (*ops.get(op.node, ()), op)
     for node in list(graph.nodes):
         fusion = next((f for match in _MATCHES if (f := match(node, ops)) is not None), None)
-        if fusion is not None and _agrees(fusion) and _is_served(fusion):
+        if fusion is None or not _agrees(fusion) or not _is_served(fusion):
+            continue
+        if evaluate(ops[fusion.products[0].node.name][0].m) <= MOST_TOKENS:
             _apply(graph_module, fusion, ops)
     graph_module.recompile()
     in_order = [op for node in graph.nodes for op in ops.get(node.name, ())]

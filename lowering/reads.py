@@ -10,7 +10,8 @@ import torch
 
 import dak_inductor.lowering.residency  # noqa: F401  (registers torch.ops.dak.residency)
 from dak_inductor.cuda_runtime import address_table
-from dak_inductor.cuda_runtime.read_count import queue_count
+from dak_inductor.cuda_runtime.current_stream import current_capture
+from dak_inductor.cuda_runtime.read_count import load_counter, queue_count
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.lowering import counters
@@ -109,7 +110,7 @@ def count_dense(kind: str, *operands: torch.Tensor) -> None:
     """Count a full read of those operands that are tiered, those of one buffer as one call.
 
     Called by the CPU implementations, and on CUDA where no kernel that counts took the call: the
-    counts then go to the buffer's record on the device.
+    counts then go to the buffer's record.
     """
     for buffer, operand, spans in dense_spans(operands):
         count_spans(kind, buffer, operand, spans)
@@ -145,40 +146,39 @@ def count_spans(
 
     `operand`: any view of it.
     """
-    if buffer.device_record:
-        count_on_device(buffer, operand, spans)
+    if buffer.record is None:
+        counters.record(kind, buffer.label, _bytes_of(buffer, spans))
         return
-    held = (buffer.bytes_in(start, start + size) for start, size in spans)
-    counters.record(kind, buffer.label, sum(held, TierBytes()))
-
-
-def count_on_device(
-    buffer: TieredBuffer, operand: torch.Tensor, spans: Sequence[tuple[int, int]]
-) -> None:
-    """Queue the count of one call that reads these (start, size) bytes of `buffer`.
-
-    `operand`: any view of it.
-    """
     if getattr(_of_thread, "uncounted", False):
         return
-    device = operand.device
+    capture = current_capture(operand.device)
+    if not capture:
+        _ready_for_captures(operand.device)
+        buffer.record.count_call(_bytes_of(buffer, spans))
+    elif capability(operand.device.index) >= HOPPER:
+        index = operand.device.index
+        queue_count(buffer.record.address, spans, capture=capture, device_index=index)
+    else:
+        words: torch.Tensor = torch.ops.dak.residency.default(operand)
+        add_reads(words, spans)
+
+
+def _bytes_of(buffer: TieredBuffer, spans: Sequence[tuple[int, int]]) -> TierBytes:
+    return sum((buffer.bytes_in(start, start + size) for start, size in spans), TierBytes())
+
+
+def _ready_for_captures(device: torch.device) -> None:
+    """A model is called before it is captured."""
     if device.type == "cuda" and capability(device.index) >= HOPPER:
-        queue_count(buffer.device_record, spans, device_index=device.index)
-        return
-    add_reads(_words(operand), spans)
-
-
-def _words(operand: torch.Tensor) -> torch.Tensor:
-    words: torch.Tensor = torch.ops.dak.residency.default(operand)
-    return words
+        load_counter(device.index)
 
 
 def add_reads(words: torch.Tensor, reads: Sequence[tuple[int, int]]) -> None:
-    """`count_on_device` by torch's own kernels, for any GPU.
+    """Count a captured call by torch's own kernels, on any GPU.
 
-    `words` is the record (`dak_inductor.cuda_runtime.device_records`) as int64. Only launches work:
-    each replay of a graph captured over it counts by the split of that moment. Not atomic, so two
-    streams that read one weight through stock kernels at once may lose a call.
+    `words` is the record (`dak_inductor.cuda_runtime.device_records`) as int64. Each replay counts
+    by the split of that moment. Not atomic, so two streams that read one weight through stock
+    kernels at once may lose a call.
     """
     split, local, remote, calls = (words[index : index + 1] for index in range(4))
     for start, size in reads:

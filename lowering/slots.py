@@ -26,6 +26,8 @@ def slot_sizes(parts: Sequence[int], room: int) -> tuple[int, ...]:
 
 def allocate(elements: Sequence[int], like: Tensor) -> tuple[Tensor, ...]:
     """Flat tensors of so many elements in one allocation, of the dtype and device of `like`."""
+    if len(elements) < 2:
+        return tuple([like.new_empty(size) for size in elements])
     steps = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in elements]
     memory = like.new_empty(sum(steps))
     parts = memory.split(steps)

@@ -31,8 +31,8 @@ _AHEAD = 2  # copies that are queued before work that does not need them yet
 class StagedWork(Protocol, Generic[_Part, _Slot]):
     """What is done for a part."""
 
-    def stage(self, part: _Part, slot: _Slot) -> None:
-        """Launch the copies of the part into the slot."""
+    def stage(self, part: _Part, slot: _Slot, stream: int) -> None:
+        """Launch the copies of the part into the slot, on that CUstream."""
 
     def compute(self, part: _Part, slot: _Slot | None) -> None:
         """Launch what reads the part: from its slot, or where it lies."""
@@ -67,7 +67,7 @@ def issue(
             position = len(copied)
             if position >= len(slots):
                 side.wait(computed[position - len(slots)])
-            side.run(partial(work.stage, staged[position], slots[position % len(slots)]))
+            side.launch(partial(work.stage, staged[position], slots[position % len(slots)]))
             copied.append(side.record())
 
     if staged:

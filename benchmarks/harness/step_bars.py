@@ -27,14 +27,15 @@ def verdicts(
     for fraction in fractions:
         at = {str(r["provider"]): r for r in rows if r["fraction"] == fraction and _ok(r)}
         where = f"{100 * fraction:.3g}%"
+        asked = any(r["provider"] in STOCK and r["fraction"] == fraction for r in rows)
         times = {name: _time(at[name]) for name in STOCK if name in at}
         name = f"dak / stock on split, {where} remote"
-        if "dak" not in at or not times:
+        if "dak" not in at or (asked and not times):
             missing = "dak" if "dak" not in at else "stock on split"
             made.append(
                 Verdict(name, None, OVER_STOCK, "x", False, f"no accurate row of {missing}")
             )
-        else:
+        elif times:
             made.append(_ratio(name, at["dak"], times, OVER_STOCK, on_gpu))
         if "dak" not in at:
             continue

@@ -1,6 +1,5 @@
 // Counts what the stock kernels and copies of a captured graph read in one replay: a launch for many
 // of them. The host goes on filling the table while the graph is captured.
-#include "schedule/count_read.cuh"
 #include "schedule/tier_record.cuh"
 #include "types.cuh"
 
@@ -25,8 +24,10 @@ extern "C" __global__ void __launch_bounds__(table_reads)
   const CountedRead read = arguments.reads[threadIdx.x];
   if (read.record == nullptr) return;
   const u64 split = __ldcg(&read.record->split);
-  const u64 local = schedule::local_bytes(split, read.start, read.size);
-  schedule::count(read.record, local, read.size, read.calls);
+  const u64 local = split <= read.start ? 0 : min(split - read.start, read.size);
+  if (local > 0) atomicAdd(&read.record->local_bytes, local);
+  if (read.size > local) atomicAdd(&read.record->remote_bytes, read.size - local);
+  if (read.calls > 0) atomicAdd(&read.record->calls, read.calls);
 }
 
 }  // namespace dak

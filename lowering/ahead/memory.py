@@ -156,7 +156,7 @@ class StepMemory:
         if prepared is None:
             return None
         try:
-            player = Player(prepared, queues_of(device), device)
+            player = Player(prepared, queues_of(device, ahead=True), device)
         except torch.OutOfMemoryError:
             self._switch_off(tokens, known, "there was no memory for the ring")
             return None

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dak_inductor.lowering import reads
-from dak_inductor.lowering.ahead.prepared_plan import Copy, CountedRead, PreparedPlan, Rows
+from dak_inductor.lowering.ahead.prepared_plan import Copy, PreparedPlan, Rows
 from dak_inductor.lowering.ahead.timeline import LOCAL
 from dak_inductor.lowering.element_types import ELEMENT_BYTES
 from dak_inductor.lowering.linear import ring
 from dak_inductor.lowering.linear.copy_engine import copy_bytes
+from dak_inductor.lowering.linear.counted_reads import count
+from dak_inductor.lowering.linear.epilogue import finish
 from dak_inductor.lowering.linear.launch import CopiedRows
 from dak_inductor.lowering.linear.product import Product
 from dak_inductor.lowering.linear.queues import Queue, Queues
@@ -107,7 +108,7 @@ class Player:
         n = product.weights[0].shape[0]
         outputs = tuple([x.new_empty((x.shape[0], n)) for _ in product.weights])
         main, prepared = self._queues.main, self._prepared
-        main.run(partial(_count, prepared.counted(number, product), product))
+        main.run(partial(count, prepared.counted(number, product), product.weights))
         for rows in prepared.orders[number]:
             part = rows[0].part
             if part == LOCAL:
@@ -119,7 +120,7 @@ class Player:
             main.run(partial(self._in_ring, rows[0], x, product, outputs))
             self._has_read(part)
         self._fetch(_MORE)
-        main.run(partial(ring.finish, outputs, product.activation, product.residual))
+        main.run(partial(finish, outputs, product.activation, product.residual))
         return outputs[0] if product.x.dim() == 2 else outputs[0].view(*product.x.shape[:-1], n)
 
     def _has_read(self, part: int) -> None:
@@ -180,13 +181,6 @@ def _mark(queue: Queue, marks: list[Any], part: int) -> Any:
     """Behind all work so far; the one that an earlier play set for this part, set anew."""
     mark = marks[part] = queue.record(marks[part])
     return mark
-
-
-def _count(counted: tuple[CountedRead, ...], product: Product) -> None:
-    for each in counted:
-        buffer = each.buffer()
-        if buffer is not None:
-            reads.count_spans("linear", buffer, product.weights[each.weight], each.spans)
 
 
 def _in_place(

@@ -10,20 +10,15 @@ No tensor is kept, so no memory is kept alive: views are made of the operands of
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
-from dak_inductor.lowering import reads
 from dak_inductor.lowering.ahead.sequence import BufferReference, StepCall
 from dak_inductor.lowering.ahead.step_plan import StepPlan
 from dak_inductor.lowering.ahead.timeline import LOCAL
 from dak_inductor.lowering.element_types import ELEMENT_BYTES
-from dak_inductor.lowering.linear import ring
+from dak_inductor.lowering.linear.counted_reads import CountedRead, counted_reads
 from dak_inductor.lowering.linear.launch import LinearLaunch
 from dak_inductor.lowering.linear.problem import LinearProblem
 from dak_inductor.lowering.linear.product import Product
@@ -57,15 +52,6 @@ class Rows:
     stop: int
     at: int = 0
     few: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class CountedRead:
-    """What a product reads of a buffer, as spans of (start, size) in bytes. `weight` lies in it."""
-
-    buffer: weakref.ref[TieredBuffer]
-    weight: int
-    spans: tuple[tuple[int, int], ...]
 
 
 class PreparedPlan:
@@ -105,16 +91,8 @@ class PreparedPlan:
         """What the product reads. Calls with one key read the same."""
         found = self._counts.get(number)
         if found is None:
-            weights = ring.counted(product.weights)
-            found = self._counts[number] = tuple(
-                CountedRead(weakref.ref(buffer), _position(first, weights), spans)
-                for buffer, first, spans in reads.dense_spans(weights)
-            )
+            found = self._counts[number] = counted_reads(product.weights)
         return found
-
-
-def _position(tensor: Tensor, among: Sequence[Tensor]) -> int:
-    return next(position for position, each in enumerate(among) if each is tensor)
 
 
 def _copy(plan: StepPlan, calls: Sequence[StepCall], number: int) -> Copy:

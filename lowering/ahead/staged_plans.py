@@ -95,15 +95,20 @@ def _ring_bytes(op: StepOp) -> int:
 
 
 def _candidates(ops: Sequence[StepOp], strategy: Strategy) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Which products to stage, and why the others are not; each choice once."""
+    """Which products to stage, and why the others are not; each choice once. None but those that
+    read the link themselves are left out."""
     able = [number for number, op in enumerate(ops) if op.remote_bytes > 0]
     if strategy == "staged":
         if able:
             yield tuple(able), "nothing of it is remote"
         return
-    large = tuple(n for n in able if ops[n].remote_bytes >= LEAST_REMOTE_BYTES)
-    larger = tuple(n for n in large if ops[n].remote_bytes >= _FEW_BYTES)
-    waiting = tuple(n for n in large if ops[n].link >= ops[n].local)
+
+    def those(fit: Callable[[StepOp], bool]) -> tuple[int, ...]:
+        return tuple(n for n in able if ops[n].own_ring or fit(ops[n]))
+
+    large = those(lambda op: op.remote_bytes >= LEAST_REMOTE_BYTES)
+    larger = those(lambda op: op.remote_bytes >= _FEW_BYTES)
+    waiting = those(lambda op: op.remote_bytes >= LEAST_REMOTE_BYTES and op.link >= op.local)
     seen: set[tuple[int, ...]] = {()}
     for chosen, reason in (
         (large, "few bytes of it are remote"),

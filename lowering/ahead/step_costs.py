@@ -34,15 +34,22 @@ from dak_inductor.lowering.linear.ways import Way, ways_of
 from dak_inductor.lowering.refusals import HOPPER, capability
 
 _PART_FEATURES = 1024  # of a part, for the time of one row of it
+_BIAS_SHARE = 0.25
+"""Of HBM bandwidth at which columns of a result get a bias of their own: torch writes it there
+first, and the product adds to it. 8192 tokens by 2048 columns took 28 us more to write, and 7 to
+add to; by 512 columns 9 and 2 (H200). Where the product writes a whole result, cuBLAS adds it."""
+_LOCAL_COPY_SHARE = 0.8
+"""Of HBM bandwidth at which a kernel copies local rows into the ring. Assumed."""
 
 
 class _Alone(NamedTuple):
-    """A product as it is served without copies ahead: its seconds, and how long it keeps the link
-    and, outside of CUDA graphs, the host busy."""
+    """A product as it is served without copies ahead: its seconds, how long it keeps the link and,
+    outside of CUDA graphs, the host busy, and whether through a ring of its own."""
 
     seconds: float
     link: float
     host: float
+    own_ring: bool = False
 
 
 def link_rates(profile: HardwareProfile, link: LinkProfile) -> LinkRates:
@@ -101,12 +108,22 @@ def _step_op(
     alone: _Alone,
 ) -> StepOp:
     profile = profile_of(device_index)
-    direct, link, host = alone
+    direct, link, host, own_ring = alone
     if refusal:
-        return StepOp(direct, link, refusal=refusal, host=host)
+        return StepOp(direct, link, refusal=refusal, host=host, own_ring=own_ring)
     problem = facts.problem
     one = replace(problem, gated=False)
-    local = sum(_product_seconds(one, span.start, profile) for span in spans if span.start)
+    piece_row = 0.0
+    if facts.bias:
+        piece_row = problem.m * ELEMENT_BYTES / (_BIAS_SHARE * profile.hbm_bandwidth)
+    if problem.m > DECODE_TOKENS:
+        spans = tuple(_whole_or_parted(one, span, piece_row, profile) for span in spans)
+    local = sum(
+        _product_seconds(one, span.start, profile)
+        + (span.start * piece_row if span.start < span.rows else 0.0)
+        for span in spans
+        if span.start
+    )
     once = op_floor("linear", profile)
     row = (_product_seconds(one, _PART_FEATURES, profile) - once) / _PART_FEATURES
     cut = profile.operator_floor * sum(span.remote > span.start for span in spans)
@@ -118,7 +135,32 @@ def _step_op(
     passes = (facts.activation != "none") + problem.gated + facts.residual
     results = 3 * problem.m * problem.n * ELEMENT_BYTES / profile.hbm_bandwidth
     rest += passes * (profile.operator_floor + results)
-    return StepOp(direct, link, spans, local, once, row, rest, launch, host=host)
+    rest += sum(_local_copy_seconds(span, profile) for span in spans)
+    return StepOp(
+        direct, link, spans, local, once, row, rest, launch,
+        host=host, own_ring=own_ring, piece_row=piece_row,
+    )  # fmt: skip
+
+
+def _whole_or_parted(
+    problem: LinearProblem, span: RowSpan, piece_row: float, profile: HardwareProfile
+) -> RowSpan:
+    """With local rows copied into the ring too, if that is the shorter work: one product over all
+    rows fills the GPU better than two, and cuBLAS adds its bias."""
+    if span.start in (0, span.rows):
+        return span
+    all_copied = replace(span, start=0)
+    parted = [span.start, span.rows - span.start]
+    in_two = sum(_product_seconds(problem, rows, profile) for rows in parted)
+    in_two += span.rows * piece_row
+    in_one = _product_seconds(problem, span.rows, profile)
+    return all_copied if in_one + _local_copy_seconds(all_copied, profile) < in_two else span
+
+
+def _local_copy_seconds(span: RowSpan, profile: HardwareProfile) -> float:
+    """Of its rows between `start` and `remote`, besides a launch."""
+    copied = max(span.remote - span.start, 0) * span.row_bytes
+    return 2 * copied / (_LOCAL_COPY_SHARE * profile.hbm_bandwidth)
 
 
 def _alone(facts: CallFacts, device_index: int, *, spared: bool) -> _Alone:
@@ -160,7 +202,7 @@ def _by_ring(facts: CallFacts, device_index: int) -> _Alone:
     profile, remote = profile_of(device_index), sum(facts.remote_bytes)
     link = profile.link(facts.tier)
     seconds = ring_plan.estimate(facts.problem, facts.remote_bytes, profile, link)
-    return _Alone(seconds, remote / link.copy_bandwidth, ring_seconds(remote))
+    return _Alone(seconds, remote / link.copy_bandwidth, ring_seconds(remote), remote > 0)
 
 
 def _seconds(way: Way, facts: CallFacts, ring: float) -> float:

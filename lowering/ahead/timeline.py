@@ -93,8 +93,10 @@ def simulate(
                 now += op.local * rates.slowdown
                 waiting = False
             order.append(each)
-            rows = parts[each].stop - parts[each].start
-            own = op.part + rows * op.row
+            part = parts[each]
+            rows = part.stop - part.start
+            whole = rows == op.weights[part.weight].rows
+            own = op.part + rows * (op.row if whole else op.row + op.piece_row)
             now = max(now, arrived) + own * rates.slowdown
             work += own
             link.read.append(now)

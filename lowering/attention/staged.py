@@ -68,11 +68,11 @@ class StagedAttention:
     partials: PartialResults
     partial_dtype: torch.dtype  # of what the Triton forward gives; stock ones give the query's
 
-    def stage(self, part: Part, slot: Slot) -> None:
+    def stage(self, part: Part, slot: Slot, stream: int) -> None:
         """Copy the part's keys and values."""
         with MARKS.of_buffers("copy", (self.keys.buffer, self.values.buffer)):
-            self.keys.copy(slot[0], part.start, part.stop)
-            self.values.copy(slot[1], part.start, part.stop)
+            self.keys.copy(slot[0], part.start, part.stop, stream)
+            self.values.copy(slot[1], part.start, part.stop, stream)
 
     def compute(self, part: Part, slot: Slot | None) -> None:
         """All calls over the part."""

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
-from dak_inductor.cuda_runtime.tier_bytes import TierBytes
-from dak_inductor.lowering import counters, reads
+from dak_inductor.lowering import reads
 from dak_inductor.lowering.linear.copy_engine import copy
 
 
@@ -59,8 +58,8 @@ class StoredTokens:
             return flat.view(tokens, batch, heads, width).permute(1, 2, 0, 3)
         return flat.view(batch, heads, tokens, width)
 
-    def copy(self, slot: Tensor, start: int, stop: int) -> None:
-        """Queue copies of tokens [start, stop) to a flat slot, by copy engine.
+    def copy(self, slot: Tensor, start: int, stop: int, stream: int) -> None:
+        """Queue copies of tokens [start, stop) to a flat slot, by copy engine, on that CUstream.
 
         The driver takes a copy for what its first byte is, so local and remote bytes do not mix.
         """
@@ -76,7 +75,7 @@ class StoredTokens:
             size = self.tensor.element_size()
             local = (self._local_bytes() // size) - start * self.width
         for rows, across in rectangles(self.segments, self.pitch, columns, local):
-            copy(target[rows, across], source[rows, across])
+            copy(target[rows, across], source[rows, across], stream)
 
     def spans(self, first: int, stop: int) -> list[tuple[int, int]]:
         """Where tokens [first, stop) lie in the buffer: byte of the start and bytes, by segment."""
@@ -94,10 +93,7 @@ class StoredTokens:
 
 
 def count_reads(stored: tuple[StoredTokens, ...], first: int, stop: int) -> None:
-    """Count one read of tokens [first, stop) of each, by the split of the moment it happens.
-
-    On the current stream where the buffer has a record. Those of one buffer are one call.
-    """
+    """Count one read of tokens [first, stop) of each. Those of one buffer are one call."""
     found: dict[int, list[StoredTokens]] = {}
     for each in stored:
         if each.buffer is not None:
@@ -106,11 +102,7 @@ def count_reads(stored: tuple[StoredTokens, ...], first: int, stop: int) -> None
         buffer, tensor = together[0].buffer, together[0].tensor
         assert buffer is not None
         spans = [span for each in together for span in each.spans(first, stop)]
-        if buffer.device_record:
-            reads.count_on_device(buffer, tensor, spans)
-        else:
-            total = sum((buffer.bytes_in(at, at + size) for at, size in spans), TierBytes())
-            counters.record("attention", buffer.label, total)
+        reads.count_spans("attention", buffer, tensor, spans)
 
 
 def stored_tokens(tensor: Tensor, buffer: TieredBuffer | None) -> StoredTokens | None:

@@ -1,4 +1,4 @@
-"""Copies of matrices by a copy engine, queued on torch's current stream.
+"""Copies of matrices by a copy engine.
 
 torch copies matrices of different strides with a kernel, and reads of remote memory by a kernel
 without a window starve those of HBM.
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dak_inductor.cuda_runtime.current_stream import current_stream
 from dak_inductor.cuda_runtime.nvrtc import extension
 from dak_inductor.errors import DriverError
 
@@ -43,8 +42,9 @@ class _Copy2D(ctypes.Structure):
     )
 
 
-def copy(target: Tensor, source: Tensor) -> None:
-    """Copy a matrix, rows contiguous on both sides, on the device that both report.
+def copy(target: Tensor, source: Tensor, stream: int) -> None:
+    """Copy a matrix, rows contiguous on both sides, on `stream`: a CUstream of the device that both
+    report.
 
     Wherever the pages of either lie. Raises DriverError.
     """
@@ -52,9 +52,8 @@ def copy(target: Tensor, source: Tensor) -> None:
         target.copy_(source)
         return
     if target.is_contiguous() and source.is_contiguous():
-        copy_bytes(target.data_ptr(), source.data_ptr(), source.nbytes, target.device)
+        copy_bytes(target.data_ptr(), source.data_ptr(), source.nbytes, target.device, stream)
         return
-    stream = torch.cuda.current_stream(target.device).cuda_stream
     size = source.element_size()
     parameters = _Copy2D(
         source_type=_UNIFIED,
@@ -77,16 +76,12 @@ def copy(target: Tensor, source: Tensor) -> None:
         )
 
 
-def copy_bytes(
-    target: int, source: int, nbytes: int, device: torch.device, stream: int | None = None
-) -> None:
-    """Copy bytes between addresses that `device` can read, on `stream` (a CUstream), by default
-    torch's current one. Raises DriverError."""
+def copy_bytes(target: int, source: int, nbytes: int, device: torch.device, stream: int) -> None:
+    """Copy bytes between addresses that `device` can read, on `stream` (a CUstream). Raises
+    DriverError."""
     if device.type == "cpu":
         ctypes.memmove(target, source, nbytes)
         return
-    if stream is None:
-        stream = current_stream(device.index)
     extension().copy_async(
         destination=target, source=source, nbytes=nbytes, stream=stream, device=device.index
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 
 from torch import Tensor
@@ -53,24 +53,24 @@ def run(
     are logged once each.
     """
     step, state = current(), TRIALS.state
-    spared = spares_host() and not current_capture(x.device)
-    route = None
-    if step is None:
-        key = key_of(x, weights, biases, residual, activation, layout)
-        route = ROUTES.find(key, state, spared=spared)
-        served = None if route is None else route.direct(x, residual)
-        if served is not None:
-            return served
-    buffers = tuple(address_table.lookup(weight.data_ptr()) for weight in weights)
-    if all(buffer is None for buffer in buffers):
-        return None
-    product = Product(x, weights, buffers, biases, residual, activation, layout)
+    captured = current_capture(x.device) != 0
+    spared = spares_host() and not captured
+    key = key_of(x, weights, biases, residual, activation, layout)
+    product = None
     if step is not None:
-        served = step.serve(product)
+        product = _product(x, weights, biases, residual, activation, layout, key)
+        served = None if product is None else step.serve(product)
         if served is not None:
             return served
-        route = ROUTES.find(product.key, state, spared=spared)
+    route = ROUTES.find(key, state, spared=spared)
     if route is not None:  # what refuses a call is in its key
+        served = route.at_once(x, weights, biases, residual, activation, captured=captured)
+        if served is not None:
+            return served
+    product = product or _product(x, weights, biases, residual, activation, layout, key)
+    if product is None:
+        return None
+    if route is not None:
         return _by(route.way, product, route.problem, route.launch)
     if x.dim() and x.numel() > MAXIMUM_TOKENS * x.shape[-1]:
         return _by_ring(product, spared=spared)
@@ -79,20 +79,35 @@ def run(
     return _fastest(product, stock, measures=step is None or step.measures, spared=spared)
 
 
+def _product(
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    activation: str,
+    layout: str,
+    key: Hashable,
+) -> Product | None:
+    """None where nothing of it is tiered."""
+    buffers = tuple([address_table.lookup(weight.data_ptr()) for weight in weights])
+    if not any(buffers):
+        return None
+    return Product(x, weights, buffers, biases, residual, activation, layout, key)
+
+
 def _by_ring(product: Product, *, spared: bool) -> Tensor | None:
     """Of more tokens than the kernel takes."""
     if _is_refused(product.ring_refusal()):
         return None
     facts = product.facts()
-    way = _in_place("ring", product, facts)
+    way = _in_place("ring", facts)
     ROUTES.keep(product, way, facts.problem, None, TRIALS.state, spared=spared)
     return _by(way, product, facts.problem, None)
 
 
-def _in_place(way: WayName, product: Product, facts: CallFacts) -> WayName:
-    """With nothing remote the ring is stock products in place. One that nothing follows takes the
-    host less as the stock operator; what follows the ring works in the memory of its result."""
-    return "stock" if way == "ring" and product.is_plain and not any(facts.remote_bytes) else way
+def _in_place(way: WayName, facts: CallFacts) -> WayName:
+    """With nothing remote the ring is the stock operator, which takes the host less."""
+    return "stock" if way == "ring" and not any(facts.remote_bytes) else way
 
 
 def _fastest(
@@ -125,7 +140,7 @@ def _fastest(
     if spared:
         way = TRIALS.sparing(facts, ways)
     launch = _launch(product, facts.problem, way)
-    name = _in_place(way.name, product, facts)
+    name = _in_place(way.name, facts)
     if TRIALS.is_settled(facts, ways) and (launch is None or product.may_launch_again):
         ROUTES.keep(product, name, facts.problem, launch, TRIALS.state, spared=spared)
     return _by(name, product, facts.problem, launch)
@@ -140,7 +155,7 @@ def way_of(product: Product) -> WayName:
         reason = product.ring_refusal()
     if reason is not None:
         return "stock"
-    return _in_place(TRIALS.current(facts, ways).name, product, facts)
+    return _in_place(TRIALS.current(facts, ways).name, facts)
 
 
 def _compute(product: Product, problem: LinearProblem, way: Way) -> Tensor | None:

@@ -56,7 +56,7 @@ class Product:
     buffers: of each weight the buffer that holds it; None: it is all local.
     biases: [N] or None for each weight.
     residual: [..., N] or None.
-    key: `key_of` it.
+    key: `key_of` it, worked out where it is not given.
     """
 
     x: Tensor
@@ -66,22 +66,19 @@ class Product:
     residual: Tensor | None
     activation: str
     layout: str
-    key: Hashable = field(init=False, compare=False)
+    key: Hashable = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        key = key_of(self.x, self.weights, self.biases, self.residual, self.activation, self.layout)
-        object.__setattr__(self, "key", key)
+        if self.key is None:
+            operands = self.x, self.weights, self.biases, self.residual
+            key = key_of(*operands, self.activation, self.layout)
+            object.__setattr__(self, "key", key)
 
     @property
     def tensors(self) -> list[Tensor]:
         """All operands."""
         optional = (*self.biases, self.residual)
         return [self.x, *self.weights, *(each for each in optional if each is not None)]
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether nothing follows its one matrix product."""
-        return len(self.weights) == 1 and self.activation == "none" and self.residual is None
 
     def facts(self) -> CallFacts:
         """What its time depends on. At least one weight is in a buffer."""

@@ -79,20 +79,23 @@ class Queues:
     copies: Queue
 
 
-def queues_of(device: torch.device) -> Queues:
-    """The current stream of `device`, and one beside it that belongs to it alone.
+def queues_of(device: torch.device, *, ahead: bool = False) -> Queues:
+    """The current stream of `device`, and one beside it that belongs to it alone: another for
+    copies `ahead` of their product, so that none of a product's own waits behind them.
 
     For work that is queued while that stream is current.
     """
     if device.type == "cpu":
         return Queues(InlineQueue(), InlineQueue())
     main = torch.cuda.current_stream(device)
-    return Queues(CurrentQueue(main), StreamQueue(_side(main.device_index, main.cuda_stream)))
+    return Queues(
+        CurrentQueue(main), StreamQueue(_side(main.device_index, main.cuda_stream, ahead))
+    )
 
 
 @lru_cache(maxsize=256)
-def _side(device_index: int, main: int) -> torch.cuda.Stream:
-    """One for each main stream: a capture on one stream must not meet work for another.
+def _side(device_index: int, main: int, ahead: bool) -> torch.cuda.Stream:
+    """Two for each main stream: a capture on one stream must not meet work for another.
 
     Of torch's pool of high priority, which exists before any capture starts.
     """

@@ -11,7 +11,6 @@ each byte, by the split of that moment.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -20,26 +19,19 @@ from torch import Tensor
 
 from dak_inductor.cuda_runtime.current_stream import current_capture
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
-from dak_inductor.lowering import reads, staging
+from dak_inductor.lowering import staging
 from dak_inductor.lowering.element_types import DTYPES
 from dak_inductor.lowering.gpu_profile import profile_of
 from dak_inductor.lowering.linear import ring_plan
 from dak_inductor.lowering.linear.copy_engine import copy
+from dak_inductor.lowering.linear.counted_reads import count, counted_reads
+from dak_inductor.lowering.linear.epilogue import finish
 from dak_inductor.lowering.linear.problem import LinearProblem
 from dak_inductor.lowering.linear.queues import Queues, queues_of
 from dak_inductor.lowering.linear.ring_calls import choose_for_calls
 from dak_inductor.lowering.linear.ring_plan import Part, Residency, RingPlan
 from dak_inductor.lowering.marks import MARKS
 from dak_inductor.lowering.slots import allocate
-
-_aten = torch.ops.aten
-
-_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda y: y,
-    "silu": _aten.silu_.default,
-    "gelu": _aten.gelu_.default,
-    "gelu_tanh": lambda y: _aten.gelu_.default(y, approximate="tanh"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +45,7 @@ class Products:
     residency: tuple[Residency, ...]
     in_out: bool
 
-    def stage(self, part: Part, slot: Tensor) -> None:
+    def stage(self, part: Part, slot: Tensor, stream: int) -> None:
         """Copy the part of its weight: rows that begin in local memory, and remote rows.
 
         The driver takes a copy for what its first byte is. So a row that the split cuts goes with
@@ -63,10 +55,11 @@ class Products:
         first = 0 if self.in_out else part.start
         rows = source.shape[0]
         cut = min(max(self.residency[part.weight].remote - first, 0), rows)
-        for start, stop in ((0, cut), (cut, rows)):
-            if start < stop:
-                with MARKS.of_operands("copy", self.weights[part.weight : part.weight + 1]):
-                    copy(target[start:stop], source[start:stop])
+        with MARKS.of_operands("copy", self.weights[part.weight : part.weight + 1]):
+            if cut:
+                copy(target[:cut], source[:cut], stream)
+            if cut < rows:
+                copy(target[cut:], source[cut:], stream)
 
     def compute(self, part: Part, slot: Tensor | None) -> None:
         """The product, from its slot or where it lies.
@@ -75,12 +68,14 @@ class Products:
         """
         matrix = self._stored(part) if slot is None else self._held(part, slot)
         factor = matrix if self.in_out else matrix.t()
-        out = self.outputs[part.weight][:, part.start : part.stop]
-        bias = self.biases[part.weight]
+        out, bias = self.outputs[part.weight], self.biases[part.weight]
+        if part.features < out.shape[1]:
+            out = out[:, part.start : part.stop]
+            bias = None if bias is None else bias[part.start : part.stop]
         if bias is None:
             torch.mm(self.x, factor, out=out)
         else:
-            torch.addmm(bias[part.start : part.stop], self.x, factor, out=out)
+            torch.addmm(bias, self.x, factor, out=out)
 
     def _stored(self, part: Part) -> Tensor:
         weight = self.weights[part.weight]
@@ -94,7 +89,66 @@ class Products:
         return slot[: k * features].view(shape)
 
 
-@torch.no_grad()
+class PreparedRing:
+    """Calls of one product with the same weights at the splits of this moment.
+
+    Args:
+        problem: one of its calls.
+        weights, buffers: as of `run`.
+        in_graph: the calls are captured.
+    """
+
+    def __init__(
+        self,
+        problem: LinearProblem,
+        weights: tuple[Tensor, ...],
+        buffers: tuple[TieredBuffer | None, ...],
+        device: torch.device,
+        *,
+        in_graph: bool,
+    ) -> None:
+        self._problem = problem
+        self._residency = tuple(map(_residency, weights, buffers))
+        tiers = frozenset(buffer.tier for buffer in buffers if buffer is not None)
+        self._plan = plan_of(problem, self._residency, device.index, tiers, in_graph=in_graph)
+        self._slots = [features * problem.k for features in self._plan.slots]
+        self._counted = counted_reads(weights)
+
+    def __call__(
+        self,
+        x: Tensor,
+        weights: tuple[Tensor, ...],
+        biases: tuple[Tensor | None, ...],
+        residual: Tensor | None,
+        activation: str,
+    ) -> Tensor:
+        """One call, as `run` has it."""
+        if not torch.is_grad_enabled():
+            return self._run(x, weights, biases, residual, activation)
+        with torch.no_grad():
+            return self._run(x, weights, biases, residual, activation)
+
+    def _run(
+        self,
+        x: Tensor,
+        weights: tuple[Tensor, ...],
+        biases: tuple[Tensor | None, ...],
+        residual: Tensor | None,
+        activation: str,
+    ) -> Tensor:
+        problem, plan = self._problem, self._plan
+        rows = token_rows(x)
+        outputs = tuple([x.new_empty((problem.m, problem.n)) for _ in weights])
+        slots = allocate(self._slots, x)
+        products = Products(rows, weights, biases, outputs, self._residency, problem.in_out)
+        queues = queues_of(x.device)
+        if plan.in_line:
+            queues = Queues(queues.main, queues.main)
+        counts = partial(count, self._counted, weights)
+        staging.issue(plan.parts, products, slots, queues, counts, copy_bound=plan.copy_bound)
+        return finish(outputs, activation, residual).view(*x.shape[:-1], problem.n)
+
+
 def run(
     x: Tensor,
     weights: tuple[Tensor, ...],
@@ -118,24 +172,12 @@ def run(
 
     Raises DriverError where a copy cannot be queued.
     """
-    in_out = layout == "in_out"
-    rows = token_rows(x)
+    in_out, k = layout == "in_out", x.shape[-1]
     n = weights[0].shape[1 if in_out else 0]
-    gated = len(weights) == 2
-    problem = LinearProblem(rows.shape[0], n, rows.shape[1], x.dtype, gated, in_out)
-    residency = tuple(map(_residency, weights, buffers))
-    tiers = frozenset(buffer.tier for buffer in buffers if buffer is not None)
+    problem = LinearProblem(x.numel() // k, n, k, x.dtype, len(weights) == 2, in_out)
     in_graph = current_capture(x.device) != 0
-    plan = plan_of(problem, residency, x.device.index, tiers, in_graph=in_graph)
-    outputs = tuple(x.new_empty((problem.m, n)) for _ in weights)
-    slots = allocate([features * problem.k for features in plan.slots], x)
-    products = Products(rows, weights, biases, outputs, residency, in_out)
-    count = partial(reads.count_dense, "linear", *counted(weights))
-    queues = queues_of(x.device)
-    if plan.in_line:
-        queues = Queues(queues.main, queues.main)
-    staging.issue(plan.parts, products, slots, queues, count, copy_bound=plan.copy_bound)
-    return finish(outputs, activation, residual).view(*x.shape[:-1], n)
+    prepared = PreparedRing(problem, weights, buffers, x.device, in_graph=in_graph)
+    return prepared(x, weights, biases, residual, activation)
 
 
 def token_rows(x: Tensor) -> Tensor:
@@ -144,27 +186,6 @@ def token_rows(x: Tensor) -> Tensor:
     if rows.stride(1) != 1 or rows.stride(0) < rows.shape[1]:
         return rows.contiguous()
     return rows
-
-
-def finish(outputs: tuple[Tensor, ...], activation: str, residual: Tensor | None) -> Tensor:
-    """What follows the products, in the memory of the first: [M, N]."""
-    result = _IN_PLACE[activation](outputs[0])
-    if len(outputs) == 2:
-        result.mul_(outputs[1])
-    if residual is not None:
-        result.add_(residual.reshape(result.shape))
-    return result
-
-
-def counted(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The weights; two column ranges of one matrix as one, since their extents overlap."""
-    first = min(weights, key=Tensor.data_ptr)
-    last = max(weights, key=Tensor.data_ptr)
-    apart = (last.data_ptr() - first.data_ptr()) // first.element_size()
-    rows, columns = first.shape
-    if not 0 < apart < first.stride(0) or first.stride() != last.stride() or rows == 1:
-        return weights
-    return (first.as_strided((rows, apart + columns), first.stride()),)
 
 
 @lru_cache(maxsize=4096)

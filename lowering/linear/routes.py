@@ -20,6 +20,8 @@ from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.lowering.linear.launch import LinearLaunch
 from dak_inductor.lowering.linear.problem import LinearProblem
 from dak_inductor.lowering.linear.product import Product
+from dak_inductor.lowering.linear.ring import PreparedRing
+from dak_inductor.lowering.linear.stock import StockProduct
 from dak_inductor.lowering.linear.ways import WayName
 from dak_inductor.lowering.marks import MARKS
 
@@ -33,6 +35,7 @@ class Route:
 
     Attributes:
         launch: the kernel's; None for other ways.
+        calls: serves them where it is another way, outside of captures.
         shape: of the result.
         trials: the state of `Trials` that it was chosen in.
         splits: of the buffers of its weights.
@@ -42,6 +45,7 @@ class Route:
     way: WayName
     problem: LinearProblem
     launch: LinearLaunch | None
+    calls: PreparedRing | StockProduct | None
     shape: torch.Size
     trials: int
     splits: tuple[tuple[weakref.ref[TieredBuffer], int], ...]
@@ -58,11 +62,27 @@ class Route:
                 return False
         return not any(address_table.lookup(address) for address in self.local)
 
-    def direct(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
-        """The result, where the kernel gives it at once; else the call is to be looked at."""
-        if self.launch is None or MARKS.on:
+    def at_once(
+        self,
+        x: Tensor,
+        weights: tuple[Tensor, ...],
+        biases: tuple[Tensor | None, ...],
+        residual: Tensor | None,
+        activation: str,
+        *,
+        captured: bool,
+    ) -> Tensor | None:
+        """The result, where it can be had without a look at the operands.
+
+        captured: the call is; in a graph a ring has another plan.
+        """
+        if MARKS.on:
             return None
-        return self.launch.run(x, residual, self.shape)
+        if self.launch is not None:
+            return self.launch.run(x, residual, self.shape)
+        if self.calls is None or (captured and self.way == "ring"):
+            return None
+        return self.calls(x, weights, biases, residual, activation)
 
 
 class Routes:
@@ -101,6 +121,7 @@ class Routes:
             way,
             problem,
             launch,
+            _calls(way, product, problem),
             torch.Size((*product.x.shape[:-1], problem.n)),
             trials,
             tuple([(weakref.ref(each), each.split) for _, each in held if each is not None]),
@@ -111,6 +132,17 @@ class Routes:
             self._found[product.key, spared] = route
             while len(self._found) > MOST_ROUTES:
                 del self._found[next(iter(self._found))]
+
+
+def _calls(
+    way: WayName, product: Product, problem: LinearProblem
+) -> PreparedRing | StockProduct | None:
+    if way == "stock":
+        return StockProduct(product.weights, product.layout)
+    if way == "ring":
+        device = product.x.device
+        return PreparedRing(problem, product.weights, product.buffers, device, in_graph=False)
+    return None
 
 
 ROUTES = Routes()

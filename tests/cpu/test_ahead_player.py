@@ -152,7 +152,7 @@ def test_any_interleaving_gives_the_products_and_ends_joined(seed: int) -> None:
     pick = random.Random(seed)
     torch.manual_seed(seed)
     made = layers(pick)
-    inputs = inputs_of(made, pick.choice([1, 7]))
+    inputs = inputs_of(made, pick.choice([1, 7, 200]))  # of the last, local rows are copied too
     stop = pick.choice([0, 1, 2, 3, 4, 5, 5, 5])
     plan, results, joined = play(made, inputs, Scheduler(pick), stop=stop)
     assert joined == [True], "the main queue went on before the copies had ended"

@@ -434,7 +434,7 @@ def test_tokens_are_placed_by_their_buffer() -> None:
         assert stored is not None
         for start, stop in ((0, 40), (12, 15), (13, 14), (39, 40)):
             slot.fill_(NAN)
-            stored.copy(slot, start, stop)
+            stored.copy(slot, start, stop, 0)
             assert torch.equal(stored.held(slot, stop - start), values[:, :, start:stop])
 
 

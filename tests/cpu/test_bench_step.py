@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dak_inductor.benchmarks import bench_load, bench_step
-from dak_inductor.benchmarks.harness import ceilings, comparison
+from dak_inductor.benchmarks.harness import ceilings, comparison, step_bars
 from dak_inductor.benchmarks.harness.peers.provider import ProviderUnavailable
 from dak_inductor.benchmarks.harness.timing import Timing
 from dak_inductor.benchmarks.harness.yardstick import Ceilings
@@ -63,6 +63,18 @@ def test_rows_beyond_the_limit_are_named_and_fail_the_run(
     left = {verdict["name"]: verdict for verdict in record["verdicts"]}["rows left out"]
     assert (left["measured"], left["passed"]) == (2, False)
     assert "MISS" in capsys.readouterr().out
+
+
+def test_stock_kernels_that_were_not_asked_for_have_no_bar() -> None:
+    rows = [
+        {"provider": "dak", "fraction": 0.5, "status": "ok", "milliseconds": 2.0},
+        {"provider": "split eager", "fraction": 0.1, "status": "failed"},
+        {"provider": "dak", "fraction": 0.1, "status": "ok", "milliseconds": 1.0},
+    ]
+    made = step_bars.verdicts(rows, (0.5, 0.1), on_gpu=True)
+    assert [(verdict.passed, verdict.note) for verdict in made] == [
+        (False, "no accurate row of stock on split")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -127,28 +127,27 @@ def test_matrices_are_copied_by_a_copy_engine(
     extension = SimpleNamespace(copy_async=lambda **asked: straight.append(asked))
     monkeypatch.setattr(copy_engine, "_driver", lambda: driver)
     monkeypatch.setattr(copy_engine, "extension", lambda: extension)
-    monkeypatch.setattr(copy_engine, "current_stream", lambda index: 7)
     ring: Any = FarMatrix(8, 64, 64, 4096)
-    copy_engine.copy(ring, FarMatrix(8, 64, 64, 1 << 20))  # type: ignore[arg-type]
+    copy_engine.copy(ring, FarMatrix(8, 64, 64, 1 << 20), 7)  # type: ignore[arg-type]
     assert straight == [
         {"destination": 4096, "source": 1 << 20, "nbytes": 1024, "stream": 7, "device": 0}
     ]
     copy_engine.copy_bytes(1, 2, 3, CARD, stream=9)
     assert straight[1]["stream"] == 9
     part: Any = FarMatrix(8, 64, 512, 1 << 20)
-    copy_engine.copy(ring, part)
+    copy_engine.copy(ring, part, 7)
     assert by_rows == [(4096, 1 << 20, 128, 1024, 128, 8, 7)]
     status = 700
     with pytest.raises(DriverError, match=r"cuMemcpy2DAsync of \(8, 64\), rows 1024 .*700"):
-        copy_engine.copy(ring, part)
+        copy_engine.copy(ring, part, 7)
 
 
 def test_on_the_cpu_copies_are_copies() -> None:
     target, source = torch.zeros(4, 8), torch.randn(4, 16)[:, :8]
-    copy_engine.copy(target, source)
+    copy_engine.copy(target, source, 0)
     assert torch.equal(target, source)
     other = torch.zeros(4, 8)
-    copy_engine.copy_bytes(other.data_ptr(), target.data_ptr(), target.nbytes, CPU)
+    copy_engine.copy_bytes(other.data_ptr(), target.data_ptr(), target.nbytes, CPU, 0)
     assert torch.equal(other, target)
 
 

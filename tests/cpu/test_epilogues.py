@@ -14,7 +14,7 @@ from torch import nn
 
 import dak_inductor as dak
 from dak_inductor.backend import compile_graph
-from dak_inductor.epilogues import fuse_epilogues
+from dak_inductor.epilogues import MOST_TOKENS, fuse_epilogues
 from dak_inductor.normalise import normalise
 from dak_inductor.offloaded import record_of
 from dak_inductor.op_table import OpTable, build_op_table
@@ -162,6 +162,18 @@ def test_a_product_takes_its_epilogue(case):
     assert fused.epilogues == [epilogue]
     assert not fused.left("silu", "gelu", "tanh", "erf", "sigmoid", "add", "add_", "addmm")
     torch.testing.assert_close(fused.output, function(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_follows_many_tokens_is_left_to_inductor(dynamic: bool) -> None:
+    """By the tokens of the call that is compiled, where sizes are symbols."""
+    function, _ = LINEAR["silu"]
+    for rows, fuses in ((MOST_TOKENS // 2, True), (MOST_TOKENS // 2 + 1, False)):
+        x = torch.randn(2, rows, K)
+        fused = Fused(function, x, dynamic=dynamic)
+        assert fused.ops == {"linear_epilogue" if fuses else "linear": 1}
+        assert bool(fused.left("silu", "sigmoid")) is not fuses
+        torch.testing.assert_close(fused.output, function(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", GATED)

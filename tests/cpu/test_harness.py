@@ -17,6 +17,7 @@ import torch
 
 from dak_inductor.benchmarks import (
     bench_compile,
+    bench_host,
     bench_load,
     bench_long_context,
     bench_marks,
@@ -375,6 +376,22 @@ def test_what_ranges_cost_is_measured_on_any_machine(
     (row,), (verdict,) = record["cells"], record["verdicts"]
     assert row["with_milliseconds"] > 0 and verdict["passed"] is None
     assert not marks.MARKS.nvtx
+
+
+def test_what_products_take_of_the_host_is_measured_on_any_machine(tmp_path: Path) -> None:
+    asked = ["--out", str(tmp_path), "--quick", "--remote", "simulated", "--products", "2",
+             "--width", "256"]  # fmt: skip
+    assert bench_host.main(asked) == 0
+    record = json.loads((tmp_path / "host.json").read_text())
+    assert [cell["way"] for cell in record["cells"]] == [case.way for case in bench_host.CASES]
+    assert all(cell["host_microseconds"] > 0 for cell in record["cells"])
+    assert any("no GPU" in note for note in record["notes"])
+
+
+def test_products_that_are_not_served_are_no_measurement() -> None:
+    chain = bench_host.Chain(2, 8, torch.device("cpu"))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="0 of 2 products"):
+        bench_host.check_served(chain, torch.zeros(1, 8, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize(

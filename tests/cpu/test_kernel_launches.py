@@ -96,17 +96,17 @@ class FakeExtension:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeExtension]:
     found = FakeExtension()
-    for module in (kept_memory, launch_words, tensor_maps, attention_maps, read_count):
+    for module in (kept_memory, launch_words, tensor_maps, attention_maps):
         monkeypatch.setattr(module, "extension", lambda: found)
     read_count._captured_counts.cache_clear()
-    read_count._kernels.cache_clear()
+    read_count.load_counter.cache_clear()
     for name in ("_words", "_memory"):
         monkeypatch.setattr(launch_words, name, {})
     tensor_maps.matrix_map.cache_clear()
     attention_maps._encoded.cache_clear()
     yield found
     read_count._captured_counts.cache_clear()
-    read_count._kernels.cache_clear()
+    read_count.load_counter.cache_clear()
     tensor_maps.matrix_map.cache_clear()  # maps of no driver must not reach another test
     attention_maps._encoded.cache_clear()
 
@@ -116,8 +116,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKernel]:
     found = FakeKernel()
     for module in (linear_launch, attention_launch, streaming, read_count):
         monkeypatch.setattr(module, "load", lambda kernel, index: found)
-    for module in (linear_launch, read_count):
-        monkeypatch.setattr(module, "current_stream", lambda index: 7)
+    monkeypatch.setattr(linear_launch, "current_stream", lambda index: 7)
     stream = SimpleNamespace(cuda_stream=7)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: stream)
     properties = SimpleNamespace(multi_processor_count=SMS)
@@ -437,17 +436,6 @@ def test_writes_and_round_trips_are_rates_and_seconds(
             streaming.Part(**{**asked, **wrong})
 
 
-def test_reads_are_counted_four_at_a_time_and_as_one_call(
-    driver: FakeExtension, kernel: FakeKernel
-) -> None:
-    reads = [(100 * index, 10 + index) for index in range(6)]
-    read_count.queue_count(0x77, reads, device_index=0)
-    heads = [struct.unpack_from("<QII", each["arguments"][0]) for each in kernel.launches]
-    assert heads == [(0x77, 4, 1), (0x77, 2, 0)], "the second launch counts no call"
-    last = struct.unpack_from("<8Q", kernel.launches[1]["arguments"][0], 16)
-    assert last == (400, 14, 500, 15, 0, 0, 0, 0)
-
-
 def test_a_capture_counts_in_a_launch_for_many_reads(
     driver: FakeExtension, kernel: FakeKernel
 ) -> None:
@@ -459,13 +447,11 @@ def test_a_capture_counts_in_a_launch_for_many_reads(
         assert sorted(ours) == list(accumulate([table, *map(len, ours.values())]))[:-1]
         return list(struct.iter_unpack("<4Q", content))
 
-    driver.capture = 5
     for record in range(1, 41):
-        read_count.queue_count(record, [(8 * record, 16), (4096, record)], device_index=0)
-    driver.capture = 6
-    read_count.queue_count(99, [(0, 1)], device_index=0)
-    driver.capture = 5
-    read_count.queue_count(41, [(1, 2)], device_index=0)
+        reads = [(8 * record, 16), (4096, record)]
+        read_count.queue_count(record, reads, capture=5, device_index=0)
+    read_count.queue_count(99, [(0, 1)], capture=6, device_index=0)
+    read_count.queue_count(41, [(1, 2)], capture=5, device_index=0)
     tables = [struct.unpack("<Q", each["arguments"][0])[0] for each in kernel.launches]
     assert all(each["block"] == (64, 1, 1) for each in kernel.launches)
     first, second, other = tables
@@ -483,8 +469,7 @@ def test_tables_of_captures_that_are_long_over_are_forgotten(
     driver: FakeExtension, kernel: FakeKernel
 ) -> None:
     for capture in range(1, 300):
-        driver.capture = capture
-        read_count.queue_count(1, [(0, 1)], device_index=0)
+        read_count.queue_count(1, [(0, 1)], capture=capture, device_index=0)
     counts = read_count._captured_counts(0)
     assert len(kernel.launches) == 299 and len(counts._open) == read_count._MOST_OPEN
     addresses = {each["arguments"][0] for each in kernel.launches}

@@ -20,6 +20,7 @@ from dak_inductor.lowering.linear import (
     open_step,
     product,
     routes,
+    stock,
     stopwatch,
     trials,
 )
@@ -73,6 +74,13 @@ def tried(h200: None, monkeypatch: pytest.MonkeyPatch):
         ran.append("ring")
         return F.linear(self.x, self.weights[0]) + 2
 
+    def again_staged(*_, **__):
+        return lambda x, weights, *_: (ran.append("ring"), F.linear(x, weights[0]) + 2)[1]
+
+    def again_stock(weights: tuple[torch.Tensor, ...], layout: str):
+        calls = stock.StockProduct(weights, layout)
+        return lambda *operands: (ran.append("stock"), calls(*operands))[1]
+
     count = ops_linear.reads.count_dense
 
     def counted(*arguments) -> None:
@@ -88,6 +96,8 @@ def tried(h200: None, monkeypatch: pytest.MonkeyPatch):
     prepared = SimpleNamespace(holds=True, run=lambda x, *_: at_once(x))
     monkeypatch.setattr(product.Product, "launch", lambda *_: prepared)
     monkeypatch.setattr(product.Product, "staged", staged)
+    monkeypatch.setattr(routes, "PreparedRing", again_staged)
+    monkeypatch.setattr(routes, "StockProduct", again_stock)
     buffer = SimulatedTier().allocate(512 * 512 * 2, split=512 * 512)
     buffer.tier = "cpu"
     weight = buffer.tensor(BF16, (512, 512)).copy_(torch.randn(512, 512))
@@ -137,19 +147,41 @@ def test_more_tokens_than_the_kernel_takes_go_through_the_ring_without_asking_ag
     assert tried.ran[3:] == ["stock"] * 2 and asked == [None] * 2, "nothing is remote"
 
 
-@pytest.mark.parametrize("epilogue", [{"activation": "gelu"}, {"residual": True}])
-def test_what_follows_the_ring_stays_in_its_memory(
-    tried: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, epilogue: dict[str, Any]
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+@pytest.mark.parametrize("activation", ["none", "silu", "gelu", "gelu_tanh"])
+def test_a_stock_product_is_what_the_stock_composition_is(
+    tried: SimpleNamespace, activation: str, layout: str
+) -> None:
+    """Bit for bit, what follows it included; and it counts a call of each weight."""
+    counters.reset()
+    x, bias = torch.randn(2, 3, 512, dtype=BF16), torch.randn(512, dtype=BF16)
+    residual = torch.randn(2, 3, 512, dtype=BF16)
+    calls = stock.StockProduct((tried.weight,), layout)
+    result = calls(x, (tried.weight,), (bias,), residual, activation)
+    asked = (x, tried.weight, bias, residual, activation, layout)
+    torch.testing.assert_close(result, ops_linear._linear_epilogue(*asked), rtol=0, atol=0)
+    assert counters.total() == tried.buffer.bytes_by_tier()
+    gated = stock.StockProduct((tried.weight, tried.weight[:]), layout)
+    result = gated(x, (tried.weight, tried.weight), (bias, None), None, activation)
+    expected = ops_linear._gated_linear(
+        x, tried.weight, tried.weight, bias, None, activation, layout
+    )
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+def test_a_captured_call_has_a_ring_of_its_own(
+    tried: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "MAXIMUM_TOKENS", 100)
-    tried.buffer.split = tried.buffer.nbytes
+    long_way: list[str] = []
+    monkeypatch.setattr(dispatch, "_by", lambda way, *_: long_way.append(way) or torch.zeros(1))
     x = torch.randn(200, 512, dtype=BF16)
-    residual = torch.randn(200, 512, dtype=BF16) if "residual" in epilogue else None
-    dispatch.run(
-        x, (tried.weight,), biases=(None,), residual=residual,
-        activation=epilogue.get("activation", "none"), layout="out_in",
-    )  # fmt: skip
-    assert tried.ran == ["ring"]
+    tried.run(x, tried.weight, None)
+    tried.run(x, tried.weight, None)
+    assert long_way == ["ring"] and tried.ran == ["ring"]
+    monkeypatch.setattr(dispatch, "current_capture", lambda _: 1)
+    tried.run(x, tried.weight, None)
+    assert long_way == ["ring"] * 2 and tried.ran == ["ring"]
 
 
 def test_where_nothing_is_remote_a_ring_that_won_is_the_stock_operator(

@@ -102,18 +102,18 @@ def issue(plan: ring_plan.RingPlan, products: ring.Products, slots, main, side, 
 
 
 class Checked:
-    """A side queue whose work comes after what main had queued before."""
+    """A side queue whose copies come after what main had queued before."""
 
     def __init__(self, queue: FakeQueue, earlier: torch.Tensor) -> None:
         self._queue, self._earlier = queue, earlier
-        self.record, self.wait = queue.record, queue.wait
+        self.run, self.record, self.wait = queue.run, queue.record, queue.wait
 
-    def run(self, work) -> None:
-        def checked() -> None:
-            assert self._earlier.item() == 1, "work overtook earlier work on the main queue"
-            work()
+    def launch(self, work) -> None:
+        def checked(stream: int) -> None:
+            assert self._earlier.item() == 1, "a copy overtook earlier work on the main queue"
+            work(stream)
 
-        self._queue.run(checked)
+        self._queue.launch(checked)
 
 
 @pytest.mark.parametrize("local", [0, 128, 400])
@@ -167,7 +167,7 @@ def test_the_first_copy_is_queued_first_then_local_work() -> None:
     queued: list[tuple[str, object]] = []
 
     class Work:
-        def stage(self, part: ring_plan.Part, slot: object) -> None:
+        def stage(self, part: ring_plan.Part, slot: object, stream: int) -> None:
             queued.append(("copy", part))
 
         def compute(self, part: ring_plan.Part, slot: object) -> None:

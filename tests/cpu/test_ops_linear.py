@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -256,23 +258,31 @@ def test_stock_reads_are_added_to_the_record_by_the_split_of_the_moment(split, e
     assert words[[0, 3, 4]].tolist() == [split, 2, 5], "one call each; split and window stay"
 
 
-def test_a_buffer_with_a_record_is_counted_there_and_not_on_the_host(monkeypatch):
+def test_a_buffer_with_a_record_counts_calls_and_replays_there(monkeypatch):
     class Record:
         address = 4096
+        calls: ClassVar[list[TierBytes]] = []
 
         def publish(self, split: int) -> None: ...
 
+        def count_call(self, read: TierBytes) -> None:
+            self.calls.append(read)
+
     buffer, weight = tiered(torch.randn(2 * N, K), "w", remote=0.25)
     buffer.record = Record()
-    words = torch.zeros(8, dtype=torch.int64)
-    words[0] = buffer.split
-    monkeypatch.setattr(reads, "_words", lambda operand: words)
+    queued: list[tuple[object, ...]] = []
+    monkeypatch.setattr(reads, "queue_count", lambda *asked, **_: queued.append(asked))
     with reads.uncounted():
         with reads.uncounted():
             reads.count_dense("gated_linear", weight[:N], weight[N:])
         reads.count_dense("gated_linear", weight[:N], weight[N:])
-    assert int(words[3]) == 0
+    assert not Record.calls
     reads.count_dense("gated_linear", weight[:N], weight[N:])
-    assert counters.snapshot() == ()
-    assert TierBytes(int(words[1]), int(words[2])) == buffer.bytes_by_tier()
-    assert int(words[3]) == 1
+    assert counters.snapshot() == () and not queued
+    assert Record.calls == [buffer.bytes_by_tier()]
+    monkeypatch.setattr(reads, "current_capture", lambda device: 3)
+    monkeypatch.setattr(reads, "capability", lambda index: reads.HOPPER)
+    reads.count_dense("gated_linear", weight[:N], weight[N:])
+    half = weight[:N].nbytes
+    assert queued == [(4096, ((0, half), (half, half)))], "a replay counts it"
+    assert len(Record.calls) == 1

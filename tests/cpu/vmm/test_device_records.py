@@ -6,6 +6,7 @@ import ctypes
 import gc
 import struct
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from dak_inductor.cuda_runtime.device_records import (
 from dak_inductor.cuda_runtime.registered import RegisteredTier
 from dak_inductor.cuda_runtime.simulated import SimulatedTier
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.cuda_runtime.vmm import VmmTier
 from dak_inductor.errors import DeviceMemoryError, MoveError, OptionError
 
@@ -120,6 +122,20 @@ def test_counters_are_read_since_the_last_reset(records: DeviceRecords) -> None:
     count(first.device_record, local=1, remote=2, peak=3)
     assert records.read_counters()[first] == RecordCounters(1, 2, 1, 3)
     assert words(first.device_record)[0] == PAGE
+
+
+def test_what_the_host_counts_is_added(records: DeviceRecords) -> None:
+    """And none of it is lost that threads count at once."""
+    buffer = buffer_of()
+    count(records.record(buffer), local=5, remote=7, peak=100)
+    record = buffer.record
+    assert record is not None
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: record.count_call(TierBytes(2, 3)), range(1000)))
+    assert records.read_counters()[buffer] == RecordCounters(2005, 3007, 1001, 100)
+    records.reset_counters()
+    record.count_call(TierBytes(1, 0))
+    assert records.read_counters()[buffer] == RecordCounters(1, 0, 1)
 
 
 def test_the_place_of_a_dead_buffer_is_used_again_after_the_work(
