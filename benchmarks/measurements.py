@@ -33,7 +33,7 @@ STEPS = (
     "decode_step", "decode_step_16", "decode_step_64", "decode_step_70b", "decode_step_peer",
     "decode_step_peer_direct", "b1", "b64", "prefill_1", "prefill_4",
 )  # fmt: skip
-MODELS = ("models", "models_opt", "models_encoders")
+MODELS = ("models", "models_opt", "models_encoders", "models_peer")
 TOPICS = {
     "system": (
         "planner", "cost_model", "compile", "move", "load", "pages", "over_budget", "marks",

@@ -7,8 +7,20 @@ of the GPU scales it, and the same calls took up to 1.7 times as long from one m
 
 from __future__ import annotations
 
-PRODUCT_SECONDS = 34e-6
-"""Of one that is a single launch: the kernel 28 us, the stock operator with its count 39."""
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dak_inductor.lowering.linear.call_facts import CallFacts
+    from dak_inductor.lowering.linear.ways import WayName
+
+KERNEL_SECONDS = 28e-6
+"""Of one by the kernel, whatever is fused into it."""
+STOCK_SECONDS = 39e-6
+"""Of one by the stock operator, with its count."""
+FOLLOWING_SECONDS = 12e-6
+"""Of each operator more that a product takes which is not by the kernel. Assumed: a launch by torch
+took 5 to 8 us besides the call. Without it 24 products of BERT-large with 512 tokens, most of them
+local, went by stock operators, and calls took half as long again (`models_encoders.json`)."""
 RING_SECONDS = 50e-6
 """Of one through a ring of its own, besides the parts that this copies."""
 RING_PART_SECONDS = 85e-6
@@ -24,10 +36,20 @@ PART_SECONDS = 80e-6
 """Of each further part: with four it takes 350 us."""
 
 
-def ring_seconds(remote_bytes: int) -> float:
-    """The least that a product through a ring of its own takes; with nothing remote it is the stock
-    operator."""
-    return RING_SECONDS + IN_LINE_SECONDS if remote_bytes else PRODUCT_SECONDS
+def following_seconds(call: CallFacts) -> float:
+    """Of what stock products leave to others: activation, a second product with its gate, residual
+    sum."""
+    more = (call.activation != "none") + 2 * call.problem.gated + call.residual
+    return more * FOLLOWING_SECONDS
+
+
+def way_seconds(way: WayName, call: CallFacts) -> float:
+    """The least of a call by that way. A ring with nothing remote is the stock operator."""
+    if way == "direct":
+        return KERNEL_SECONDS
+    rings = way == "ring" and any(call.remote_bytes)
+    own = RING_SECONDS + IN_LINE_SECONDS if rings else STOCK_SECONDS
+    return own + following_seconds(call)
 
 
 def staged_seconds(parts: int) -> float:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dak_inductor.quantity_text import bytes_text
+from dak_inductor.quantity_text import bytes_text, count_text
 from dak_inductor.report.html import Html, cell, join, number, table, tag
 
 HEADINGS = ("provider", "kind", "status", "realised", "TTFT ms", "T/L", "TPOT ms", "T/L",
@@ -20,6 +20,7 @@ SHOWN = frozenset({
 })  # fmt: skip
 """Entries of a row that the tables show."""
 _NUMBERS = range(3, 16)
+LEFT_OUT = "left out"
 
 
 def model_tables(rows: Sequence[Mapping[str, Any]]) -> Html:
@@ -34,7 +35,10 @@ def model_tables(rows: Sequence[Mapping[str, Any]]) -> Html:
         )
         lines = [_line(row, marked=figure == "measured" and _time(row) == best) for row in members]
         title = tag("h3", tag("span", figure, class_="open"), ": ", ", ".join(words))
-        parts.append(join([title, _filled(lines)]))
+        if all(row.get("status") == LEFT_OUT for row in members):
+            parts.append(join([title, tag("p", count_text(len(members), "row"), " left out")]))
+        else:
+            parts.append(join([title, _filled(lines)]))
     return join(parts)
 
 

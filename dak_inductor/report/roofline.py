@@ -12,6 +12,8 @@ from dak_inductor.report.records import LoadedRecord
 
 LEAST = 0.003
 """Ratios below are drawn here: nothing remote has no place on a logarithmic axis."""
+CURVE = 60
+"""Pieces of the limit's curve, besides its corner."""
 MOST_TOKENS = 32
 """With more tokens a product, and with more queries attention, may be bound by compute, which this
 picture does not show."""
@@ -72,7 +74,8 @@ Points = dict[str, list[tuple[float, float]]]
 
 
 def _bandwidth(name: str, points: Points, hbm: float, link: float) -> Picture:
-    ratios = [LEAST * (1 / LEAST) ** (i / 200) for i in range(201)]
+    corner = link / (hbm + link)  # left of it HBM is the limit, right of it the link
+    ratios = sorted([corner, *(LEAST * (1 / LEAST) ** (i / CURVE) for i in range(CURVE + 1))])
     curve = tuple((ratio, limit(ratio, hbm, link) / 1e9) for ratio in ratios)
     series = [Series("limit: HBM and link together", curve, curve=True), *_series(points)]
     values = [y for one in series for _, y in one.points]

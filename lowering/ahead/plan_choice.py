@@ -121,7 +121,8 @@ def _with_host(plan: StepPlan, ops: Sequence[StepOp]) -> StepPlan:
         if step.launched:
             host += op.host + parts[number] * COPY_SECONDS
         else:
-            host += staged_seconds(parts[number]) if number in parts else op.host
+            staged = number in parts
+            host += staged_seconds(parts[number]) + op.following if staged else op.host
     return replace(
         plan,
         seconds=max(plan.seconds, host),

@@ -23,7 +23,12 @@ from dak_inductor.lowering.ahead.step_op import LinkRates, RowSpan, StepOp
 from dak_inductor.lowering.copy_cost import piece_overhead
 from dak_inductor.lowering.element_types import ELEMENT_BYTES
 from dak_inductor.lowering.gpu_profile import profile_of
-from dak_inductor.lowering.host_cost import PRODUCT_SECONDS, ring_seconds
+from dak_inductor.lowering.host_cost import (
+    KERNEL_SECONDS,
+    STOCK_SECONDS,
+    following_seconds,
+    way_seconds,
+)
 from dak_inductor.lowering.linear import ring_plan
 from dak_inductor.lowering.linear.call_facts import CallFacts
 from dak_inductor.lowering.linear.configuration import DECODE_TOKENS
@@ -81,7 +86,7 @@ def step_ops(
     found = []
     for call in calls:
         if call.facts is None:
-            found.append(StepOp(0.0, 0.0, refusal=call.refusal, host=PRODUCT_SECONDS))
+            found.append(StepOp(0.0, 0.0, refusal=call.refusal, host=STOCK_SECONDS))
             continue
         spans = tuple(weight.span(split_of) for weight in call.weights)
         present = tuple(span for span in spans if span is not None)
@@ -138,7 +143,7 @@ def _step_op(
     rest += sum(_local_copy_seconds(span, profile) for span in spans)
     return StepOp(
         direct, link, spans, local, once, row, rest, launch,
-        host=host, own_ring=own_ring, piece_row=piece_row,
+        host=host, own_ring=own_ring, piece_row=piece_row, following=following_seconds(facts),
     )  # fmt: skip
 
 
@@ -175,7 +180,7 @@ def _alone(facts: CallFacts, device_index: int, *, spared: bool) -> _Alone:
         return _by_ring(facts, device_index)
     remote, link = sum(facts.remote_bytes), profile_of(device_index).link(facts.tier)
     seconds = _seconds(way, facts, _by_ring(facts, device_index).seconds)
-    return _Alone(seconds, remote / link.direct_bandwidth, PRODUCT_SECONDS)
+    return _Alone(seconds, remote / link.direct_bandwidth, way_seconds(way.name, facts))
 
 
 @lru_cache(maxsize=4096)
@@ -193,7 +198,7 @@ def _few_tokens(facts: CallFacts, device_index: int) -> _Alone:
     busy = remote / link.direct_bandwidth
     seconds = max(local, busy, problem.flops / peak) + op_floor("linear", profile)
     seconds += alone_seconds(problem.m, remote / problem.weight_bytes, profile, link)
-    return _Alone(seconds, busy, PRODUCT_SECONDS)
+    return _Alone(seconds, busy, KERNEL_SECONDS)
 
 
 @lru_cache(maxsize=4096)
@@ -202,7 +207,8 @@ def _by_ring(facts: CallFacts, device_index: int) -> _Alone:
     profile, remote = profile_of(device_index), sum(facts.remote_bytes)
     link = profile.link(facts.tier)
     seconds = ring_plan.estimate(facts.problem, facts.remote_bytes, profile, link)
-    return _Alone(seconds, remote / link.copy_bandwidth, ring_seconds(remote), remote > 0)
+    host = way_seconds("ring", facts)
+    return _Alone(seconds, remote / link.copy_bandwidth, host, remote > 0)
 
 
 def _seconds(way: Way, facts: CallFacts, ring: float) -> float:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from dak_inductor import options
 from dak_inductor.lowering.choices import Choices, fastest
-from dak_inductor.lowering.host_cost import PRODUCT_SECONDS, ring_seconds
+from dak_inductor.lowering.host_cost import way_seconds
 from dak_inductor.lowering.linear.call_facts import CallFacts, kind_of
 from dak_inductor.lowering.linear.ways import Way, WayName
 
@@ -48,8 +48,7 @@ class Trial:
     @property
     def sparing(self) -> WayName:
         """The one taken where the host is slower than the GPU."""
-        remote = sum(self.call.remote_bytes)
-        return min(self.seconds, key=lambda timed: with_host(timed[0], timed[1], remote))[0]
+        return min(self.seconds, key=lambda timed: with_host(timed[0], timed[1], self.call))[0]
 
     @property
     def taken(self) -> str:
@@ -121,7 +120,7 @@ class Trials:
 
         def seconds(way: Way) -> float:
             known = measured.get(way.name, way.seconds)
-            return math.inf if known is None else with_host(way.name, known, sum(call.remote_bytes))
+            return math.inf if known is None else with_host(way.name, known, call)
 
         return min(ways, key=seconds)
 
@@ -153,10 +152,10 @@ class Trials:
         return next((way for way in ways if way.name == chosen), first)
 
 
-def with_host(way: WayName, seconds: float, remote_bytes: int) -> float:
+def with_host(way: WayName, seconds: float, call: CallFacts) -> float:
     """By what to choose where the host is slower than the GPU, of which a way takes so long: both
     together, since what a long product takes of the GPU may make that the slower one."""
-    return seconds + (ring_seconds(remote_bytes) if way == "ring" else PRODUCT_SECONDS)
+    return seconds + way_seconds(way, call)
 
 
 def is_sure(ways: Sequence[Way]) -> bool:

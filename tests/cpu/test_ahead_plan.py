@@ -21,16 +21,18 @@ from dak_inductor.lowering.ahead.step_plan import StepPlan, StepPlans
 from dak_inductor.lowering.ahead.timeline import LOCAL
 from dak_inductor.lowering.host_cost import (
     COPY_SECONDS,
+    IN_LINE_SECONDS,
+    KERNEL_SECONDS,
     PART_SECONDS,
-    PRODUCT_SECONDS,
+    RING_SECONDS,
     STAGED_SECONDS,
-    ring_seconds,
 )
 
 H200 = hardware.load("h200")
 HOST = H200.link("cpu")
 RATES = link_rates(H200, HOST)
 MIB = 1 << 20
+RING_ALONE = RING_SECONDS + IN_LINE_SECONDS
 
 
 def choose(*args, **options) -> StepPlan:
@@ -53,7 +55,7 @@ def op_of(
     return StepOp(
         max(local, link) + 2e-6, link, spans, local, 4e-6, row_bytes / 4e12, 2e-6,
         nbytes / H200.hbm_bandwidth + 2e-6 if launch else 0.0,
-        host=PRODUCT_SECONDS,
+        host=KERNEL_SECONDS,
     )  # fmt: skip
 
 
@@ -232,7 +234,7 @@ def test_outside_of_cuda_graphs_the_host_decides_where_it_takes_longer() -> None
     eager = plans.eager
     assert eager.staged == 0 and not eager.waits_for_host
     assert eager.seconds == eager.direct_seconds == plans.captured.direct_seconds
-    assert eager.host_seconds == pytest.approx(32 * PRODUCT_SECONDS)
+    assert eager.host_seconds == pytest.approx(32 * KERNEL_SECONDS)
     assert f"ms of the host, direct {eager.seconds * 1e3:.3f} ms" in eager.ops[0].reason
     asked = plan_choice.choose(ops, RATES, strategy="staged", room=256 * MIB).eager
     assert asked.staged == 32 and asked.seconds == pytest.approx(
@@ -242,15 +244,15 @@ def test_outside_of_cuda_graphs_the_host_decides_where_it_takes_longer() -> None
 
 def test_where_the_host_decides_products_take_the_ways_that_spare_it() -> None:
     """And where the GPU does those that it takes least for, though the host takes longer."""
-    for seconds, spares in ((30e-6, True), (300e-6, False)):
-        ring = [StepOp(seconds, seconds / 2, host=ring_seconds(1))] * 24
-        kernel = [StepOp(1.1 * seconds, seconds / 2, host=PRODUCT_SECONDS)] * 24
+    for seconds, spares in ((24e-6, True), (300e-6, False)):
+        ring = [StepOp(seconds, seconds / 2, host=RING_ALONE)] * 24
+        kernel = [StepOp(1.1 * seconds, seconds / 2, host=KERNEL_SECONDS)] * 24
         plans = plan_choice.choose(ring, RATES, strategy="auto", room=64 * MIB, spared=kernel)
         assert plans.eager.spares_host is spares and not plans.captured.spares_host
         assert plans.captured.seconds == pytest.approx(24 * seconds)
-        expected = 24 * (PRODUCT_SECONDS if spares else seconds)
+        expected = 24 * (KERNEL_SECONDS if spares else seconds)
         assert plans.eager.seconds == pytest.approx(expected)
-    slower = [replace(op, direct=10 * ring_seconds(1)) for op in kernel]
+    slower = [replace(op, direct=10 * RING_ALONE) for op in kernel]
     plans = plan_choice.choose(
         [replace(op, direct=30e-6) for op in ring], RATES, strategy="auto", room=64 * MIB,
         spared=slower,

@@ -107,7 +107,7 @@ def test_all_recorded_grids_are_compared(
         recorded = json.loads((RESULTS / f"{name}.json").read_text())["cells"]
         assert sum(cells) == sum(cell["status"] != "failed" for cell in recorded), name
         assert name in printed
-    assert {row["phase"] for row in record["cells"]} == {"decode", "prefill"}
+    assert {row["phase"] for row in record["cells"]} == {"decode", "prefill", "prefill step"}
 
 
 def test_another_record_is_refused() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import dak_inductor as dak
 from dak_inductor import compiled_graph, hardware, trial_report
 from dak_inductor.backend import compile_graph
-from dak_inductor.lowering import choices
+from dak_inductor.lowering import choices, host_cost
 from dak_inductor.lowering.choices import fastest
 from dak_inductor.lowering.linear import (
     trials,
@@ -191,6 +191,20 @@ def test_where_the_host_is_slower_it_is_spared(chooser: Trials) -> None:
     chooser.choose(large, offered[:2], Clock(offered[:2], ring=500, direct=900))
     assert chooser.sparing(large, offered[:2]) is RING
     assert chooser.results()[1].taken == "ring"
+
+
+def test_what_follows_a_stock_product_takes_the_host_too(chooser: Trials) -> None:
+    """The kernel has it fused."""
+    local = replace(facts_of(m=512), remote_bytes=(0,))
+    fused = replace(local, activation="gelu", residual=True)
+    times = {"ring": 20, "direct": 40, "stock": 21}
+    for call, way in ((local, RING), (fused, DIRECT)):
+        offered = (RING, DIRECT, STOCK)
+        assert chooser.choose(call, offered, Clock(offered, **times)) is RING
+        assert chooser.sparing(call, offered) is way
+    gated = replace(local, problem=replace(local.problem, gated=True), activation="silu")
+    more = [host_cost.following_seconds(call) for call in (local, fused, gated)]
+    assert more == pytest.approx([each * host_cost.FOLLOWING_SECONDS for each in (0, 2, 3)])
 
 
 def test_without_a_trial_the_host_is_spared_by_estimates() -> None:
