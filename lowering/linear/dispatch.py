@@ -17,8 +17,9 @@ from dak_inductor.lowering.linear.call_facts import CallFacts
 from dak_inductor.lowering.linear.configuration import MAXIMUM_TOKENS
 from dak_inductor.lowering.linear.launch import LinearLaunch
 from dak_inductor.lowering.linear.open_step import current, spares_host
+from dak_inductor.lowering.linear.operands import Operands
 from dak_inductor.lowering.linear.problem import LinearProblem
-from dak_inductor.lowering.linear.product import Product, key_of
+from dak_inductor.lowering.linear.product import Product
 from dak_inductor.lowering.linear.routes import ROUTES
 from dak_inductor.lowering.linear.trials import TRIALS
 from dak_inductor.lowering.linear.ways import Way, WayName, ways_of
@@ -55,19 +56,19 @@ def run(
     step, state = current(), TRIALS.state
     captured = current_capture(x.device) != 0
     spared = spares_host() and not captured
-    key = key_of(x, weights, biases, residual, activation, layout)
-    product = None
+    call = Operands(x, weights, biases, residual, activation, layout)
+    key, product = call.key(), None
     if step is not None:
-        product = _product(x, weights, biases, residual, activation, layout, key)
+        product = _product(call, key)
         served = None if product is None else step.serve(product)
         if served is not None:
             return served
     route = ROUTES.find(key, state, spared=spared)
     if route is not None:  # what refuses a call is in its key
-        served = route.at_once(x, weights, biases, residual, activation, captured=captured)
+        served = route.at_once(call, captured=captured)
         if served is not None:
             return served
-    product = product or _product(x, weights, biases, residual, activation, layout, key)
+    product = product or _product(call, key)
     if product is None:
         return None
     if route is not None:
@@ -79,20 +80,10 @@ def run(
     return _fastest(product, stock, measures=step is None or step.measures, spared=spared)
 
 
-def _product(
-    x: Tensor,
-    weights: tuple[Tensor, ...],
-    biases: tuple[Tensor | None, ...],
-    residual: Tensor | None,
-    activation: str,
-    layout: str,
-    key: Hashable,
-) -> Product | None:
+def _product(call: Operands, key: Hashable) -> Product | None:
     """None where nothing of it is tiered."""
-    buffers = tuple([address_table.lookup(weight.data_ptr()) for weight in weights])
-    if not any(buffers):
-        return None
-    return Product(x, weights, buffers, biases, residual, activation, layout, key)
+    buffers = tuple([address_table.lookup(weight.data_ptr()) for weight in call.weights])
+    return Product(call.x, call.weights, buffers, *call[2:], key) if any(buffers) else None
 
 
 def _by_ring(product: Product, *, spared: bool) -> Tensor | None:

@@ -14,6 +14,7 @@ from dak_inductor.lowering.linear import ring, tensor_maps
 from dak_inductor.lowering.linear.call_facts import CallFacts
 from dak_inductor.lowering.linear.configuration import LinearConfiguration
 from dak_inductor.lowering.linear.launch import CopiedRows, LinearLaunch, Operand
+from dak_inductor.lowering.linear.operands import Operands
 from dak_inductor.lowering.linear.problem import Activation, LinearProblem
 from dak_inductor.lowering.marks import MARKS
 
@@ -25,28 +26,6 @@ _ACTIVATIONS = {
 }
 
 
-def key_of(
-    x: Tensor,
-    weights: tuple[Tensor, ...],
-    biases: tuple[Tensor | None, ...],
-    residual: Tensor | None,
-    activation: str,
-    layout: str,
-) -> Hashable:
-    """What tells two calls apart that may run in different ways, or at different costs. All that
-    refusals ask is in it: where one is refused, so is the other."""
-    return (
-        tuple([(each.data_ptr(), each.shape, each.stride(), each.dtype) for each in weights]),
-        x.shape,
-        x.dtype,
-        x.device,
-        activation,
-        layout,
-        tuple([None if b is None else (b.data_ptr(), b.shape, b.dtype) for b in biases]),
-        None if residual is None else (residual.shape, residual.dtype, residual.device),
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Product:
     """activation(x W^T + bias) (* (x up^T + bias)) + residual, [..., N].
@@ -56,7 +35,7 @@ class Product:
     buffers: of each weight the buffer that holds it; None: it is all local.
     biases: [N] or None for each weight.
     residual: [..., N] or None.
-    key: `key_of` it, worked out where it is not given.
+    key: that of its operands, worked out where it is not given.
     """
 
     x: Tensor
@@ -70,9 +49,8 @@ class Product:
 
     def __post_init__(self) -> None:
         if self.key is None:
-            operands = self.x, self.weights, self.biases, self.residual
-            key = key_of(*operands, self.activation, self.layout)
-            object.__setattr__(self, "key", key)
+            of = self.x, self.weights, self.biases, self.residual, self.activation, self.layout
+            object.__setattr__(self, "key", Operands(*of).key())
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -26,6 +26,7 @@ from dak_inductor.lowering.linear import ring_plan
 from dak_inductor.lowering.linear.copy_engine import copy
 from dak_inductor.lowering.linear.counted_reads import count, counted_reads
 from dak_inductor.lowering.linear.epilogue import finish
+from dak_inductor.lowering.linear.operands import Operands
 from dak_inductor.lowering.linear.problem import LinearProblem
 from dak_inductor.lowering.linear.queues import Queues, queues_of
 from dak_inductor.lowering.linear.ring_calls import choose_for_calls
@@ -114,39 +115,28 @@ class PreparedRing:
         self._slots = [features * problem.k for features in self._plan.slots]
         self._counted = counted_reads(weights)
 
-    def __call__(
-        self,
-        x: Tensor,
-        weights: tuple[Tensor, ...],
-        biases: tuple[Tensor | None, ...],
-        residual: Tensor | None,
-        activation: str,
-    ) -> Tensor:
-        """One call, as `run` has it."""
+    def __call__(self, call: Operands) -> Tensor:
+        """One call, rounded as the stock composition does. Raises DriverError where a copy cannot
+        be queued."""
         if not torch.is_grad_enabled():
-            return self._run(x, weights, biases, residual, activation)
+            return self._run(call)
         with torch.no_grad():
-            return self._run(x, weights, biases, residual, activation)
+            return self._run(call)
 
-    def _run(
-        self,
-        x: Tensor,
-        weights: tuple[Tensor, ...],
-        biases: tuple[Tensor | None, ...],
-        residual: Tensor | None,
-        activation: str,
-    ) -> Tensor:
+    def _run(self, call: Operands) -> Tensor:
         problem, plan = self._problem, self._plan
+        x, weights = call.x, call.weights
         rows = token_rows(x)
         outputs = tuple([x.new_empty((problem.m, problem.n)) for _ in weights])
         slots = allocate(self._slots, x)
-        products = Products(rows, weights, biases, outputs, self._residency, problem.in_out)
+        products = Products(rows, weights, call.biases, outputs, self._residency, problem.in_out)
         queues = queues_of(x.device)
         if plan.in_line:
             queues = Queues(queues.main, queues.main)
         counts = partial(count, self._counted, weights)
         staging.issue(plan.parts, products, slots, queues, counts, copy_bound=plan.copy_bound)
-        return finish(outputs, activation, residual).view(*x.shape[:-1], problem.n)
+        result = finish(outputs, call.activation, call.residual)
+        return result.view(*x.shape[:-1], problem.n)
 
 
 def run(
@@ -177,7 +167,7 @@ def run(
     problem = LinearProblem(x.numel() // k, n, k, x.dtype, len(weights) == 2, in_out)
     in_graph = current_capture(x.device) != 0
     prepared = PreparedRing(problem, weights, buffers, x.device, in_graph=in_graph)
-    return prepared(x, weights, biases, residual, activation)
+    return prepared(Operands(x, weights, biases, residual, activation, layout))
 
 
 def token_rows(x: Tensor) -> Tensor:

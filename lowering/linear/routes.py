@@ -18,6 +18,7 @@ from torch import Tensor
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.lowering.linear.launch import LinearLaunch
+from dak_inductor.lowering.linear.operands import Operands
 from dak_inductor.lowering.linear.problem import LinearProblem
 from dak_inductor.lowering.linear.product import Product
 from dak_inductor.lowering.linear.ring import PreparedRing
@@ -62,16 +63,7 @@ class Route:
                 return False
         return not any(address_table.lookup(address) for address in self.local)
 
-    def at_once(
-        self,
-        x: Tensor,
-        weights: tuple[Tensor, ...],
-        biases: tuple[Tensor | None, ...],
-        residual: Tensor | None,
-        activation: str,
-        *,
-        captured: bool,
-    ) -> Tensor | None:
+    def at_once(self, call: Operands, *, captured: bool) -> Tensor | None:
         """The result, where it can be had without a look at the operands.
 
         captured: the call is; in a graph a ring has another plan.
@@ -79,10 +71,10 @@ class Route:
         if MARKS.on:
             return None
         if self.launch is not None:
-            return self.launch.run(x, residual, self.shape)
+            return self.launch.run(call.x, call.residual, self.shape)
         if self.calls is None or (captured and self.way == "ring"):
             return None
-        return self.calls(x, weights, biases, residual, activation)
+        return self.calls(call)
 
 
 class Routes:

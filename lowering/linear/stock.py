@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dak_inductor.lowering.linear.counted_reads import count, counted_reads
 from dak_inductor.lowering.linear.epilogue import finish
+from dak_inductor.lowering.linear.operands import Operands
 
 _linear = torch.ops.aten.linear.default
 
@@ -18,21 +19,12 @@ class StockProduct:
         self._counted = counted_reads(weights)
         self._in_out = layout == "in_out"
 
-    def __call__(
-        self,
-        x: Tensor,
-        weights: tuple[Tensor, ...],
-        biases: tuple[Tensor | None, ...],
-        residual: Tensor | None,
-        activation: str,
-    ) -> Tensor:
-        """activation(x W^T + bias) (* (x up^T + bias)) + residual, as the stock composition rounds
-        it.
-
-        Args: as of `ring.run`.
-        """
+    def __call__(self, call: Operands) -> Tensor:
+        """One call, rounded as the stock composition does."""
+        weights = call.weights
         count(self._counted, weights)
         if self._in_out:
             weights = tuple([weight.t() for weight in weights])
-        outputs = [_linear(x, *factors) for factors in zip(weights, biases, strict=True)]
-        return finish(outputs, activation, residual)
+        factors = zip(weights, call.biases, strict=True)
+        outputs = [_linear(call.x, weight, bias) for weight, bias in factors]
+        return finish(outputs, call.activation, call.residual)

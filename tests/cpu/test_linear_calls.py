@@ -24,6 +24,7 @@ from dak_inductor.lowering.linear import (
     stopwatch,
     trials,
 )
+from dak_inductor.lowering.linear.operands import Operands
 from dak_inductor.lowering.linear.trials import Trials
 from dak_inductor.lowering.marks import MARKS
 
@@ -75,11 +76,11 @@ def tried(h200: None, monkeypatch: pytest.MonkeyPatch):
         return F.linear(self.x, self.weights[0]) + 2
 
     def again_staged(*_, **__):
-        return lambda x, weights, *_: (ran.append("ring"), F.linear(x, weights[0]) + 2)[1]
+        return lambda call: (ran.append("ring"), F.linear(call.x, call.weights[0]) + 2)[1]
 
     def again_stock(weights: tuple[torch.Tensor, ...], layout: str):
         calls = stock.StockProduct(weights, layout)
-        return lambda *operands: (ran.append("stock"), calls(*operands))[1]
+        return lambda call: (ran.append("stock"), calls(call))[1]
 
     count = ops_linear.reads.count_dense
 
@@ -157,12 +158,13 @@ def test_a_stock_product_is_what_the_stock_composition_is(
     x, bias = torch.randn(2, 3, 512, dtype=BF16), torch.randn(512, dtype=BF16)
     residual = torch.randn(2, 3, 512, dtype=BF16)
     calls = stock.StockProduct((tried.weight,), layout)
-    result = calls(x, (tried.weight,), (bias,), residual, activation)
+    result = calls(Operands(x, (tried.weight,), (bias,), residual, activation, layout))
     asked = (x, tried.weight, bias, residual, activation, layout)
     torch.testing.assert_close(result, ops_linear._linear_epilogue(*asked), rtol=0, atol=0)
     assert counters.total() == tried.buffer.bytes_by_tier()
     gated = stock.StockProduct((tried.weight, tried.weight[:]), layout)
-    result = gated(x, (tried.weight, tried.weight), (bias, None), None, activation)
+    weights = (tried.weight, tried.weight)
+    result = gated(Operands(x, weights, (bias, None), None, activation, layout))
     expected = ops_linear._gated_linear(
         x, tried.weight, tried.weight, bias, None, activation, layout
     )
