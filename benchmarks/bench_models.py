@@ -34,10 +34,11 @@ from dak_inductor.benchmarks.harness.model_case import (
     predicted_cases,
     whole_model_providers,
 )
-from dak_inductor.benchmarks.harness.model_run import FAILED, LEFT_OUT, Limits, Listener, ModelRun
+from dak_inductor.benchmarks.harness.model_run import FAILED, Limits, Listener, ModelRun
 from dak_inductor.benchmarks.harness.model_verdicts import verdicts
 from dak_inductor.benchmarks.harness.record import Record, make_record
 from dak_inductor.errors import OptionError
+from dak_inductor.report.model_table import LEFT_OUT
 
 NAME = "models"
 QUICK_LIMITS = {True: Limits(130.0, 175.0, 120.0), False: Limits(225.0, 290.0, 150.0)}

@@ -43,6 +43,7 @@ SUITES: Mapping[str, Suite] = {
     "move": Suite("bench_move", "move", limit=120),
     "decode_step": Suite("bench_step", "decode_step", limit=420),
     "marks": Suite("bench_marks", "marks", limit=240),
+    "host": Suite("bench_host", "host", limit=120),
     "load": Suite("bench_load", "load", limit=240),
     "pages": Suite("bench_pages", "pages", limit=300),
     "over_budget": Suite("generate_over_budget", "over_budget", limit=420),

@@ -20,10 +20,10 @@ class Stats:
     CUDA:
 
     - Products with a weight that the CUDA or the Triton template serves are counted on the device,
-      by their kernels, or by a small addition where one of them runs its stock composition after
-      all. So replays of CUDA graphs count, and the tier is that of the moment. A record belongs to
-      a tensor: where operators of several kinds read one, `kind` names them all, joined by "+".
-      Counts of a tensor go when it is freed.
+      by their kernels. Where one of them runs its stock composition after all, the host counts it
+      as it is queued, and in a CUDA graph a small kernel does. So replays count, and the tier is
+      that of the moment. A record belongs to a tensor: where operators of several kinds read one,
+      `kind` names them all, joined by "+". Counts of a tensor go when it is freed.
     - All others cannot count. Their figures are the bytes of the compiled graphs' operators times
       the calls of these graphs, by the placement at each call. Work outside compiled graphs, and
       replays of graphs that the caller captured, are not seen there.

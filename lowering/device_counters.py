@@ -1,4 +1,4 @@
-"""What kernels counted in device memory, by tiered buffer."""
+"""What was counted in the records of tiered buffers, by kernels and by the host."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def reset() -> None:
 @contextmanager
 def kept(operands: Sequence[torch.Tensor]) -> Iterator[None]:
     """What is queued inside, on the current stream, leaves the counters of the operands' buffers as
-    they were, and no kernel counts for others. What another stream counts meanwhile is lost."""
+    they were, and nothing counts for stock operators. What another stream counts meanwhile is
+    lost."""
     records: list[torch.Tensor] = [torch.ops.dak.residency.default(each) for each in operands]
     counters = [record[_COUNTERS] for record in records]
     before = [each.clone() for each in counters]

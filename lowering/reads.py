@@ -22,7 +22,8 @@ _of_thread = threading.local()
 
 @contextmanager
 def uncounted() -> Iterator[None]:
-    """Nothing that this thread queues inside has its reads counted by a kernel of its own."""
+    """Nothing that this thread queues inside has its reads counted in a record, but by our kernels
+    themselves."""
     before = getattr(_of_thread, "uncounted", False)
     _of_thread.uncounted = True
     try:

@@ -18,9 +18,10 @@ from typing import IO, Any
 
 from dak_inductor.benchmarks.harness.model_case import Case
 from dak_inductor.benchmarks.harness.model_worker import parse
+from dak_inductor.report.model_table import LEFT_OUT
 
 WORKER = (sys.executable, "-m", "dak_inductor.benchmarks.harness.model_worker")
-LEFT_OUT, FAILED = "left out", "failed"
+FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dak_inductor.benchmarks.harness.model_case import MEASURED
-from dak_inductor.benchmarks.harness.model_run import LEFT_OUT
 from dak_inductor.benchmarks.harness.record import Verdict
 from dak_inductor.quantity_text import bytes_text
+from dak_inductor.report.model_table import LEFT_OUT
 from dak_inductor.report.peer_ratios import against_fastest
 
 BAR_AGAINST_PEERS = 1.0
@@ -100,7 +100,7 @@ def table_rows(rows: Sequence[Row]) -> list[dict[str, object]]:
             "remote": _bytes(row.get("remote_bytes")),
             "read remote": _bytes(row.get("tpot_counted_remote", row.get("ttft_counted_remote"))),
             "compile s": row.get("compile_seconds"),
-            "status": row["status"] if row["status"] in ("ok", "left out")
+            "status": row["status"] if row["status"] in ("ok", LEFT_OUT)
             else f"{row['status']}: {str(row.get('reason', ''))[:60]}",
         }
         for row in rows

@@ -21,6 +21,7 @@ SHOWN = frozenset({
 """Entries of a row that the tables show."""
 _NUMBERS = range(3, 16)
 LEFT_OUT = "left out"
+"""Status of a row that a time limit did not let begin."""
 
 
 def model_tables(rows: Sequence[Mapping[str, Any]]) -> Html:
