@@ -54,6 +54,8 @@ SIMULATED_PROMPT, SIMULATED_NEW, SIMULATED_LAYERS = 32, 8, 4
 NOTES = (
     "share: of the bytes of the linears of the layers; embedding and head stay on the card, in "
     "measured and simulated rows. A prediction's share is one of all weights of the full model",
+    "a first token and an encoder's step: of each provider the faster of CUDA graph replays and "
+    "calls; calls alone stand beside it",
     "L: the bytes asked for at the ceilings of this run, the same for every peer of a setting",
     "weights are random; a simulation has bytes, accuracy and compile time, and no step times",
 )

@@ -28,7 +28,13 @@ from dak_inductor.benchmarks.harness.peers.provider import (
     Setting,
     model_bytes,
 )
-from dak_inductor.benchmarks.harness.timing import TimingRule, capture, synchronize, time_calls
+from dak_inductor.benchmarks.harness.timing import (
+    Timing,
+    TimingRule,
+    capture,
+    synchronize,
+    time_calls,
+)
 from dak_inductor.benchmarks.harness.whole_model import DECODE, PREFILL, PhaseInputs, WholeModel
 from dak_inductor.benchmarks.harness.yardstick import Ceilings, over_bound, step_bound
 from dak_inductor.config_model import build_from
@@ -198,9 +204,12 @@ def _phase_row(
     *,
     remote_bytes: int,
 ) -> dict[str, object]:
-    """Time of a step and what it moves; L is that of the share asked for, whatever is realised."""
+    """Time of a step and what it moves; L is that of the share asked for, whatever is realised.
+
+    A decode step's is that of replays. Of a first token or an encoder the faster of replays and
+    calls counts, and the row has that of calls too: prompts vary, and not every server captures.
+    """
     name = "tpot" if phase == DECODE else "ttft"
-    step, method = _callable(prepared, machine, graph=phase == DECODE)
     row: dict[str, object] = {}
     if case.provider == "dak":  # others read as they like, and nothing counts it
         local, remote = _counted(prepared, machine.device)
@@ -215,8 +224,11 @@ def _phase_row(
         }
     if machine.ceilings is None:  # the time of a simulation on a CPU says nothing
         return row
-    timing = time_calls([step], device=machine.device, rule=machine.rule, method=method)
+    timings = _timings(prepared, machine, calls=phase != DECODE)
+    timing = min(timings, key=lambda each: each.seconds)
     bound = step_bound([work], machine.ceilings)
+    if phase != DECODE:
+        row["ttft_calls_ms"] = timings[-1].seconds * 1e3
     row |= {
         f"{name}_ms": timing.seconds * 1e3,
         f"{name}_method": timing.method,
@@ -268,11 +280,21 @@ def _as_planned(case: Case, model: WholeModel) -> dict[str, object]:
     return made | ({"note": told} if told else {})
 
 
-def _callable(
-    prepared: Prepared, machine: Machine, *, graph: bool
-) -> tuple[Callable[[], object], str]:
-    """A CUDA graph where a decode step can be captured; otherwise calls, with the reason."""
-    if machine.device.type != "cuda" or not graph or not prepared.graph:
+def _timings(prepared: Prepared, machine: Machine, *, calls: bool) -> list[Timing]:
+    """Of replays, where the step can be captured; then of calls, where asked for or where not."""
+    step, method = _captured(prepared, machine)
+    steps = [(step, method)]
+    if calls and step is not prepared.step:
+        steps.append((prepared.step, "calls"))
+    return [
+        time_calls([each], device=machine.device, rule=machine.rule, method=how)
+        for each, how in steps
+    ]
+
+
+def _captured(prepared: Prepared, machine: Machine) -> tuple[Callable[[], object], str]:
+    """A CUDA graph where the step can be captured; otherwise calls, with the reason."""
+    if machine.device.type != "cuda" or not prepared.graph:
         return prepared.step, "calls"
     here = torch.cuda.current_stream(machine.device)
     try:

@@ -41,6 +41,14 @@ def verdicts(
     return made
 
 
+METRICS = (
+    ("tpot_ms", "decode"),
+    ("ttft_ms", "first token"),
+    ("ttft_calls_ms", "first token in calls"),
+)
+"""Of rows, which are compared between providers, and what they are called."""
+
+
 def _settings(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows with one model, batch and share remote."""
     found: dict[str, list[Row]] = {}
@@ -62,7 +70,7 @@ def _against_peers(setting: str, rows: Sequence[Row]) -> list[Verdict]:
         Verdict(f"dak, {setting}: share realised / asked", asked, BAR_REALISED, "x",
                 asked >= BAR_REALISED)
     ]  # fmt: skip
-    for metric, word in (("tpot_ms", "decode"), ("ttft_ms", "first token")):
+    for metric, word in METRICS:
         found = against_fastest(rows, metric)
         if found is not None:
             passed = False if found.ratio > BAR_AGAINST_PEERS else None if waiting else True

@@ -124,8 +124,8 @@ def _cells(
     names.sort(key=lambda name: name in _LAST)  # long texts, behind the figures
     same = [name for name in names if len(kept) > 1 and _is_same(name, kept)]
     names = [name for name in names if name not in same]
-    rows = [[_entry(name, row.get(name)) for name in names] for row in kept]
     texts = {n for n in names if any(isinstance(row.get(n), str) for row in kept)}
+    rows = [[_entry(name, row.get(name), name in texts) for name in names] for row in kept]
     numeric = {i for i, name in enumerate(names) if name not in texts}
     words = count_text(len(cells), "row")
     if len(cells) > len(kept):
@@ -154,14 +154,16 @@ def _shown(name: str, rows: Sequence[Mapping[str, Any]]) -> bool:
     )
 
 
-def _entry(name: str, value: object) -> Html:
+def _entry(name: str, value: object, among_texts: bool) -> object:
     if name == "figure":
         return cell(str(value), _FIGURES.get(str(value), ""))
     if name == "status":
         return cell(str(value), "ok" if value == "ok" else "bad")
     if isinstance(value, str) and len(value) > 40:
         return cell(value[:_LONG] + ("..." if len(value) > _LONG else ""), "note", value)
-    return cell(number(value), "n" if isinstance(value, int | float) else "")
+    if among_texts and isinstance(value, int | float):
+        return cell(number(value), "n")
+    return number(value)
 
 
 def _folded(record: LoadedRecord) -> Html:

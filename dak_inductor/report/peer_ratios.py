@@ -10,6 +10,7 @@ OURS = "dak"
 PHASES: Mapping[str, str] = {
     "tpot_ms": "Decode step",
     "ttft_ms": "First token, and an encoder's step",
+    "ttft_calls_ms": "First token, and an encoder's step, in calls",
 }
 """The entry of a row with the milliseconds of a phase, and what the phase is called."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dak_inductor.report.html import MOST_COLUMNS
+
 _LIGHT = ("#e3f4e1", "#cfecd0", "#e9efb4", "#fbeaa0", "#fcd28b", "#f9b07c", "#ee8a72", "#dd6a6a")
 _DARK = ("#12402a", "#1c4d2c", "#414a1a", "#574a12", "#66430f", "#713510", "#7a2a1c", "#86222c")
 SERIES = ("#2563c9", "#c2410c", "#15803d", "#9333ea", "#0e7490", "#be123c", "#a16207", "#4b5563",
@@ -19,6 +21,7 @@ def _palette(heat: tuple[str, ...], series: tuple[str, ...]) -> str:
 _CLASSES = "".join(f".h{i}{{background:var(--h{i})}}" for i in range(len(_LIGHT))) + "".join(
     f".s{i}{{fill:var(--s{i});background:var(--s{i})}}" for i in range(len(SERIES))
 )
+_RIGHT = ",".join(f".r{i} td:nth-child({i})" for i in range(1, MOST_COLUMNS + 1))
 
 STYLE = (
     ":root{color-scheme:light dark;--bg:#fff;--fg:#1b2027;--dim:#5a6472;--line:#d9dee5;"
@@ -64,6 +67,7 @@ pre{overflow-x:auto;background:var(--card);
 padding:.6rem;font-size:.8rem}
 @media (max-width:40rem){body{padding:.6rem;font-size:14px}th,td{padding:.2rem .35rem}}
 """
+    + f"{_RIGHT}{{text-align:right}}"
     + _CLASSES
 )
 

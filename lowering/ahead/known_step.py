@@ -11,10 +11,12 @@ from dak_inductor.lowering.ahead.step_plan import StepPlans
 
 @dataclass(slots=True)
 class KnownStep:
-    """One step. `splits` are those that `plans` were made for; `prepared` is what playing them
-    takes, by whether in a capture; `off` says why nothing is staged any more."""
+    """One step. `inside`: Inductor calls its products in a place of its own. `splits` are those
+    that `plans` were made for; `prepared` is what playing them takes, by whether in a capture;
+    `off` says why nothing is staged any more."""
 
     sequence: CallSequence | None = None
+    inside: bool = False
     splits: Splits | None = None
     plans: StepPlans | None = None
     prepared: dict[bool, PreparedPlan] = field(default_factory=dict)

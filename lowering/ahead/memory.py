@@ -11,21 +11,19 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.errors import ProfileError
 from dak_inductor.lowering.ahead.known_step import KnownStep
+from dak_inductor.lowering.ahead.place import place_of
 from dak_inductor.lowering.ahead.planning import plans_of, predicted_seconds
 from dak_inductor.lowering.ahead.player import Player
 from dak_inductor.lowering.ahead.ring_room import RingRoom, Room
-from dak_inductor.lowering.ahead.sequence import CallSequence, SplitOf
-from dak_inductor.lowering.ahead.step import (
-    LearningStep,
-    PlayedStep,
-    place_of,
-)
+from dak_inductor.lowering.ahead.sequence import CallSequence, SplitOf, Splits
+from dak_inductor.lowering.ahead.step import ELSEWHERE, InsideStep, LearningStep, PlayedStep
 from dak_inductor.lowering.ahead.step_plan import StepPlans
 from dak_inductor.lowering.linear.open_step import (
     OutsideStep,
@@ -39,7 +37,7 @@ from dak_inductor.options import Strategy
 
 log = logging.getLogger(__name__)
 
-OwnStep = LearningStep | PlayedStep
+OwnStep = LearningStep | PlayedStep | InsideStep
 
 MOST_STEPS = 8
 """Token counts remembered of one graph; the one called longest ago goes first."""
@@ -138,7 +136,7 @@ class StepMemory:
     ) -> OwnStep | None:
         if known.off:
             return None
-        capturing = place_of(device)[1] != 0
+        capturing = place_of(device).capture != 0
         splits = None if known.sequence is None else known.sequence.splits()
         if known.sequence is None or splits is None:
             known.forget()
@@ -151,8 +149,20 @@ class StepMemory:
                 return None
             known.replace(plans, splits)
             if plans is not None and not capturing:
-                self._ready_for_captures(plans, device)
-        prepared = known.playable(known.sequence, captured=capturing)
+                self._ready_for_captures(plans, device, in_this_call=known.inside)
+        play = partial(self._play, tokens, known, known.sequence, splits, device)
+        return InsideStep(device, play) if known.inside else play()
+
+    def _play(
+        self,
+        tokens: Hashable,
+        known: KnownStep,
+        sequence: CallSequence,
+        splits: Splits,
+        device: torch.device,
+    ) -> PlayedStep | None:
+        """A step that begins here; None where the plan for here stages nothing."""
+        prepared = known.playable(sequence, captured=place_of(device).capture != 0)
         if prepared is None:
             return None
         try:
@@ -161,18 +171,20 @@ class StepMemory:
             self._switch_off(tokens, known, "there was no memory for the ring")
             return None
         try:
-            return PlayedStep(known.sequence, splits, prepared.plan, player, device)
+            return PlayedStep(sequence, splits, prepared.plan, player, device, inside=known.inside)
         except BaseException:
             player.close()
             raise
 
-    def _ready_for_captures(self, plans: StepPlans, device: torch.device) -> None:
+    def _ready_for_captures(
+        self, plans: StepPlans, device: torch.device, *, in_this_call: bool
+    ) -> None:
         """Make what their plan needs and this call's own may not: cuBLAS's handle of the thread,
-        which no capture can make, and the room of the ring."""
+        which no capture can make, and the room of the ring, unless this call captures."""
         if device.type == "cuda" and plans.captured.staged:
             with torch.cuda.device(device):
                 torch.cuda.current_blas_handle()
-        if not plans.eager.ring_bytes:
+        if not plans.eager.ring_bytes and not in_this_call:
             self.ring.hold(plans.captured.ring_bytes, device)
 
     def _plan(
@@ -197,11 +209,14 @@ class StepMemory:
         return plans
 
     def _end(self, tokens: Hashable, known: KnownStep, step: OwnStep, failed: bool) -> None:
+        if isinstance(step, InsideStep):
+            if step.played is None:
+                return
+            step = step.played
         if step.elsewhere:
-            reason = "its products run on another stream, or are captured by the compiler"
-            self._switch_off(tokens, known, reason)
+            self._switch_off(tokens, known, ELSEWHERE)
         elif isinstance(step, LearningStep):
-            known.sequence = step.sequence
+            known.sequence, known.inside = step.sequence, step.inside
         elif failed:
             known.forget()
         elif step.derailed:
@@ -210,7 +225,7 @@ class StepMemory:
             log.info("%s, %s: not as learned: %s", self.name, tokens_text(tokens), step.derailed)
             if known.derailments >= MOST_DERAILMENTS:
                 self._switch_off(tokens, known, f"its products vary: {step.derailed}")
-        elif not step.captured:
+        elif known.inside or not step.captured:
             self.ring.note(step.plan.ring_bytes)
 
     def _switch_off(self, tokens: Hashable, known: KnownStep, reason: str) -> None:

@@ -1,19 +1,20 @@
 """One call of a compiled graph: its products are noted down, or served by a plan.
 
-A step belongs to the thread that opened it, and to the stream and the capture that were current
-there. A product that is called anywhere else is none of it: Inductor runs and captures parts of a
-graph on streams of its own.
+A step belongs to the thread that opened it, and to one place: a stream and the capture that is open
+on it. That is where it is opened, or, where Inductor runs and captures the graph on a stream of its
+own, where the first of its products is called. A product that is called anywhere else is none of
+it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
 
-from dak_inductor.cuda_runtime.current_stream import current_capture, current_stream
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.lowering.ahead.place import compiler_graph, place_of
 from dak_inductor.lowering.ahead.player import Player
 from dak_inductor.lowering.ahead.sequence import (
     CallSequence,
@@ -24,40 +25,46 @@ from dak_inductor.lowering.ahead.sequence import (
 from dak_inductor.lowering.ahead.step_plan import StepPlan
 from dak_inductor.lowering.linear.product import Product
 
-
-def place_of(device: torch.device) -> tuple[int, int]:
-    """The current stream of `device` and the capture that is open on it, 0 for none."""
-    stream = current_stream(device.index) if device.type == "cuda" else 0
-    return stream, current_capture(device)
+ELSEWHERE = "its products run on several streams or in several CUDA graphs"
 
 
 class LearningStep:
     """Notes down the calls of a step that runs as without it.
 
     Nothing of the buffers `written` is ever staged: a copy could be ahead of the graph's own write.
+
+    Attributes:
+        elsewhere: its products were not all called in one place.
+        inside: they were, and that is none where the step was opened.
+        sequence: what was learned; None until it is closed, or where there is nothing to learn.
     """
 
     measures = True
 
     def __init__(self, device: torch.device, written: Collection[TieredBuffer] = ()) -> None:
         self._written = written
-        self._device, self._place = device, place_of(device)
+        self._device, self._opened = device, place_of(device)
+        self._place: object = None
         self._calls: list[StepCall] = []
-        self.elsewhere = False
+        self.elsewhere = self.inside = False
         self.sequence: CallSequence | None = None
 
     def serve(self, product: Product) -> Tensor | None:
         """None."""
         if product.x.device != self._device:
             return None
-        if place_of(self._device) != self._place:
+        here = place_of(self._device)
+        place = here, compiler_graph(self._device)
+        if self._place is None:
+            self._place, self.inside = place, here != self._opened
+        if place != self._place:
             self.elsewhere = True
         elif not self.elsewhere:
             self._calls.append(call_of(product, self._written))
         return None
 
     def close(self, *, failed: bool) -> None:
-        """`sequence` is what was learned; None where there is nothing to learn."""
+        """The call of the graph has ended."""
         if self._calls and not failed and not self.elsewhere:
             self.sequence = CallSequence(tuple(self._calls))
 
@@ -67,6 +74,9 @@ class PlayedStep:
 
     `derailed` says why one did not; that one and all after it run as without the step. A product
     that can be staged can be as long as its key is the same: it holds all that `ring.refusal` asks.
+
+    Begins where it is made. With `inside` it ends behind the last of its products, or the first out
+    of order: a capture that is Inductor's own ends before the step is closed.
     """
 
     measures = False
@@ -78,10 +88,12 @@ class PlayedStep:
         plan: StepPlan,
         player: Player,
         device: torch.device,
+        *,
+        inside: bool = False,
     ) -> None:
         self._sequence, self._splits, self.plan = sequence, splits, plan
         self._player, self._device, self._place = player, device, place_of(device)
-        self._next = 0
+        self._next, self._inside = 0, inside
         self.elsewhere = False
         self.captured = self._place[1] != 0
         self.derailed = ""
@@ -94,7 +106,7 @@ class PlayedStep:
         if place_of(self._device) != self._place:
             # Nothing may be queued here: a capture must not wait for what was queued before it.
             self.elsewhere = True
-            self.derailed = "its products run on another stream, or are captured by the compiler"
+            self.derailed = ELSEWHERE
             return None
         reason = self._mismatch(product)
         if reason:
@@ -102,10 +114,14 @@ class PlayedStep:
             return None
         number = self._next
         self._next += 1
+        served = None
         if self.plan.ops[number].strategy == "direct":
             self._player.pass_by()
-            return None
-        return self._player.run(number, product)
+        else:
+            served = self._player.run(number, product)
+        if self._inside and self._next == len(self._sequence.calls):
+            self._player.close()
+        return served
 
     def _mismatch(self, product: Product) -> str:
         if self._next == len(self._sequence.calls):
@@ -122,10 +138,38 @@ class PlayedStep:
     def _derail(self, reason: str) -> None:
         """Join the copies; nothing more is served."""
         self.derailed = reason
-        self._player.join()
+        if self._inside:
+            self._player.close()
+        else:
+            self._player.join()
 
     def close(self, *, failed: bool) -> None:
         """The call of the graph has ended; everything is joined."""
         if not self.derailed and (failed or self._next < len(self._sequence.calls)):
             self.derailed = "it ended early"
         self._player.close()
+
+
+class InsideStep:
+    """A step whose products Inductor calls in a place of its own: `begin` makes it at the first.
+
+    A replay of Inductor's calls none of them; `played` is None then.
+    """
+
+    measures = False
+
+    def __init__(self, device: torch.device, begin: Callable[[], PlayedStep | None]) -> None:
+        self._device, self._begin = device, begin
+        self._begun = False
+        self.played: PlayedStep | None = None
+
+    def serve(self, product: Product) -> Tensor | None:
+        """As the step that is played; None where none is."""
+        if not self._begun and product.x.device == self._device:
+            self._begun, self.played = True, self._begin()
+        return None if self.played is None else self.played.serve(product)
+
+    def close(self, *, failed: bool) -> None:
+        """The call of the graph has ended."""
+        if self.played is not None:
+            self.played.close(failed=failed)

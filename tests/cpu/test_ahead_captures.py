@@ -64,12 +64,12 @@ def test_cublas_has_its_handle_before_a_capture_needs_it(monkeypatch: pytest.Mon
     run()
     (known,) = run.memory._steps.values()
     assert known.plans is not None and known.plans.captured.staged
-    run.memory._ready_for_captures(known.plans, torch.device("cpu"))
+    run.memory._ready_for_captures(known.plans, torch.device("cpu"), in_this_call=False)
     assert not made
-    run.memory._ready_for_captures(known.plans, torch.device("cuda", 0))
+    run.memory._ready_for_captures(known.plans, torch.device("cuda", 0), in_this_call=True)
     assert made == [1]
     direct = StepPlans(captured=known.plans.eager, eager=known.plans.eager)
-    run.memory._ready_for_captures(direct, torch.device("cuda", 0))
+    run.memory._ready_for_captures(direct, torch.device("cuda", 0), in_this_call=False)
     assert made == [1]
 
 

@@ -11,6 +11,7 @@ from dak_inductor.lowering import counters
 from dak_inductor.lowering.ahead import memory as memory_module
 from dak_inductor.lowering.ahead import player, step
 from dak_inductor.lowering.ahead.memory import MOST_DERAILMENTS, MOST_STEPS, StepMemory
+from dak_inductor.lowering.ahead.place import Place
 from dak_inductor.lowering.ahead.ring_room import Room
 from dak_inductor.lowering.linear import open_step
 
@@ -194,23 +195,100 @@ def test_other_threads_do_not_see_the_step() -> None:
 
 def captured(monkeypatch: pytest.MonkeyPatch, place: tuple[int, int]):
     for module in (step, memory_module):
-        monkeypatch.setattr(module, "place_of", lambda device: place)
+        monkeypatch.setattr(module, "place_of", lambda device: Place(*place))
 
 
-@pytest.mark.parametrize("place", [(1, 0), (0, 7)], ids=["stream", "capture"])
-@pytest.mark.parametrize("learned", [False, True])
-def test_products_that_the_compiler_runs_elsewhere_are_left_alone(
-    monkeypatch: pytest.MonkeyPatch, place: tuple[int, int], learned: bool
+INSIDE = (5, 0), (5, 7)
+"""Streams and captures as of Inductor's graphs: warmed up, then captured."""
+
+
+def inside(
+    run: Run, monkeypatch: pytest.MonkeyPatch, places, graphs=(0, 0, 0), order=(0, 1, 2)
+) -> list[bool]:
+    """A call whose products are called in these places, as parts of these graphs of Inductor's."""
+    served = []
+    with run.memory.opened((), CPU):
+        for number, place, graph in zip(order, places, graphs, strict=True):
+            with monkeypatch.context() as patched:
+                captured(patched, place)
+                patched.setattr(step, "compiler_graph", lambda device, graph=graph: graph)
+                x = torch.randn(3, 64, dtype=BF16)
+                served.append(run.layers[number](x))
+    return [result is not None for result in served]
+
+
+def test_products_that_leave_the_place_of_their_step_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = Run(three())
-    if learned:
+    for place in INSIDE:
+        run = Run(three())
         run()
-    with run.memory.opened((), CPU), monkeypatch.context() as patched:
-        captured(patched, place)
-        x = torch.randn(3, 64, dtype=BF16)
-        assert [layer(x) for layer in run.layers] == [None] * 3
-    assert "compiler" in run.known.off
+        assert inside(run, monkeypatch, [place] * 3) == [False] * 3
+        assert "several" in run.known.off
+        assert run() == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("places", "graphs"),
+    [
+        ([(5, 0), (5, 0), (6, 0)], (0, 0, 0)),
+        ([(5, 7), (5, 7), (5, 8)], (0, 0, 0)),
+        ([(5, 0), (5, 0), (5, 0)], (1, 1, 2)),
+    ],
+    ids=["streams", "captures", "graphs"],
+)
+def test_steps_in_several_places_are_never_staged(
+    monkeypatch: pytest.MonkeyPatch, places: list, graphs: tuple[int, ...]
+) -> None:
+    """The copies of one graph of Inductor's would be unjoined where its capture ends."""
+    run = Run(three())
+    inside(run, monkeypatch, places, graphs)
+    assert "several" in run.known.off
     assert run() == [False] * 3
+
+
+def test_a_step_inside_graphs_of_inductor_is_played_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    for name in ("begin", "close"):
+        real = getattr(player.Player, name)
+
+        def noted(self, real=real, name=name) -> None:
+            events.append(f"{name} at {step.place_of(CPU)[1]}")
+            real(self)
+
+        monkeypatch.setattr(player.Player, name, noted)
+    run = Run(three())
+    warm, capture = ([place] * 3 for place in INSIDE)
+    assert inside(run, monkeypatch, warm) == [False] * 3
+    assert run.known.inside and not run.known.off
+    assert inside(run, monkeypatch, capture) == [True] * 3
+    assert events[:2] == ["begin at 7", "close at 7"], "joined before the capture ends"
+    assert run.asked == 1 and run.memory.ring.grew(), "weights make room for the ring"
+    for _ in range(2 * MOST_DERAILMENTS):
+        assert inside(run, monkeypatch, [], [], []) == [], "a replay calls no product"
+    assert inside(run, monkeypatch, [(5, 9)] * 3) == [True] * 3, "another path is captured"
+    assert run.known.derailments == 0 and run.asked == 1
+
+
+@pytest.mark.parametrize("order", [(1, 0, 2), (0, 2, 1)])
+def test_a_step_inside_that_derails_is_joined_there(
+    monkeypatch: pytest.MonkeyPatch, order: tuple[int, ...]
+) -> None:
+    closed: list[int] = []
+    real = player.Player.close
+
+    def noted(self: player.Player) -> None:
+        closed.append(step.place_of(CPU)[1])
+        real(self)
+
+    monkeypatch.setattr(player.Player, "close", noted)
+    run = Run(three())
+    inside(run, monkeypatch, [INSIDE[0]] * 3)
+    right = order.index(next(m for n, m in enumerate(order) if n != m))
+    served = inside(run, monkeypatch, [INSIDE[1]] * 3, order=order)
+    assert served == [True] * right + [False] * (3 - right)
+    assert closed[0] == 7 and run.known.derailments == 1
+    assert run.known.sequence is None
 
 
 def test_captures_play_what_was_learned_and_learn_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from dak_inductor.benchmarks.harness.model_case import (
     Case,
 )
 from dak_inductor.benchmarks.harness.model_measure import Machine
-from dak_inductor.benchmarks.harness.timing import QUICK
+from dak_inductor.benchmarks.harness.timing import QUICK, Timing
 from dak_inductor.benchmarks.harness.yardstick import Ceilings
 
 FOUND = Ceilings(1e12, 5e10, 5e10, 8e14, methods=(("link_copy", "one copy"),))
@@ -104,12 +104,40 @@ def test_a_failed_capture_is_told_and_kept(monkeypatch: pytest.MonkeyPatch) -> N
     for name in ("current_stream", "set_stream", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     machine = Machine(torch.device("cuda", 0), FOUND, QUICK)
-    prepared = SimpleNamespace(step=lambda: None, graph=True)
-    assert model_measure._callable(cast(Any, prepared), machine, graph=False)[1] == "calls"
+    hooked = SimpleNamespace(step=lambda: None, graph=False)
+    assert model_measure._captured(cast(Any, hooked), machine)[1] == "calls"
     assert not machine.spoiled
-    step, method = model_measure._callable(cast(Any, prepared), machine, graph=True)
+    prepared = SimpleNamespace(step=lambda: None, graph=True)
+    step, method = model_measure._captured(cast(Any, prepared), machine)
     assert step is prepared.step and "RuntimeError: a read of device memory" in method
     assert machine.spoiled
+
+
+@pytest.mark.parametrize(("graph", "calls", "methods"), [
+    (True, True, ["CUDA graph replays", "calls"]),
+    (True, False, ["CUDA graph replays"]),
+    (False, True, ["calls"]),
+    (False, False, ["calls"]),
+])  # fmt: skip
+def test_a_first_token_is_timed_replayed_and_in_calls(
+    monkeypatch: pytest.MonkeyPatch, graph: bool, calls: bool, methods: list[str]
+) -> None:
+    made: list[tuple[Any, str]] = []
+
+    def timed(steps: Any, *, device: Any, rule: Any, method: str) -> Timing:
+        made.append((*steps, method))
+        return Timing(1.0, (1.0,), 1, method)
+
+    monkeypatch.setattr(model_measure, "capture", lambda step: "the graph")
+    monkeypatch.setattr(model_measure, "time_calls", timed)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)
+    machine = Machine(torch.device("cuda", 0), FOUND, QUICK)
+    prepared = SimpleNamespace(step="the call", graph=graph)
+    found = model_measure._timings(cast(Any, prepared), machine, calls=calls)
+    assert [each.method for each in found] == [how for _, how in made] == methods
+    assert [what for what, _ in made] == [
+        "the call" if how == "calls" else "the graph" for how in methods
+    ]
 
 
 @pytest.mark.parametrize("model", DECODERS)

@@ -94,16 +94,6 @@ def test_other_streams_take_turns(device: torch.device) -> None:
     expect(model, "staged")
 
 
-def test_cuda_graphs_of_the_compiler_are_left_alone(device: torch.device) -> None:
-    model, expected = make(device)
-    dak.offload(model, offload_ratio=RATIO)
-    model.compile(backend="dak", options={"strategy": "staged", "mode": "reduce-overhead"})
-    for _ in range(6):
-        x = expected.inputs(9)
-        expected.check(model(x).clone(), x)
-    assert all(step.staged == 0 for step in steps_of(model))
-
-
 def test_weights_updated_in_place_between_steps(device: torch.device) -> None:
     model, _ = make(device)
     changed = copy.deepcopy(model)

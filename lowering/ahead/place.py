@@ -1,0 +1,40 @@
+"""Where work is queued: streams, captures, and the CUDA graphs that Inductor makes of a graph."""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+import torch
+
+from dak_inductor.cuda_runtime.current_stream import current_capture, current_stream
+
+
+class Place(NamedTuple):
+    """A stream and the capture that is open on it, 0 for none."""
+
+    stream: int
+    capture: int
+
+
+def place_of(device: torch.device) -> Place:
+    """That of torch's current stream of `device`."""
+    stream = current_stream(device.index) if device.type == "cuda" else 0
+    return Place(stream, current_capture(device))
+
+
+def compiler_graph(device: torch.device) -> object:
+    """Equal for products that Inductor runs as parts of one CUDA graph of its own, or of none.
+
+    Inductor may cut a graph into several. When it warms them up they run on one stream outside of
+    any capture; then the end of each makes it the current node of the graph tree. Nothing is equal
+    to the answer of a torch whose trees have no such node.
+    """
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is None or device.type != "cuda":
+        return None
+    try:
+        manager = trees.get_manager(device.index, create_if_none_exists=False)
+        return None if manager is None else id(manager.current_node)
+    except (AttributeError, TypeError):
+        return object()
