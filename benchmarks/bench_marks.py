@@ -4,6 +4,7 @@ Bar: 0.5% of the step each. Measured on the same offloaded model, a block with a
 in turn: NVTX ranges around calls from the host, where they are made at each call, and around a
 capture, whose replays make none; and replays of graphs captured with and without the small kernels
 that count for stock ones. What our kernels count themselves cannot be taken out, and is in all.
+Calls differ by more than the bar, so the ranges of a call are timed alone too.
 
 One graph that was captured with ranges took 2.5% longer than one without, on an H200: captures of
 the same work differ by more than the bar. So all is captured anew in each of some rounds, in all
@@ -19,7 +20,9 @@ import dataclasses
 import itertools
 import math
 import statistics
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -40,8 +43,10 @@ from dak_inductor.lowering.marks import MARKS
 BAR = 0.005
 REPEATS = 61
 """Blocks of calls: beside other work on the machine one differs from the next by some percent."""
-ROUNDS = 24
-"""Of captures: each of the six orders four times."""
+ROUNDS = 48
+"""Of captures: each of the six orders eight times."""
+ROUND_SECONDS = 0.4
+"""Of replays of one capture: captures of the same work differ by more than replays of one do."""
 SEED = 202
 COLUMNS = (
     "what", "with_milliseconds", "without_milliseconds", "cost", "lowest", "highest", "method",
@@ -85,6 +90,38 @@ def row_of(
     }
 
 
+def marks_of(step: Step) -> list[str]:
+    """The texts of all marks that a call makes, in order."""
+    seen: list[str] = []
+
+    def maker(text: str) -> AbstractContextManager[None]:
+        seen.append(text)
+        return nullcontext()
+
+    with MARKS.recorded(maker):
+        step()
+    return seen
+
+
+def reckoned_row(marks: Sequence[str], plain: float) -> dict[str, object]:
+    """What the ranges of a call take the host, by themselves: the bar is a twentieth of what calls
+    differ by. `plain`: seconds of a call without them."""
+    MARKS.switch(True)
+    took = []
+    for _ in range(REPEATS):
+        begun = time.perf_counter()
+        for text in marks:
+            with MARKS.ready(text):
+                pass
+        took.append(time.perf_counter() - begun)
+    return row_of(
+        "ranges, calls, alone",
+        [plain + each for each in took],
+        [plain] * len(took),
+        f"{len(marks)} ranges around nothing",
+    )
+
+
 def confidence_edge(count: int, doubt: float = 0.05) -> int:
     """How many of `count` sorted values lie outside of the median's confidence interval at each
     end: as many as are seldom all on one side of it."""
@@ -105,6 +142,7 @@ def replay_seconds(
 ) -> Mapping[str, list[float]]:
     """Seconds of replays by kind, one of each round."""
     seconds: dict[str, list[float]] = {"named": [], "plain": [], "quiet": []}
+    rule = dataclasses.replace(rule, target_seconds=min(ROUND_SECONDS, rule.target_seconds))
     orders = itertools.cycle(itertools.permutations(seconds))
     for order in itertools.islice(orders, rounds):
         graphs = [captured(kind, step) for kind in order]
@@ -124,6 +162,9 @@ def rows_of(
         blocks = dataclasses.replace(rule, repeats=REPEATS)
         looking, plain = time_in_turn(calls, device=device, rule=blocks)
         rows = [row_of("ranges, calls", looking.repeats, plain.repeats, "calls from the host")]
+        marks = marks_of(step)
+        if marks:
+            rows.append(reckoned_row(marks, plain.seconds))
         if device.type == "cuda":
             made = replay_seconds(step, device, rule, rounds)
             method = f"{rounds} rounds of CUDA graphs"

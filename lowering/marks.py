@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ class Marks:
         if on:
             _check_nvtx()
         self._nvtx = on
-        self._makers = (*((NvtxRange,) if on else ()), *self._recorders)
+        self._makers = (*((nvtx_range,) if on else ()), *self._recorders)
 
     @contextmanager
     def recorded(self, maker: Maker) -> Iterator[None]:
@@ -70,12 +71,17 @@ class Marks:
         makers = self._current()
         return _made(makers, f"{PREFIX} {kind} {name}") if makers else _NOTHING
 
+    def ready(self, text: str) -> AbstractContextManager[object]:
+        """The same, of a text that `text_of` gave: for calls that come again and again."""
+        makers = self._current()
+        return _made(makers, text) if makers else _NOTHING
+
     def of_buffers(
         self, kind: str, buffers: Iterable[TieredBuffer | None]
     ) -> AbstractContextManager[object]:
         """The same, by the names of what is read."""
         makers = self._current()
-        return _made(makers, f"{PREFIX} {kind} {_names(buffers)}") if makers else _NOTHING
+        return _made(makers, text_of(kind, buffers)) if makers else _NOTHING
 
     def of_operands(self, kind: str, operands: Iterable[object]) -> AbstractContextManager[object]:
         """The same; those of the operands that are tiered. Nothing where none is."""
@@ -94,18 +100,32 @@ class Marks:
 
 
 class NvtxRange:
-    """A range of the calling thread, for Nsight Systems and other tools that follow NVTX."""
+    """A range of the calling thread, for Nsight Systems and other tools that follow NVTX. It may be
+    entered again, also before it was left."""
 
-    __slots__ = ("_text",)
+    __slots__ = ("_pop", "_push", "_text")
 
     def __init__(self, text: str) -> None:
         self._text = text
+        # torch's own wrappers format the text at each call, which takes as long as the range
+        native = getattr(torch._C, "_nvtx", None)
+        self._push = native.rangePushA if native else torch.cuda.nvtx.range_push
+        self._pop = native.rangePop if native else torch.cuda.nvtx.range_pop
 
     def __enter__(self) -> None:
-        torch.cuda.nvtx.range_push(self._text)
+        self._push(self._text)
 
     def __exit__(self, *_: object) -> None:
-        torch.cuda.nvtx.range_pop()
+        self._pop()
+
+
+nvtx_range = lru_cache(maxsize=4096)(NvtxRange)
+"""The range of a text; names come again at each step."""
+
+
+def text_of(kind: str, buffers: Iterable[TieredBuffer | None]) -> str:
+    """Of a mark by the names of what is read."""
+    return f"{PREFIX} {kind} {_names(buffers)}"
 
 
 def _made(makers: tuple[Maker, ...], text: str) -> AbstractContextManager[object]:

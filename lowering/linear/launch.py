@@ -215,18 +215,19 @@ class LinearLaunch:
             overlap=False,
         )
 
-    def run(self, x: Tensor, residual: Tensor | None, shape: torch.Size) -> Tensor | None:
-        """The same without looks at the operands, for a call like one that was looked at.
+    def takes(self, x: Tensor, residual: Tensor | None) -> bool:
+        """Whether `run` does: they lie row after row from a multiple of 16 bytes on."""
+        return _plain(x) and (residual is None or _plain(residual))
+
+    def run(self, x: Tensor, residual: Tensor | None, shape: torch.Size) -> Tensor:
+        """The same without looks at the operands, for a call like one that was looked at, of
+        operands that it `takes`.
 
         Args:
             x: [..., K].
             residual: [..., N] or None.
             shape: [..., N] of the result.
-
-        None where x or residual do not lie row after row from a multiple of 16 bytes on.
         """
-        if not _plain(x) or not (residual is None or _plain(residual)):
-            return None
         out = torch.empty(shape, dtype=self._dtype, device=self._device)
         partials, stream = self._partials(), current_stream(self._index)
         tokens = matrix_map(x.data_ptr(), self._dtype, *self._rows, True)

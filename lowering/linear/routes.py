@@ -24,7 +24,7 @@ from dak_inductor.lowering.linear.product import Product
 from dak_inductor.lowering.linear.ring import PreparedRing
 from dak_inductor.lowering.linear.stock import StockProduct
 from dak_inductor.lowering.linear.ways import WayName
-from dak_inductor.lowering.marks import MARKS
+from dak_inductor.lowering.marks import MARKS, text_of
 
 MOST_ROUTES = 8192
 """The one found first goes first."""
@@ -41,6 +41,7 @@ class Route:
         trials: the state of `Trials` that it was chosen in.
         splits: of the buffers of its weights.
         local: addresses of those that are in none.
+        mark: its calls on a profiler's timeline.
     """
 
     way: WayName
@@ -51,6 +52,7 @@ class Route:
     trials: int
     splits: tuple[tuple[weakref.ref[TieredBuffer], int], ...]
     local: tuple[int, ...]
+    mark: str
 
     def holds(self, trials: int) -> bool:
         """Whether calls are still served so. Weights with these addresses are in these buffers, as
@@ -68,12 +70,20 @@ class Route:
 
         captured: the call is; in a graph a ring has another plan.
         """
-        if MARKS.on:
+        if self.launch is not None:
+            if not self.launch.takes(call.x, call.residual):
+                return None
+        elif self.calls is None or (captured and self.way == "ring"):
             return None
+        if MARKS.on:
+            with MARKS.ready(self.mark):
+                return self._serve(call)
+        return self._serve(call)
+
+    def _serve(self, call: Operands) -> Tensor:
         if self.launch is not None:
             return self.launch.run(call.x, call.residual, self.shape)
-        if self.calls is None or (captured and self.way == "ring"):
-            return None
+        assert self.calls is not None
         return self.calls(call)
 
 
@@ -118,6 +128,7 @@ class Routes:
             trials,
             tuple([(weakref.ref(each), each.split) for _, each in held if each is not None]),
             tuple([address for address, each in held if each is None]),
+            text_of("direct" if launch is not None else way, product.buffers),
         )
         with self._lock:
             self._found.pop((product.key, spared), None)

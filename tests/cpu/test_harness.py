@@ -361,8 +361,12 @@ def test_what_ranges_cost_is_measured_on_any_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a GPU nothing is decided; without NVTX nothing is measured, and a note says so."""
-    step = torch.zeros(8).add
-    provider = SimpleNamespace(prepare=lambda *_: Prepared(lambda: step(1), 0, 0))
+
+    def step() -> torch.Tensor:
+        with marks.MARKS.of("graph", "g"), marks.MARKS.of("direct", "a"):
+            return torch.zeros(8).add(1)
+
+    provider = SimpleNamespace(prepare=lambda *_: Prepared(step, 0, 0))
     monkeypatch.setattr(bench_marks, "DakBackend", lambda: provider)
     asked = ["--out", str(tmp_path), "--quick", "--remote", "simulated"]
     assert bench_marks.main(asked) == 0
@@ -371,10 +375,15 @@ def test_what_ranges_cost_is_measured_on_any_machine(
     seen: list[str] = []
     monkeypatch.setattr(torch.cuda.nvtx, "range_push", seen.append)
     monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: None)
-    assert bench_marks.main(asked) == 0 and seen
+    monkeypatch.setattr(torch._C, "_nvtx", None, raising=False)
+    marks.nvtx_range.cache_clear()
+    assert bench_marks.main(asked) == 0 and {"dak graph g", "dak direct a"} <= set(seen)
+    marks.nvtx_range.cache_clear()
     record = json.loads((tmp_path / "marks.json").read_text())
-    (row,), (verdict,) = record["cells"], record["verdicts"]
-    assert row["with_milliseconds"] > 0 and verdict["passed"] is None
+    blocks, alone = record["cells"]
+    assert blocks["with_milliseconds"] > 0 and alone["method"] == "2 ranges around nothing"
+    assert 0 < alone["lowest"] <= alone["cost"] <= alone["highest"]
+    assert [verdict["passed"] for verdict in record["verdicts"]] == [None, None]
     assert not marks.MARKS.nvtx
 
 

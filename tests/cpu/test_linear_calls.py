@@ -65,9 +65,7 @@ def tried(h200: None, monkeypatch: pytest.MonkeyPatch):
         ran.append("direct")
         return F.linear(self.x, self.weights[0]) + 1
 
-    def at_once(x: torch.Tensor) -> torch.Tensor | None:
-        if not x.is_contiguous():
-            return None
+    def at_once(x: torch.Tensor) -> torch.Tensor:
         ran.append("direct")
         return F.linear(x, weight) + 1
 
@@ -94,7 +92,9 @@ def tried(h200: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(trials, "SURE", 0.0)  # of so small a weight the ring's estimate is far
     monkeypatch.setattr(stopwatch, "seconds_of", seconds_of)
     monkeypatch.setattr(product.Product, "direct", direct)
-    prepared = SimpleNamespace(holds=True, run=lambda x, *_: at_once(x))
+    prepared = SimpleNamespace(
+        holds=True, takes=lambda x, _: x.is_contiguous(), run=lambda x, *_: at_once(x)
+    )
     monkeypatch.setattr(product.Product, "launch", lambda *_: prepared)
     monkeypatch.setattr(product.Product, "staged", staged)
     monkeypatch.setattr(routes, "PreparedRing", again_staged)
@@ -318,8 +318,8 @@ def test_a_route_ends_where_a_local_weight_comes_to_lie_in_a_buffer(
     address_table.forget(late)
 
 
-def test_marks_and_other_operands_take_the_long_way(tried: SimpleNamespace) -> None:
-    """It makes marks, and copies of what the kernel cannot read."""
+def test_other_operands_take_the_long_way_and_marks_do_not(tried: SimpleNamespace) -> None:
+    """It makes copies of what the kernel cannot read."""
     tried.times.update(direct=1.0, ring=2.0, stock=2.0)
     x = torch.randn(200, 512, dtype=BF16)
     names: list[str] = []
@@ -330,8 +330,10 @@ def test_marks_and_other_operands_take_the_long_way(tried: SimpleNamespace) -> N
         yield
 
     tried.run(x, tried.weight, None)
+    found = len(names)
     with MARKS.recorded(maker):
         tried.run(x, tried.weight, None)
+    assert len(names) == found + 1 and names[-1].startswith("dak direct ")
     apart = torch.randn(200, 520, dtype=BF16)[:, :512]
     result = tried.run(apart, tried.weight, None)
     torch.testing.assert_close(result, F.linear(apart, tried.weight) + 1, rtol=0, atol=0)

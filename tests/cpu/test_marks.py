@@ -18,12 +18,13 @@ from dak_inductor.lowering import marks, ops
 from dak_inductor.lowering.ahead import player
 from dak_inductor.lowering.ahead.memory import StepMemory
 from dak_inductor.lowering.ahead.ring_room import Room
-from dak_inductor.lowering.linear import product, ring
+from dak_inductor.lowering.linear import product, ring, routes
+from dak_inductor.lowering.linear.configuration import MAXIMUM_TOKENS
 from dak_inductor.lowering.marks import Marks
 from dak_inductor.offloaded import record_of
 from dak_inductor.options import BackendOptions
 
-from .ahead_model import BF16, ROOM, Layer, shrink, weight_of
+from .ahead_model import BF16, ROOM, Layer, assert_close, shrink, weight_of
 
 CPU = torch.device("cpu")
 
@@ -46,11 +47,14 @@ class Nvtx:
 
 
 @pytest.fixture
-def nvtx(monkeypatch: pytest.MonkeyPatch) -> Nvtx:
+def nvtx(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nvtx]:
     found = Nvtx()
+    marks.nvtx_range.cache_clear()
+    monkeypatch.setattr(torch._C, "_nvtx", None, raising=False)
     monkeypatch.setattr(torch.cuda.nvtx, "range_push", found.range_push)
     monkeypatch.setattr(torch.cuda.nvtx, "range_pop", found.range_pop)
-    return found
+    yield found
+    marks.nvtx_range.cache_clear()
 
 
 @pytest.fixture
@@ -58,7 +62,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Marks:
     """Fresh switches wherever they are asked."""
     monkeypatch.delenv("DAK_NVTX", raising=False)
     found = Marks()
-    for module in (marks, ops, player, product, ring, compiled_graph, placement):
+    for module in (marks, ops, player, product, ring, routes, compiled_graph, placement):
         monkeypatch.setattr(module, "MARKS", found)
     return found
 
@@ -195,6 +199,22 @@ def test_stock_operators_on_a_device_are_named_where_something_is_tiered(
     run(table, torch.tensor([1, 2]))
     run(torch.zeros(64, 32), torch.tensor([1, 2]))
     assert nvtx.names == ["dak stock model.embed_tokens"]
+
+
+@torch.no_grad()
+def test_calls_by_their_route_are_named_as_the_first_is(
+    own: Marks, nvtx: Nvtx, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked at anew at each call they would cost the host ten times what a range does."""
+    own.switch(True)
+    layer = Layer((weight_of(64, 64, 0.5, "up.weight")[1],))
+    x = torch.randn(MAXIMUM_TOKENS + 1, 64, dtype=BF16)
+    layer(x)
+    first = set(nvtx.names)
+    nvtx.seen.clear()
+    monkeypatch.setattr(routes.Product, "facts", None)
+    assert_close(layer(x), layer.expected(x))
+    assert set(nvtx.names) == first == {"dak ring up", "dak copy up"}
 
 
 def test_moves_of_pages_are_named(own: Marks, nvtx: Nvtx) -> None:
