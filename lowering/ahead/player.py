@@ -75,7 +75,7 @@ class Player:
         Raises DriverError where a copy cannot be queued.
         """
         serve = self._in_one if self._prepared.plan.ops[number].launched else self._in_parts
-        with MARKS.of_buffers("staged", product.buffers):
+        with MARKS.ready(self._prepared.names[number]):
             if not torch.is_grad_enabled():
                 return serve(number, product)
             with torch.no_grad():
@@ -153,8 +153,7 @@ class Player:
 
     def _copy(self, copy: Copy, stream: int) -> None:
         if copy.nbytes and self._memory is not None:
-            buffer = None if copy.buffer is None else copy.buffer()
-            with MARKS.of_buffers("copy", (buffer,)):
+            with MARKS.ready(copy.mark):
                 target = self._memory.data_ptr() + copy.target
                 copy_bytes(target, copy.source, copy.nbytes, self._device, stream)
 

@@ -10,11 +10,12 @@ No tensor is kept, so no memory is kept alive: views are made of the operands of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dak_inductor.lowering.ahead.sequence import BufferReference, StepCall
+from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.lowering.ahead.sequence import StepCall, StoredWeight
 from dak_inductor.lowering.ahead.step_plan import StepPlan
 from dak_inductor.lowering.ahead.timeline import LOCAL
 from dak_inductor.lowering.element_types import ELEMENT_BYTES
@@ -23,20 +24,21 @@ from dak_inductor.lowering.linear.launch import LinearLaunch
 from dak_inductor.lowering.linear.problem import LinearProblem
 from dak_inductor.lowering.linear.product import Product
 from dak_inductor.lowering.linear.ways import ways_of
+from dak_inductor.lowering.marks import text_of
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
     """Bytes that the link brings for a part: from an address to `target`, from the ring's start.
 
-    after: as of a `Place`. buffer: whose bytes, for marks.
+    after: as of a `Place`. mark: whose bytes, on a profiler's timeline.
     """
 
     target: int
     source: int
     nbytes: int
     after: int
-    buffer: BufferReference
+    mark: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +59,15 @@ class Rows:
 class PreparedPlan:
     """`orders` are by product: all rows in place as one, then each part, as the plan orders them.
 
-    `awaited` are the parts whose reading a copy waits for, `copied` and `read` marks by part.
+    `awaited` are the parts whose reading a copy waits for, `copied` and `read` marks of queues by
+    part, `names` those of products on a profiler's timeline.
     """
 
     def __init__(self, plan: StepPlan, calls: Sequence[StepCall]) -> None:
         self.plan = plan
         self.copies = tuple(_copy(plan, calls, number) for number in range(len(plan.parts)))
         self.orders = tuple(_order(plan, calls, number) for number in range(len(plan.ops)))
+        self.names = tuple(text_of("staged", _buffers(call.weights)) for call in calls)
         self.awaited = frozenset(place.after for place in plan.at)
         self.copied: list[Any] = [None] * len(plan.parts)
         self.read: list[Any] = [None] * len(plan.parts)
@@ -95,6 +99,11 @@ class PreparedPlan:
         return found
 
 
+def _buffers(weights: Sequence[StoredWeight]) -> Iterator[TieredBuffer | None]:
+    """Of each weight; None where it has none, or that is gone."""
+    return (None if weight.buffer is None else weight.buffer() for weight in weights)
+
+
 def _copy(plan: StepPlan, calls: Sequence[StepCall], number: int) -> Copy:
     part, place = plan.parts[number], plan.at[number]
     weight = calls[part.op].weights[part.weight]
@@ -103,7 +112,7 @@ def _copy(plan: StepPlan, calls: Sequence[StepCall], number: int) -> Copy:
         weight.address + part.remote * part.row_bytes,
         part.copied,
         place.after,
-        weight.buffer,
+        text_of("copy", _buffers((weight,))),
     )
 
 
