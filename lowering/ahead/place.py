@@ -27,14 +27,15 @@ def compiler_graph(device: torch.device) -> object:
     """Equal for products that Inductor runs as parts of one CUDA graph of its own, or of none.
 
     Inductor may cut a graph into several. When it warms them up they run on one stream outside of
-    any capture; then the end of each makes it the current node of the graph tree. Nothing is equal
-    to the answer of a torch whose trees have no such node.
+    any capture, each under a node of its own in the graph tree. It is the node itself, to be kept
+    as long as it is compared: one whose results are dead goes, and the next may have its address.
+    Nothing is equal to the answer of a torch whose trees have no such node.
     """
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
     if trees is None or device.type != "cuda":
         return None
     try:
         manager = trees.get_manager(device.index, create_if_none_exists=False)
-        return None if manager is None else id(manager.current_node)
+        return None if manager is None else manager.current_node
     except (AttributeError, TypeError):
         return object()

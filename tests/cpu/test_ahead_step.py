@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from dak_inductor.lowering import counters
 from dak_inductor.lowering.ahead import memory as memory_module
 from dak_inductor.lowering.ahead import player, step
 from dak_inductor.lowering.ahead.memory import MOST_DERAILMENTS, MOST_STEPS, StepMemory
-from dak_inductor.lowering.ahead.place import Place
+from dak_inductor.lowering.ahead.place import Place, compiler_graph
 from dak_inductor.lowering.ahead.ring_room import Room
 from dak_inductor.lowering.linear import open_step
 
@@ -245,6 +248,29 @@ def test_steps_in_several_places_are_never_staged(
     inside(run, monkeypatch, places, graphs)
     assert "several" in run.known.off
     assert run() == [False] * 3
+
+
+def test_each_graph_of_inductors_is_another_also_where_the_one_before_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A node of its tree goes with its results, and the next one may lie at the same address."""
+
+    class Node: ...
+
+    card = torch.device("cuda", 0)
+    name = "torch._inductor.cudagraph_trees"
+    manager = SimpleNamespace(current_node=Node())
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(get_manager=lambda *_, **__: manager))
+    seen = weakref.ref(manager.current_node)
+    first = compiler_graph(card)
+    assert first == compiler_graph(card) is not None and compiler_graph(CPU) is None
+    manager.current_node = None
+    manager.current_node = Node()
+    assert first != compiler_graph(card) and seen() is first, "it is kept to be compared"
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    assert compiler_graph(card) != compiler_graph(card), "a torch that has no trees of this kind"
+    monkeypatch.delitem(sys.modules, name)
+    assert compiler_graph(card) == compiler_graph(card)
 
 
 def test_a_step_inside_graphs_of_inductor_is_played_there(monkeypatch: pytest.MonkeyPatch) -> None:
