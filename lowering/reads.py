@@ -142,20 +142,23 @@ def count_spans(
     buffer: TieredBuffer,
     operand: torch.Tensor,
     spans: Sequence[tuple[int, int]],
+    read: TierBytes | None = None,
 ) -> None:
     """Count one call that reads these (start, size) bytes of `buffer`.
 
-    `operand`: any view of it.
+    Args:
+        operand: any view of it.
+        read: the same by tier as it is split now, where that is known.
     """
     if buffer.record is None:
-        counters.record(kind, buffer.label, _bytes_of(buffer, spans))
+        counters.record(kind, buffer.label, read or bytes_of(buffer, spans))
         return
     if getattr(_of_thread, "uncounted", False):
         return
     capture = current_capture(operand.device)
     if not capture:
         _ready_for_captures(operand.device)
-        buffer.record.count_call(_bytes_of(buffer, spans))
+        buffer.record.count_call(read or bytes_of(buffer, spans))
     elif capability(operand.device.index) >= HOPPER:
         index = operand.device.index
         queue_count(buffer.record.address, spans, capture=capture, device_index=index)
@@ -164,7 +167,8 @@ def count_spans(
         add_reads(words, spans)
 
 
-def _bytes_of(buffer: TieredBuffer, spans: Sequence[tuple[int, int]]) -> TierBytes:
+def bytes_of(buffer: TieredBuffer, spans: Sequence[tuple[int, int]]) -> TierBytes:
+    """(start, size) bytes of a buffer by tier."""
     return sum((buffer.bytes_in(start, start + size) for start, size in spans), TierBytes())
 
 

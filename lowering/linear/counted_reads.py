@@ -8,17 +8,20 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
+from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.lowering import reads
 
 
 @dataclass(frozen=True, slots=True)
 class CountedRead:
     """Spans of (start, size) in bytes of a buffer, in which the product's weight of that number
-    lies."""
+    lies; with that `split` of it they are these bytes by tier."""
 
     buffer: weakref.ref[TieredBuffer]
     weight: int
     spans: tuple[tuple[int, int], ...]
+    split: int
+    read: TierBytes
 
 
 def counted_reads(weights: tuple[Tensor, ...]) -> tuple[CountedRead, ...]:
@@ -26,7 +29,13 @@ def counted_reads(weights: tuple[Tensor, ...]) -> tuple[CountedRead, ...]:
     apart = _apart(weights)
     numbers = {weight.data_ptr(): number for number, weight in enumerate(weights)}
     return tuple(
-        CountedRead(weakref.ref(buffer), numbers[first.data_ptr()], spans)
+        CountedRead(
+            weakref.ref(buffer),
+            numbers[first.data_ptr()],
+            spans,
+            buffer.split,
+            reads.bytes_of(buffer, spans),
+        )
         for buffer, first, spans in reads.dense_spans(apart)
     )
 
@@ -36,7 +45,8 @@ def count(counted: tuple[CountedRead, ...], weights: tuple[Tensor, ...]) -> None
     for each in counted:
         buffer = each.buffer()
         if buffer is not None:
-            reads.count_spans("linear", buffer, weights[each.weight], each.spans)
+            read = each.read if buffer.split == each.split else None
+            reads.count_spans("linear", buffer, weights[each.weight], each.spans, read)
 
 
 def _apart(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
