@@ -113,6 +113,13 @@ def replan(
     moved = bytes_to_move(model, plan)
     short = problem.remote_bytes - sum(spec.current_remote or 0 for spec in problem.tensors)
     if user_plan is None and short <= 0:
+        if _is_in_graphs(model, bindings):
+            log.info(
+                "%s: plan kept: CUDA graphs that Inductor captured copy the parts of now, and no "
+                "move is needed",
+                model.label,
+            )
+            return None
         gains = gains_by_graph(problem, plan, profile)
         gain = gain_of(gains)
         cost = moved / profile.link(model.remote).copy_bandwidth
@@ -131,6 +138,16 @@ def replan(
         1e3,
     )  # fmt: skip
     return report
+
+
+def _is_in_graphs(model: OffloadedModel, bindings: Iterable[Binding]) -> bool:
+    """After a move their results would be right, and rows copied or read that need not be; Inductor
+    captures them once."""
+    own = model.buffer_ids()
+    return any(
+        binding.ahead is not None and binding.ahead.in_graphs and binding.reads_any(own)
+        for binding in bindings
+    )
 
 
 def users_plan(plan: Plan | str, model: OffloadedModel) -> Plan:

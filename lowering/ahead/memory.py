@@ -56,6 +56,8 @@ class StepMemory:
     def __init__(self, name: str, strategy: Strategy, room: Callable[[], Room]) -> None:
         self.name, self.strategy = name, strategy
         self.ring = RingRoom(room)
+        self.in_graphs = False
+        """Whether a CUDA graph that Inductor captured has copies ahead: it keeps their parts."""
         self._steps: OrderedDict[Hashable, KnownStep] = OrderedDict()
 
     @property
@@ -227,6 +229,7 @@ class StepMemory:
                 self._switch_off(tokens, known, f"its products vary: {step.derailed}")
         elif known.inside or not step.captured:
             self.ring.note(step.plan.ring_bytes)
+            self.in_graphs |= step.captured
 
     def _switch_off(self, tokens: Hashable, known: KnownStep, reason: str) -> None:
         known.forget()

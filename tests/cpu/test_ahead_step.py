@@ -286,10 +286,11 @@ def test_a_step_inside_graphs_of_inductor_is_played_there(monkeypatch: pytest.Mo
     run = Run(three())
     warm, capture = ([place] * 3 for place in INSIDE)
     assert inside(run, monkeypatch, warm) == [False] * 3
-    assert run.known.inside and not run.known.off
+    assert run.known.inside and not run.known.off and not run.memory.in_graphs
     assert inside(run, monkeypatch, capture) == [True] * 3
     assert events[:2] == ["begin at 7", "close at 7"], "joined before the capture ends"
     assert run.asked == 1 and run.memory.ring.grew(), "weights make room for the ring"
+    assert run.memory.in_graphs
     for _ in range(2 * MOST_DERAILMENTS):
         assert inside(run, monkeypatch, [], [], []) == [], "a replay calls no product"
     assert inside(run, monkeypatch, [(5, 9)] * 3) == [True] * 3, "another path is captured"

@@ -12,6 +12,8 @@ from torch import nn
 import dak_inductor as dak
 from dak_inductor import hardware, placement, replanning
 from dak_inductor.backend import compile_graph
+from dak_inductor.lowering.ahead.memory import StepMemory
+from dak_inductor.lowering.ahead.ring_room import Room
 from dak_inductor.move_gain import gains_by_graph
 from dak_inductor.offloaded import record_of
 from dak_inductor.offloaded_model import OffloadedModel
@@ -117,6 +119,26 @@ def test_moves_forced_by_the_budget_need_no_gain(monkeypatch):
         compiled(model)(torch.randn(1, 512))
     assert before.local > 1_000_000
     assert record.physical_bytes().local <= 1_000_000
+
+
+@pytest.mark.parametrize("in_graphs", [False, True])
+def test_what_inductor_captured_is_moved_by_need_alone(monkeypatch, in_graphs):
+    """Its graphs copy the parts of their capture, and are captured once."""
+    model, record = offload(Hot(), 0.5)
+    with torch.no_grad():
+        compiled(model)(torch.randn(1, 512))
+    hot, cold = (record.weights[f"{name}.weight"].buffer for name in ("hot", "cold"))
+    hot.move(0)
+    cold.move(cold.nbytes)
+    (binding,) = SESSION.bindings()
+    binding.ahead = StepMemory("graph0", "auto", lambda: Room(0))
+    binding.ahead.in_graphs = in_graphs
+    moved = replanning.replan(record, [binding])
+    assert (moved is None) is (hot.split == 0) is in_graphs
+    wanted = hot.nbytes + cold.nbytes // 2
+    monkeypatch.setattr(OffloadedModel, "required_remote_bytes", lambda _: wanted)
+    assert replanning.replan(record, [binding]) is not None
+    assert record.bytes_by_tier().remote >= wanted
 
 
 def test_gain_is_the_difference_of_predicted_step_times():
