@@ -25,6 +25,7 @@ from dak_inductor.benchmarks.harness.model_cards import (
     shared_out,
 )
 from dak_inductor.benchmarks.harness.model_case import (
+    BY_NAME_ALONE,
     DECODERS,
     ENCODERS,
     MODELS,
@@ -107,7 +108,9 @@ def check(request: BenchRequest) -> None:
 def cases_of(request: BenchRequest, *, on_gpu: bool) -> list[Case]:
     """What to run, the most telling first: a quick run may have to leave the last ones out."""
     batches = request.batches or ((1,) if request.quick else (1, 16))
-    everyone = request.providers or tuple(whole_model_providers())
+    everyone = request.providers or tuple(
+        name for name in whole_model_providers() if name not in BY_NAME_ALONE
+    )
     common: dict[str, Any] = {"batches": batches}
     if on_gpu:
         shares = request.shares or ((0.3,) if request.quick else (0.05, 0.1, 0.3, 0.5, 1.0))

@@ -22,6 +22,8 @@ MEASURED, SIMULATION, PREDICTION = "measured", "simulation", "prediction"
 DECODERS = ("llama-3-8b", "qwen2.5-14b", "mistral-7b", "opt-30b")
 ENCODERS = ("bert-large", "vit-huge")
 MODELS = (*DECODERS, *ENCODERS)
+BY_NAME_ALONE = ("dak reduce-overhead",)
+"""Providers of whole models that run only where they are asked for: this backend in another way."""
 PLANNER = "dak plan"
 """The provider of predictions."""
 
@@ -80,6 +82,7 @@ def whole_model_providers() -> dict[str, Provider]:
         LayerPrefetch(compiled=False, charged=False),
         AccelerateOffload(),
         Resident(compiled=False),
+        DakBackend(mode="reduce-overhead"),
     )
     return {provider.name: provider for provider in made}
 

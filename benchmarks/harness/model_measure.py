@@ -138,7 +138,8 @@ def _run(
     wanted = round(case.share * eligible)
     fraction = case.share
     if isinstance(provider, DakBackend):  # its ratio is one of all weights
-        provider, fraction = DakBackend(placement=model.kept_on_device()), wanted / total
+        provider = DakBackend(placement=model.kept_on_device(), mode=provider.mode)
+        fraction = wanted / total
     inputs = model.phase_inputs(batch=case.batch, prompt=case.prompt, seed=CHECK_SEED)
     setting = Setting(cast(Any, model), machine.device, fraction, case.remote, machine.host_memory)
     torch._dynamo.utils.compilation_time_metrics.clear()

@@ -24,6 +24,7 @@ from dak_inductor.benchmarks.harness import model_measure, model_prediction, mod
 from dak_inductor.benchmarks.harness.compile_caches import CompileCaches
 from dak_inductor.benchmarks.harness.model_cards import card_groups, run_together, shared_out
 from dak_inductor.benchmarks.harness.model_case import (
+    BY_NAME_ALONE,
     DECODERS,
     MEASURED,
     MODELS,
@@ -56,9 +57,18 @@ def case(provider: str, model: str = "llama-3-8b", *, layers: int = 4, share: fl
 def test_quick_run_on_a_card_has_dak_early_and_every_peer() -> None:
     cases = cases_of(REQUEST, on_gpu=True)
     assert [c.provider for c in cases[:2]] == ["resident inductor", "dak"]
-    assert {c.provider for c in cases} == set(whole_model_providers())
+    assert {c.provider for c in cases} == set(whole_model_providers()) - set(BY_NAME_ALONE)
     assert {c.figure for c in cases} == {"measured"} and {c.layers for c in cases} == {4}
     assert len({c.key for c in cases}) == len(cases)
+
+
+def test_inductors_own_graphs_run_where_they_are_asked_for() -> None:
+    """They are this backend too, and no peer of it."""
+    (name,) = BY_NAME_ALONE
+    asked = replace(REQUEST, providers=(name,))
+    assert {c.provider for c in cases_of(asked, on_gpu=True)} == {name}
+    assert whole_model_providers()[name].kind == "reference"
+    assert whole_model_providers()["dak"].kind == "real peer"
 
 
 def test_full_run_has_every_model_and_measures_all_resident_once() -> None:

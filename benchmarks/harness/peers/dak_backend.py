@@ -1,6 +1,7 @@
 """This package: `dak.offload`, `model.compile(backend="dak")`, then captured like its peers.
 
-Once for each `strategy`: what it chooses itself, and both ways that it chooses from.
+Once for each `strategy`: what it chooses itself, and both ways that it chooses from. With a `mode`
+of Inductor's that captures, calls are what is measured: they are replays.
 """
 
 from __future__ import annotations
@@ -27,15 +28,21 @@ SETTLING_STEPS = 3
 
 
 class DakBackend(Provider):
-    """The planner's choice of which weights are remote, at the same total as every other peer."""
+    """The planner's choice of which weights are remote, at the same total as every other peer.
 
-    kind: Kind = "real peer"
+    placement: as of `dak.offload`. mode: as of `torch.compile`.
+    """
 
     def __init__(
-        self, strategy: Strategy = "auto", placement: Mapping[str, str] | None = None
+        self,
+        strategy: Strategy = "auto",
+        placement: Mapping[str, str] | None = None,
+        mode: str | None = None,
     ) -> None:
-        self.strategy, self.placement = strategy, placement
+        self.strategy, self.placement, self.mode = strategy, placement, mode
+        self.kind: Kind = "reference" if mode else "real peer"
         self.name = "dak" if strategy == "auto" else f"dak {strategy}"
+        self.name += f" {mode}" if mode else ""
 
     def prepare(self, model: DecoderBlocks, inputs: StepInputs, setting: Setting) -> Prepared:
         import dak_inductor as dak
@@ -49,7 +56,8 @@ class DakBackend(Provider):
             host_memory=setting.host_memory,
             placement=self.placement,
         )
-        offloaded.compile(backend="dak", dynamic=False, options={"strategy": self.strategy})
+        options = {"strategy": self.strategy} | ({"mode": self.mode} if self.mode else {})
+        offloaded.compile(backend="dak", dynamic=False, options=options)
         for _ in range(SETTLING_STEPS):
             offloaded(*inputs.arguments())
         if setting.device.type == "cuda":
@@ -63,6 +71,8 @@ class DakBackend(Provider):
         local = sum(buffer.physical_bytes().local for buffer in buffers)
 
         def step() -> torch.Tensor:
+            if self.mode:  # what the call before returned may be overwritten
+                torch.compiler.cudagraph_mark_step_begin()
             return offloaded(*inputs.arguments())
 
         steps = dak.explain(offloaded).strategies
@@ -71,6 +81,7 @@ class DakBackend(Provider):
             step,
             remote,
             device_bytes=before - tiered + local + ring,
+            graph=self.mode is None,
             note=strategies_text(steps),
             products_seconds=sum(each.seconds for each in steps if each.where != EAGER),
         )
