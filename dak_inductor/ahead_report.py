@@ -78,7 +78,8 @@ class StepStrategy:
 
 def strategies_of(bindings: Iterable[Binding]) -> tuple[StepStrategy, ...]:
     """Of all steps that were planned or given up, in the order in which they were first called: one
-    or, where other products are staged in CUDA graphs than outside of them, two for each."""
+    or, where other products are staged in CUDA graphs than outside of them, two for each. One that
+    Inductor captures is in CUDA graphs alone."""
     found = []
     for binding in bindings:
         if binding.ahead is None:
@@ -109,6 +110,8 @@ def _strategies(
             where, plans.eager.seconds, plans.eager.waits_for_host and where != CAPTURED,
         )  # fmt: skip
 
+    if known.inside:  # Inductor's graph: calls are replays of it
+        return [strategy(plans.captured, CAPTURED)]
     chosen = [[op.strategy for op in plan.ops] for plan in (plans.captured, plans.eager)]
     if chosen[0] == chosen[1]:
         return [strategy(plans.captured, "")]

@@ -137,6 +137,8 @@ def test_explain_shows_both_plans_where_they_differ(monkeypatch: pytest.MonkeyPa
     assert "predicted 320 us, all direct 320 us; the GPU waits for the host" in str(eager)
     for step in (captured, eager):
         assert str(step) in found.to_html() and step.where in str(found)
+    known.inside = True
+    assert dak.explain(model).strategies == (captured,), "Inductor captures it: calls are replays"
 
 
 @torch.no_grad()
