@@ -15,12 +15,12 @@ from dak_inductor.lowering import reads
 @dataclass(frozen=True, slots=True)
 class CountedRead:
     """Spans of (start, size) in bytes of a buffer, in which the product's weight of that number
-    lies; with that `split` of it they are these bytes by tier."""
+    lies; in that `generation` of it they are these bytes by tier."""
 
     buffer: weakref.ref[TieredBuffer]
     weight: int
     spans: tuple[tuple[int, int], ...]
-    split: int
+    generation: int
     read: TierBytes
 
 
@@ -33,7 +33,7 @@ def counted_reads(weights: tuple[Tensor, ...]) -> tuple[CountedRead, ...]:
             weakref.ref(buffer),
             numbers[first.data_ptr()],
             spans,
-            buffer.split,
+            buffer.generation,
             reads.bytes_of(buffer, spans),
         )
         for buffer, first, spans in reads.dense_spans(apart)
@@ -45,7 +45,7 @@ def count(counted: tuple[CountedRead, ...], weights: tuple[Tensor, ...]) -> None
     for each in counted:
         buffer = each.buffer()
         if buffer is not None:
-            read = each.read if buffer.split == each.split else None
+            read = each.read if buffer.generation == each.generation else None
             reads.count_spans("linear", buffer, weights[each.weight], each.spans, read)
 
 

@@ -18,11 +18,13 @@ from dak_inductor.cuda_runtime.tier_bytes import TierBytes
 from dak_inductor.lowering import counters, ops_linear, staging
 from dak_inductor.lowering.linear import copy_engine, dispatch, ring, ring_plan
 from dak_inductor.lowering.linear.configuration import MAXIMUM_TOKENS
+from dak_inductor.lowering.linear.counted_reads import count, counted_reads
 from dak_inductor.lowering.linear.problem import LinearProblem
 from dak_inductor.lowering.linear.queues import InlineQueue, Queues
 from dak_inductor.lowering.linear.ring_plan import Residency
 from dak_inductor.lowering.slots import MOST_SLOTS, allocate, slot_sizes
 
+from .ahead_model import weight_of
 from .fake_queues import FakeQueue, Scheduler
 
 H200 = hardware.load("h200")
@@ -357,3 +359,13 @@ def test_the_record_of_a_strided_copy_is_laid_out_as_in_cuda_h() -> None:
         target_type=copy_engine._UNIFIED, target=1 << 41, target_pitch=512, width=500, height=77,
     )  # fmt: skip
     assert bytes(ours) == ctypes.string_at(theirs.getPtr(), ctypes.sizeof(ours))
+
+
+def test_what_was_added_up_for_a_split_holds_for_that_alone() -> None:
+    buffer, weight = weight_of(64, 64, 0.5)
+    counted = counted_reads((weight,))
+    for share in (0.5, 0.25, 1.0):
+        buffer.move(round((1 - share) * buffer.nbytes))
+        counters.reset()
+        count(counted, (weight,))
+        assert counters.total() == buffer.bytes_by_tier()
