@@ -238,7 +238,6 @@ class StepMemory:
 
 
 def tokens_text(tokens: Hashable) -> str:
-    """For people: "1 tokens"; "any tokens" of a graph that knows none."""
-    if isinstance(tokens, tuple):
-        return f"{', '.join(map(str, tokens)) or 'any'} tokens"
-    return f"{tokens} tokens"
+    """For people: "1 token", "5, 300 tokens"; "any tokens" of a graph that knows none."""
+    found = tokens if isinstance(tokens, tuple) else (tokens,)
+    return f"{', '.join(map(str, found)) or 'any'} {'token' if found == (1,) else 'tokens'}"

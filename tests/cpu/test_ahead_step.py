@@ -76,6 +76,11 @@ def test_learned_then_played() -> None:
     assert 0 < run.memory.ring.largest <= ROOM
 
 
+def test_token_counts_are_told_in_words() -> None:
+    told = [memory_module.tokens_text(each) for each in ((), (1,), (5, 300), 1, 7)]
+    assert told == ["any tokens", "1 token", "5, 300 tokens", "1 token", "7 tokens"]
+
+
 def test_direct_is_never_ahead_and_learns_nothing() -> None:
     run = Run(three(), "direct")
     assert run() == run() == [False] * 3

@@ -22,7 +22,7 @@ from dak_inductor.template_report import OpTemplate
 SHAPES = {"up": (512, 256), "gate": (512, 256), "down": (256, 512)}
 SIZES = {name: n * k * 2 for name, (n, k) in SHAPES.items()}
 STEP = StepStrategy(
-    "graph1", "1 tokens",
+    "graph1", "1 token",
     (*(OpStrategy((f"layers.{i}.up.weight",), "staged", "its remote rows are copied ahead")
        for i in range(3)),
      OpStrategy(("head.weight",), "direct", "few <bytes> of it are remote")),
@@ -99,7 +99,7 @@ def test_a_sum_is_shown_only_where_each_of_its_products_was_measured() -> None:
 
 
 def test_each_operator_has_its_strategy_and_kernel_in_text_and_page() -> None:
-    known = StepStrategy("decode", "1 tokens", (OpStrategy(("up",), "staged", ""),), 0, 1.0, 1.0)
+    known = StepStrategy("decode", "1 token", (OpStrategy(("up",), "staged", ""),), 0, 1.0, 1.0)
     eager = replace(known, ops=(OpStrategy(("up",), "direct", ""),), where="outside of CUDA graphs")
     served = (OpTemplate("decode", "a", "", "linear", "", "triton", ()),)
     here = replace(op("d", "down", "linear"), remote_share=0.0)

@@ -22,8 +22,8 @@ def test_several_in_one_line_are_numbered() -> None:
 
 def test_steps_of_a_benchmark_are_numbered_too() -> None:
     op = OpStrategy(("up",), "staged", "")
-    off = StepStrategy("decode", "1 tokens", (), 0, 0.0, 0.0, off="its products vary; see above")
-    staged = StepStrategy("decode", "1 tokens", (op,), 1 << 22, 1.0, 2.0)
+    off = StepStrategy("decode", "1 token", (), 0, 0.0, 0.0, off="its products vary; see above")
+    staged = StepStrategy("decode", "1 token", (op,), 1 << 22, 1.0, 2.0)
     assert strategies_text([staged]) == "1 of 1 copied ahead"
     assert strategies_text([off, staged]) == (
         "(1) its products vary; see above (2) 1 of 1 copied ahead"
