@@ -37,7 +37,7 @@ from dak_inductor.benchmarks.harness.record import (
     without_folder,
 )
 from dak_inductor.copy_ring import LEAST_RING_BYTES, RING_BYTES
-from dak_inductor.cost_model import link_bandwidth, local_bandwidth, op_floor, reached_flops
+from dak_inductor.cost_model import compute_seconds, link_bandwidth, local_bandwidth, op_floor
 from dak_inductor.hardware import load
 from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.plan import Plan, PlanProblem
@@ -76,7 +76,7 @@ def linear_program(problem: PlanProblem, profile: HardwareProfile) -> float:
         tensor = tensors[use.tensor]
         at_least(number, tensor, -local, local + use.other_bytes / local_bandwidth(profile))
         at_least(number, tensor, use.touched_bytes / link_bandwidth(use, link), 0.0)
-        at_least(number, tensor, 0.0, use.flops / reached_flops(use, profile))
+        at_least(number, tensor, 0.0, compute_seconds(use, profile))
         if (use.graph, use.op) not in seen:
             floors += use.calls * op_floor(use.kind, profile)
         seen.add((use.graph, use.op))

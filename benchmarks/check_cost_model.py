@@ -1,9 +1,10 @@
 """Times that the planner's cost model predicts, beside those of recorded grids and steps.
 
 Each cell of a grid is one operator; its prediction is `cost_model.op_time` and `both_seconds` on
-the shipped profile with the ceilings of the record's own run. The bars are those wanted of whole
-steps. Of a step the plan predicts the products, in CUDA graphs; what else there is in it is the
-time with everything resident less the products then, which no plan changes. Needs no GPU.
+the shipped profile with HBM and link as in the record's own run. The matmul rate is the profile's:
+that of a run is from 667 to 822 TFLOP/s, as warm as the card was, and products in the middle of a
+step do not follow it. The bars are those wanted of whole steps, which are planned from their graphs
+as `dak plan` does and compared with what CUDA graphs took. Needs no GPU.
 
     python benchmarks/check_cost_model.py [RECORD.json ...] [--out DIR]
 """
@@ -22,8 +23,8 @@ from typing import Any
 from dak_inductor import hardware
 from dak_inductor.benchmarks.harness import attention_grid, command_line
 from dak_inductor.benchmarks.harness.linear_bars import LAST_DECODE
-from dak_inductor.benchmarks.harness.models import SHAPES
 from dak_inductor.benchmarks.harness.record import Verdict, make_record, project_root
+from dak_inductor.benchmarks.harness.step_prediction import predicted_steps
 from dak_inductor.cost_model import both_seconds, op_time
 from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.lowering.element_types import ELEMENT_BYTES
@@ -34,7 +35,7 @@ GRIDS = ("linear", "linear_prefill", "linear_peer", "linear_peer_prefill", "atte
 STEPS = ("decode_step", "decode_step_16", "decode_step_64", "decode_step_70b", "decode_step_peer",
          "prefill_1", "prefill_4")  # fmt: skip
 MEDIAN_BAR, WORST_BAR = 0.03, 0.10
-RESIDENT, OURS = "resident inductor", "dak"
+MODELS = ("models", "models_opt", "models_encoders", "models_peer")
 COLUMNS = ("record", "phase", "remote", "cells", "median", "bias", "worst", "worst cell")
 _BANDS = ((0.0, "0"), (0.01, "to 1%"), (0.1, "to 10%"), (1.0, "more"))
 
@@ -51,7 +52,7 @@ class Compared:
 
 
 def profile_of(record: Mapping[str, Any]) -> HardwareProfile:
-    """The shipped profile of the H200 with the ceilings of a record's run."""
+    """The shipped profile of the H200 with HBM and link as in a record's run."""
     shipped, found = hardware.load("h200"), record["ceilings"]
     links = {
         tier: dataclasses.replace(
@@ -62,7 +63,6 @@ def profile_of(record: Mapping[str, Any]) -> HardwareProfile:
     return dataclasses.replace(
         shipped,
         hbm_bandwidth=found["hbm_stream"],
-        matmul_flops=dict.fromkeys(shipped.matmul_flops, found["matmul_flops"]),
         links=links,
     )
 
@@ -72,7 +72,7 @@ def linear_use(cell: Mapping[str, Any]) -> OpUse:
     m, n, k = cell["M"], cell["N"], cell["K"]
     return OpUse(
         op="linear", graph="", tensor="weight", kind="linear", touched_bytes=cell["weight_bytes"],
-        other_bytes=ELEMENT_BYTES * m * (n + k), flops=2.0 * m * n * k, calls=1, m=m,
+        other_bytes=ELEMENT_BYTES * m * (n + k), flops=2.0 * m * n * k, calls=1, m=m, n=n,
     )  # fmt: skip
 
 
@@ -111,43 +111,14 @@ def compare(name: str, record: Mapping[str, Any]) -> list[Compared]:
 
 
 def compare_steps(name: str, record: Mapping[str, Any]) -> list[Compared]:
-    """All steps of ours whose products have a prediction; none of a record that lacks them, or the
-    step with everything resident."""
-    resident = [c for c in record["cells"] if c["provider"] == RESIDENT and c["status"] == "ok"]
-    ours = [
-        cell
-        for cell in record["cells"]
-        if cell["provider"] == OURS and cell["status"] == "ok" and "products_milliseconds" in cell
-    ]
-    if not resident or not ours:
-        return []
-    profile, phase = profile_of(record), "prefill" if record["arguments"]["prefill"] else "decode"
-    products = sum(
-        op_time(use, 0.0, profile, profile.link(ours[0]["remote"]))
-        for use in step_uses(record["arguments"])
-    )
-    other = resident[0]["milliseconds"] - products * 1e3
+    """All steps of ours that were measured in CUDA graphs."""
     return [
         Compared(
-            name, f"{phase} step", _band(cell["fraction"]),
-            (cell["products_milliseconds"] + other) / cell["milliseconds"] - 1,
-            f"{name} {cell['fraction']}",
+            name, f"{step.phase} step", _band(step.share), step.predicted / step.measured - 1,
+            step.cell,
         )
-        for cell in ours
+        for step in predicted_steps(record, profile_of(record))
     ]  # fmt: skip
-
-
-def step_uses(arguments: Mapping[str, Any]) -> list[OpUse]:
-    """The products of a step of `bench_step`; gate and up are one."""
-    shapes = dict(SHAPES[arguments["shape"]].linear_shapes())
-    rows, columns = shapes.pop("up")
-    shapes["gate"] = (2 * rows, columns)
-    m = arguments["batch"] * (arguments["context"] if arguments["prefill"] else 1)
-    uses = [
-        linear_use({"M": m, "N": n, "K": k, "weight_bytes": ELEMENT_BYTES * n * k})
-        for n, k in shapes.values()
-    ]
-    return uses * arguments["layers"]
 
 
 def _band(fraction: float) -> str:
@@ -174,10 +145,14 @@ def rows(compared: Iterable[Compared]) -> list[dict[str, object]]:
 
 
 def verdicts(compared: Sequence[Compared]) -> list[Verdict]:
-    """Of all operators together, and of all steps."""
+    """Of all operators together, of all steps of decoder blocks, and of those of whole models."""
     found = []
-    for ending, wanted in (("", False), (", steps", True)):
-        errors = [abs(each.error) for each in compared if each.phase.endswith("step") == wanted]
+    for ending, wanted in (
+        ("", lambda each: not each.phase.endswith("step")),
+        (", steps", lambda each: each.phase.endswith("step") and each.record not in MODELS),
+        (", whole models", lambda each: each.record in MODELS),
+    ):
+        errors = [abs(each.error) for each in filter(wanted, compared)]
         if errors:
             median, worst = statistics.median(errors), max(errors)
             found += [
@@ -192,17 +167,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = project_root() / "benchmarks" / "results"
     made.add_argument(
         "records", nargs="*", type=Path,
-        default=[results / f"{name}.json" for name in (*GRIDS, *STEPS)],
+        default=[results / f"{name}.json" for name in (*GRIDS, *STEPS, *MODELS)],
     )  # fmt: skip
     made.add_argument("--out", type=Path, default=Path("benchmark-results"))
     arguments = made.parse_args(argv)
     compared: list[Compared] = []
     for path in arguments.records:
         record = json.loads(path.read_text(encoding="utf-8"))
-        name = str(record["benchmark"])
+        name = path.stem if record["benchmark"] == "models" else str(record["benchmark"])
         if name.startswith(("linear", "attention")):
             compared += compare(name, record)
-        elif name.startswith(("decode_step", "prefill_")):
+        elif name.startswith(("decode_step", "prefill_", "models")):
             compared += compare_steps(name, record)
         else:
             raise SystemExit(f"{path} is no grid of linears or attention, and no record of steps")

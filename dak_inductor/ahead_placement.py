@@ -108,7 +108,8 @@ class _Group(NamedTuple):
 
 
 def _groups(columns: UseColumns, grids: Sequence[SplitGrid]) -> list[_Group]:
-    """The cheapest first, of equal ones those of many, large tensors, each read on its own."""
+    """The cheapest first, of equal ones those of many, large tensors, each read on its own, and
+    late: behind the last of them the link stands still."""
     tensors, count = columns.problem.tensors, len(grids)
     ours = columns.tensor >= 0
     tensor, product = columns.tensor[ours], columns.product[ours]
@@ -117,6 +118,9 @@ def _groups(columns: UseColumns, grids: Sequence[SplitGrid]) -> list[_Group]:
     calls = sums(columns.calls[ours], tensor, count).tolist()
     # of products that read two, such as gate and up
     shared = set(tensor[np.bincount(product)[product] > 1].tolist())
+    place = np.zeros(columns.products, dtype=np.intp)  # of gate and up alike
+    np.maximum.at(place, columns.product, np.arange(len(columns.product)))
+    read_at = dict(zip(tensor.tolist(), place[product].tolist(), strict=True))
     alike: dict[tuple[str, int, float], list[int]] = {}
     for number in np.flatnonzero((reads > 0) & (copied == reads)).tolist():
         if grids[number].high > grids[number].low:
@@ -127,7 +131,8 @@ def _groups(columns: UseColumns, grids: Sequence[SplitGrid]) -> list[_Group]:
     for (name, nbytes, called), numbers in alike.items():
         numbers.sort(key=lambda number: natural(tensors[number].name))
         is_shared = not shared.isdisjoint(numbers)
-        order = (called, len(numbers) < _FEW, -nbytes, is_shared, name)
+        last = max(read_at[number] for number in numbers)
+        order = (called, len(numbers) < _FEW, -nbytes, is_shared, -last, name)
         found.append((order, _Group(called / columns.link.copy_bandwidth, numbers, nbytes)))
     return [group for _, group in sorted(found, key=itemgetter(0))]
 

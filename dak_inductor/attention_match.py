@@ -39,7 +39,9 @@ def attention_operator(node: Node) -> Match | str:
         reads=reads,
         m=shape_of(query)[-2],
         other=add(nbytes(query), nbytes(value_of(node))),
-        flops=_attention_flops(query, key, value, shape_of(key)[-2]),
+        flops=attention_flops(
+            query, key, value, shape_of(key)[-2], causal=bool(getattr(call, "causal", False))
+        ),
         dtype=dtype_name(query.dtype),
         rewrite=False,
         refusal=call if isinstance(call, str) else _ONE_SIDED,
@@ -83,7 +85,7 @@ def over_cache(call: AttentionCall) -> Match | None:
         reads=reads,
         m=shape_of(query)[2],
         other=other,
-        flops=_attention_flops(query, key, value, tokens),
+        flops=attention_flops(query, key, value, tokens, causal=call.causal),
         dtype=dtype_name(key.dtype),
         rewrite=not refusal,
         refusal=refusal,
@@ -96,11 +98,15 @@ def _others(tensor: torch.Tensor) -> tuple[Size, ...]:
     return batch, heads, depth, tensor.element_size()
 
 
-def _attention_flops(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tokens: Size
+def attention_flops(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tokens: Size, *, causal: bool
 ) -> Size:
+    """Of both products over the first `tokens` of keys and values; with `causal` the last query
+    sees all of them, each one before it a token less."""
+    *others, rows = shape_of(query)[:-1]
     depth = add(shape_of(key)[-1], shape_of(value)[-1])
-    return product((2, *shape_of(query)[:-1], tokens, depth))
+    hidden = add(rows, -1) if causal else 0
+    return product((*others, rows, add(product((2, tokens)), product((-1, hidden))), depth))
 
 
 def _no_cache(call: AttentionCall) -> str:

@@ -22,7 +22,7 @@ from dak_inductor.epilogues import fuse_epilogues
 from dak_inductor.errors import DakError, TieredTensorError
 from dak_inductor.kv_cache_steps import CacheStep, take_steps
 from dak_inductor.normalise import normalise
-from dak_inductor.op_table import OpTable, build_op_table
+from dak_inductor.op_table import OpTable, build_op_table, with_local_ops
 from dak_inductor.options import BackendOptions
 from dak_inductor.refusal import Refusal
 from dak_inductor.resident_copies import has_memory
@@ -98,6 +98,7 @@ def compile_graph(
     if table.ops and graph is not graph_module:
         graph = rewrite(graph, table)
         table = with_templates(graph, fuse_epilogues(graph, table))
+        table = with_local_ops(graph, table)
     compiled = CompiledGraph(table, settings, SESSION, steps, written)
     compiled.log_placement(example_inputs)
     compiled.run = executor(graph, example_inputs)

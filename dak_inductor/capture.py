@@ -14,10 +14,12 @@ import torch
 import torch._dynamo.config as dynamo_config
 from torch.fx import GraphModule
 
+from dak_inductor.epilogues import fuse_epilogues
 from dak_inductor.errors import ModelError
 from dak_inductor.normalise import normalise
-from dak_inductor.op_table import OpTable, build_op_table
+from dak_inductor.op_table import OpTable, build_op_table, with_local_ops
 from dak_inductor.refusal import Refusal
+from dak_inductor.rewrite import rewrite
 
 _RECOMPILES = 1 << 16
 
@@ -34,7 +36,9 @@ def capture(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[OpT
         if isinstance(graph, Refusal):
             tables.append(OpTable((), (graph,), (), (), {}, {}))
         else:
-            tables.append(build_op_table(graph))
+            table = build_op_table(graph)
+            graph = rewrite(graph, table)
+            tables.append(with_local_ops(graph, fuse_epilogues(graph, table)))
         return graph_module.forward
 
     # Models of one family share code objects, and each one captured here recompiles them.

@@ -14,6 +14,7 @@ from dak_inductor.cost_model import (
     copy_slowdown,
     divided_seconds,
 )
+from dak_inductor.lowering.copy_cost import piece_overhead
 from dak_inductor.use_columns import Column, UseColumns, sums
 
 _PARTS_SECONDS = 10e-6
@@ -52,18 +53,24 @@ class CopiesAhead:
         self._product = columns.product[self.uses]
         self._arriving = sums(self.copied, self._product, columns.products)
         self._few = (columns.m[self.uses] > 0) & (columns.m[self.uses] <= FEW_TOKENS)
+        self._whole = self._arriving[self._product]
+        ring_bytes = columns.problem.ring_bytes
+        self._is_launch = self._few & (LAUNCHES_IN_RING * self._whole <= ring_bytes)
         self.seconds = self._seconds()
 
     def _seconds(self) -> Column:
         """One launch reads what is copied for it where the ring holds twice as much. A product of
         two weights, such as gate and up, pays once for both."""
-        ring_bytes = self._columns.problem.ring_bytes
-        whole = self._arriving[self._product]
-        parts = np.ceil(PARTS_IN_RING * whole / ring_bytes)
-        is_launch = self._few & (LAUNCHES_IN_RING * whole <= ring_bytes)
-        in_parts = _PARTS_SECONDS + (parts - 1) * _FURTHER_SECONDS
-        longer = np.where(is_launch, _LAUNCH_SECONDS, in_parts)
-        return self._columns.alone[self.uses] + longer * (self.copied / whole)
+        in_parts = _PARTS_SECONDS + (self._parts(self._whole) - 1) * _FURTHER_SECONDS
+        longer = np.where(self._is_launch, _LAUNCH_SECONDS, in_parts)
+        return self._columns.alone[self.uses] + longer * (self.copied / self._whole)
+
+    def _parts(self, nbytes: Column) -> Column:
+        return np.ceil(PARTS_IN_RING * nbytes / self._columns.problem.ring_bytes)
+
+    def _copies(self) -> Column:
+        """Of each use: one for a launch, else one for each part."""
+        return np.where(self._is_launch, 1.0, self._parts(self.copied))
 
     def read_directly(self) -> Column:
         """What each use takes longer in a step that reads both memories itself: once for a product
@@ -94,20 +101,32 @@ class CopiesAhead:
         own = sums(self.seconds, self._product, columns.products)
         late = (self._arriving - columns.problem.ring_bytes) / link.copy_bandwidth - own
         graphs = len(columns.graphs)
+        ends = self._behind_copies(took, graphs)
         waits = sums(np.maximum(0.0, late), columns.graph_of_product, graphs).tolist()
         copied = sums(self.copied, columns.graph[self.uses], graphs).tolist()
+        overheads = piece_overhead(columns.profile, link) * self._copies()
+        beginning = sums(overheads, columns.graph[self.uses], graphs).tolist()
         totals = zip(
-            columns.graphs, copied, columns.by_graph(took), columns.by_graph(read), waits,
-            strict=True,
+            columns.graphs, copied, columns.by_graph(took), columns.by_graph(read), waits, ends,
+            beginning, strict=True,
         )  # fmt: skip
         slower = copy_slowdown(columns.profile, link) - 1
         steps = {}
-        for graph, nbytes, alone, others, wait in totals:
+        for graph, nbytes, alone, others, wait, end, begun in totals:
             if not nbytes:
                 continue
-            copies = nbytes / link.copy_bandwidth
+            copies = nbytes / link.copy_bandwidth + begun
             slowed = alone + slower * min(alone, copies) + wait
-            busy = copies + others / link.direct_bandwidth
+            busy = copies + others / link.direct_bandwidth + end
             seconds = max(slowed, busy) + _ENDS_SECONDS
             steps[graph] = StagedStep(seconds, seconds - alone, nbytes)
         return steps
+
+    def _behind_copies(self, took: Column, graphs: int) -> list[float]:
+        """By graph, what runs behind the last product that is copied for: no copy is under way
+        there, and those of the next step begin with it. Uses are in the order of their graphs."""
+        columns = self._columns
+        last = np.full(graphs, len(took))
+        last[columns.graph[self.uses]] = self.uses
+        behind = np.arange(len(took)) > last[columns.graph]
+        return sums(np.where(behind, took, 0.0), columns.graph, graphs).tolist()

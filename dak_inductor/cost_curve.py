@@ -50,7 +50,8 @@ def cost_lines(problem: PlanProblem, profile: HardwareProfile, link: LinkProfile
         untouched = use.untouched_share
         touched, other, flops = use.touched_bytes, use.other_bytes, use.flops
         shape = (
-            touched, other, flops, untouched, use.kind, use.m > FEW_TOKENS, use.dtype, use.strategy
+            touched, other, flops, untouched, use.kind, use.m > FEW_TOKENS and use.n, use.dtype,
+            use.strategy,
         )  # fmt: skip
         known = shapes.get(shape)
         if known is None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from dak_inductor import gemm_time
 from dak_inductor.errors import PlanError
 from dak_inductor.hardware_profile import HardwareProfile, LinkProfile
 from dak_inductor.plan import OpUse
@@ -30,10 +31,16 @@ HBM_SHARE = 0.93
 grids of the H200, both tiers (linear.json, linear_peer.json): see `benchmarks/check_cost_model.py`.
 """
 COMPUTE_SHARE, ATTENTION_COMPUTE_SHARE = 0.92, 0.7
-"""Of the matmul rate that a profile has, what operators reach, fitted to the prefill grids with
-nothing remote; attention's two products with a softmax between them."""
+"""Of the matmul rate that a profile has, what operators reach; attention's two products with a
+softmax between them."""
+_SUSTAINED = 0.86
+"""The same of products of many tokens, where whole waves of tiles take no longer: 650 to 730 of 800
+TFLOP/s in the middle of steps. Fitted to the prefill grids and to prefill steps."""
 PRODUCTS = ("linear", "linear_epilogue", "gated_linear")
-_LOOK_UPS = ("embedding", "gather")
+FUSED = "fused"
+"""All that Inductor makes one kernel of: it reads and writes activations, and computes next to
+nothing."""
+_SHORT = ("embedding", "gather", FUSED)
 FEW_TOKENS = 128
 """Products of up to so many are one launch of the kernel."""
 _ALONE_FLOORS = {"cpu": 2.5, "peer": 4.0}
@@ -125,7 +132,7 @@ def op_cost(use: OpUse, profile: HardwareProfile, link: LinkProfile) -> OpCost:
         use.touched_bytes / bandwidth,
         use.other_bytes / bandwidth,
         use.touched_bytes / link_bandwidth(use, link),
-        use.flops / reached_flops(use, profile) if use.flops else 0.0,
+        compute_seconds(use, profile),
         use.untouched_share,
     )
 
@@ -164,15 +171,25 @@ def local_bandwidth(profile: HardwareProfile) -> float:
     return HBM_SHARE * profile.hbm_bandwidth
 
 
-def reached_flops(use: OpUse, profile: HardwareProfile) -> float:
-    """Flop per second that an operator reaches."""
+def compute_seconds(use: OpUse, profile: HardwareProfile) -> float:
+    """Seconds of one call on the cores."""
+    if not use.flops:
+        return 0.0
+    peak = peak_flops(profile, use.dtype)
+    if use.kind in PRODUCTS and use.n and use.m > FEW_TOKENS:
+        depth = round(use.flops / (2 * use.m * use.n))
+        return gemm_time.compute_seconds(
+            use.m, use.n, depth,
+            peak=peak, sustained=_SUSTAINED, sm_count=profile.sm_count,
+            hbm_bandwidth=profile.hbm_bandwidth,
+        )  # fmt: skip
     share = ATTENTION_COMPUTE_SHARE if use.kind == "attention" else COMPUTE_SHARE
-    return share * peak_flops(profile, use.dtype)
+    return use.flops / (share * peak)
 
 
 def op_floor(kind: str, profile: HardwareProfile) -> float:
     """Seconds of an operator of that kind besides what it reads and computes."""
-    return profile.operator_floor * (1.0 if kind in _LOOK_UPS else _KERNEL_FLOORS)
+    return profile.operator_floor * (1.0 if kind in _SHORT else _KERNEL_FLOORS)
 
 
 def alone_seconds(m: int, share: float, profile: HardwareProfile, link: LinkProfile) -> float:

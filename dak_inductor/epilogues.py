@@ -263,6 +263,7 @@ def _ops_of(fusion: Fusion, fused: Node, ops: Ops) -> tuple[Op, ...]:
             touched=read,
             other=other if position == 0 else 0,
             flops=sum(part.flops for part in parts) if position == 0 else 0,
+            n=sum(part.n for part in parts),
             epilogue=fusion.epilogue,
         )
         for position, (operand, read) in enumerate(touched.items())

@@ -33,6 +33,7 @@ class Match:
     """What a rule found. `reads` holds the operands that lie behind graph inputs, weights first.
 
     `refusal` is why it is not rewritten, though it could be with other operands; "" for nothing.
+    `n` is how many features a product makes of each of its `m` rows; 0 where it has no one weight.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Match:
     dtype: str
     rewrite: bool = True
     refusal: str = ""
+    n: Size = 0
 
 
 def nbytes(tensor: torch.Tensor) -> Size:

@@ -45,7 +45,7 @@ def _contraction(kind: str, node: Node, x: Any, weight: Any) -> Match | str:
     x_value, result = value_of(x), value_of(node)
     if result.dtype != value_of(weight).dtype and not result.dtype.is_floating_point:
         return f"operands of {value_of(weight).dtype} give {result.dtype}"
-    contracted = shape_of(x_value)[-1]
+    contracted, columns = shape_of(x_value)[-1], shape_of(result)[-1:]
     return Match(
         kind=kind,
         reads=(Read.of(weight, source),),
@@ -53,6 +53,7 @@ def _contraction(kind: str, node: Node, x: Any, weight: Any) -> Match | str:
         other=add(nbytes(x_value), nbytes(result)),
         flops=product((2, *shape_of(result), contracted)),
         dtype=dtype_name(value_of(weight).dtype),
+        n=columns[0] if value_of(weight).dim() == 2 else 0,
     )
 
 
@@ -99,6 +100,7 @@ def _either(kind: str, node: Node, left: Any, right: Any) -> Match | str | None:
             match.dtype,
             rewrite=not _is_parameter(left),
             refusal=ON_THE_LEFT if _is_parameter(left) else "",
+            n=shape_of(value_of(left))[0] if value_of(left).dim() == 2 else 0,
         )
     for activation, operand in ((left, right), (right, left)):
         cache = cache_behind(operand)

@@ -8,13 +8,15 @@ tiers at call time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from dak_inductor.local_ops import LocalOp, local_ops
 from dak_inductor.lowering.registry import TemplateRefusal
 from dak_inductor.normalise import value_of
 from dak_inductor.op_match import Match, Read, dtype_name
@@ -46,6 +48,7 @@ class Op:
              its address).
     operand: index of the graph input.
     m:       rows of the activation side.
+    n:       features of the result of a product with one weight, or with gate and up; else 0.
     touched: bytes of the operand read per call.
     other:   bytes of all further operands and of the result.
     flops:   floating-point operations per call, counted once per operator.
@@ -70,6 +73,7 @@ class Op:
     epilogue: str = ""
     template: str = ""
     passed_over: tuple[TemplateRefusal, ...] = ()
+    n: Size = 0
 
     @property
     def counts_itself(self) -> bool:
@@ -91,6 +95,7 @@ class OpTable:
     """All operators of one graph, what was refused, and how to read symbol values from a call.
 
     `parameters` names the graph inputs that are parameters or buffers of a module, by index.
+    `local_ops` is what the graph does beside `ops`.
     """
 
     ops: tuple[Op, ...]
@@ -99,6 +104,7 @@ class OpTable:
     symbols: tuple[SymbolSource, ...]
     hints: Mapping[str, int]
     parameters: Mapping[int, str]
+    local_ops: tuple[LocalOp, ...] = ()
 
     def operands(self) -> tuple[int, ...]:
         """Indices of the graph inputs that any operator reads, ascending."""
@@ -124,7 +130,7 @@ class OpTable:
         calls: float,
         values: Mapping[str, int] | None = None,
     ) -> list[OpUse]:
-        """The planner's view of the operators whose operand is bound to a named tensor.
+        """The planner's view of the graph, in its order. What reads no named tensor is local.
 
         Args:
             names: tensor name by index of graph input.
@@ -135,7 +141,7 @@ class OpTable:
             OpUse(
                 op=op.node,
                 graph=graph,
-                tensor=names[op.operand],
+                tensor=names.get(op.operand, ""),
                 kind=op.kind,
                 touched_bytes=evaluate(op.touched),
                 other_bytes=evaluate(op.other),
@@ -145,10 +151,20 @@ class OpTable:
                 module=op.module,
                 source=op.source,
                 m=evaluate(op.m),
+                n=evaluate(op.n),
             )
-            for op in self.ops
-            if op.operand in names
+            for op in self._in_order()
         ]
+
+    def _in_order(self) -> Iterator[Op | LocalOp]:
+        behind: dict[str, list[LocalOp]] = {}
+        for each in self.local_ops:
+            behind.setdefault(each.after, []).append(each)
+        yield from behind.get("", ())
+        for op, following in zip_longest(self.ops, self.ops[1:]):
+            yield op
+            if following is None or following.node != op.node:  # an operator may read two tensors
+                yield from behind.get(op.node, ())
 
 
 def build_op_table(graph_module: GraphModule) -> OpTable:
@@ -189,6 +205,12 @@ def build_op_table(graph_module: GraphModule) -> OpTable:
     )
 
 
+def with_local_ops(graph_module: GraphModule, table: OpTable) -> OpTable:
+    """The table with what the graph does beside its operators."""
+    known = {op.node: op.kind for op in table.ops}
+    return replace(table, local_ops=local_ops(graph_module, known))
+
+
 def _ops_of(node: Node, match: Match, index: Mapping[Node, int]) -> list[Op]:
     module, source = module_of(node), source_of(node)
     reads = [read for read in match.reads if read.source in index]
@@ -198,6 +220,7 @@ def _ops_of(node: Node, match: Match, index: Mapping[Node, int]) -> list[Op]:
             kind=match.kind,
             operand=index[read.source],
             m=match.m,
+            n=match.n,
             touched=read.touched,
             other=match.other if position == 0 else 0,
             flops=match.flops if position == 0 else 0,

@@ -61,6 +61,7 @@ class OpUse:
     module: str = ""
     source: str = ""
     m: int = 0  # rows of the activation, 0 where it has no meaning
+    n: int = 0  # features of the result, 0 where it has no meaning
     strategy: str = "direct"
     untouched_share: float = 0.0  # of the tensor, at its end: a context that is still to come
 

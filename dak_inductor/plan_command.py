@@ -19,7 +19,7 @@ from dak_inductor.byte_size import parse_budget
 from dak_inductor.capture import capture_generation
 from dak_inductor.config_model import build_model, kv_cache_bytes
 from dak_inductor.copied_rows import row_block
-from dak_inductor.cost_model import reached_flops
+from dak_inductor.cost_model import FUSED, compute_seconds
 from dak_inductor.errors import BudgetError, ModelError
 from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.inventory import Inventory, take_inventory
@@ -200,7 +200,9 @@ def plan_model(
             length=request.prompt + request.new,
             itemsize=next(model.parameters()).itemsize,
         ),
-        activations=int(2 * max((use.other_bytes for use in first), default=0)),
+        activations=int(
+            2 * max((use.other_bytes for use in first if use.kind != FUSED), default=0)
+        ),
     )
     problem = PlanProblem(
         tensors=tuple(
@@ -214,7 +216,7 @@ def plan_model(
         model=inventory.fingerprint,
         ring_bytes=expected_ring_by_profile(profile, budget),
     )
-    compute = {use.op: use.flops / reached_flops(use, profile) for use in uses if use.flops}
+    compute = {use.op: compute_seconds(use, profile) for use in uses if use.flops}
     return PlanAnswer(request, memory, make_plan(problem, profile), compute)
 
 

@@ -27,6 +27,9 @@ from dak_inductor.split_grid import SplitGrid, split_grid
 from dak_inductor.tensor_names import natural
 from dak_inductor.use_columns import UseColumns
 
+_EVEN = 0.002
+"""Of the time: so little is not worth the bytes of more tensors. Predictions are not that good."""
+
 
 def make_plan(
     problem: PlanProblem, profile: HardwareProfile, *, move_tolerance: float = 1e-3
@@ -60,7 +63,8 @@ def make_plan(
     spreads = ahead_placement.placements(columns, pieces, grids, asked)
     if spreads:
         schedules = [Schedule(columns, spread) for spread in spreads]
-        ahead = min(schedules, key=lambda schedule: schedule.expected)
+        least = (1 + _EVEN) * min(schedule.expected for schedule in schedules)
+        ahead = next(schedule for schedule in schedules if schedule.expected <= least)
         # also where both take as long: the ring of copies does not reach from one whole tensor to
         # the next
         even = ahead.staged and ahead.expected <= best.expected * (1 + move_tolerance)

@@ -105,7 +105,7 @@ class Schedule:
         columns, profile, problem = self._columns, self._columns.profile, self._columns.problem
         sums = zip(
             columns.graphs,
-            columns.by_graph(self._local_bytes),
+            columns.by_graph(np.where(columns.fused, 0.0, self._local_bytes)),
             columns.by_graph(self._remote_bytes),
             columns.by_graph(columns.peak_seconds()),
             strict=True,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dak_inductor.cost_curve import Line
-from dak_inductor.cost_model import peak_flops
+from dak_inductor.cost_model import FUSED, peak_flops
 from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.plan import PlanProblem
 from dak_inductor.split_grid import SplitGrid
@@ -30,6 +30,8 @@ class UseColumns:
         graph: number of the graph, in `graphs`.
         tensor: its number, -1 where the use reads none of ours.
         copied: whether the link may copy its remote rows ahead.
+        fused: whether it is a kernel that Inductor makes; its bytes are no bound of the step, which
+            another compiler may move less often.
         alone: seconds of one call with nothing remote.
         product: number of the operator, below `products`: gate and up are two uses of one.
         graph_of_product: number of the graph, by product.
@@ -51,6 +53,7 @@ class UseColumns:
         )
         self.tensor = np.array([line.tensor for line in lines], dtype=np.intp)
         self.copied = np.array([line.copied for line in lines], dtype=bool)
+        self.fused = np.array([line.use.kind == FUSED for line in lines], dtype=bool)
         self._floor = np.array([line.floor for line in lines], dtype=np.float64)
         self.alone = self.direct(np.zeros(len(lines)))
         uses = [line.use for line in lines]

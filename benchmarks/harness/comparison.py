@@ -135,8 +135,7 @@ def _row(
     workload = setting.workload
     nominal = 0 if prepared.remote_bytes == 0 else round(setting.fraction * workload.linear_bytes)
     bound = step_bound([workload.work(nominal)], ceilings)
-    predicted = {"products_milliseconds": prepared.products_seconds * 1e3}
-    return (predicted if prepared.products_seconds else {}) | {
+    return {
         "realised": prepared.remote_bytes / workload.linear_bytes,
         "remote_bytes": prepared.remote_bytes,
         "device_bytes": prepared.device_bytes,

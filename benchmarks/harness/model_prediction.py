@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +11,12 @@ from dak_inductor.ahead_room import expected_ring_by_profile
 from dak_inductor.benchmarks.harness.model_case import Case
 from dak_inductor.config_model import build_model
 from dak_inductor.copied_rows import row_block
-from dak_inductor.inventory import take_inventory
-from dak_inductor.plan import Plan, PlanProblem, TensorSpec
+from dak_inductor.hardware_profile import HardwareProfile
+from dak_inductor.inventory import Inventory, take_inventory
+from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
 from dak_inductor.plan_command import REMOTE_PAGE, graphs_for
 from dak_inductor.planner import make_plan
+from dak_inductor.refusal import Refusal
 
 _AMPLE_BUDGET = 1 << 40
 """A case has a share of the weights and no budget that could be short of a ring."""
@@ -79,17 +82,49 @@ class Predictor:
             self._graphs = (take_inventory(model, minimum_bytes=REMOTE_PAGE), graphs)
             self._key, self._length = key, sequence_length(model, case.prompt)
         inventory, (uses, refusals) = self._graphs
-        profile = hardware.load(case.hardware)
-        problem = PlanProblem(
-            tensors=tuple(
-                TensorSpec(entry.name, entry.nbytes, row_block=row_block(entry))
-                for entry in inventory.entries
-            ),
-            uses=tuple(uses),
+        plan = plan_of(
+            inventory,
+            uses,
             remote_bytes=round(case.share * inventory.tierable_bytes),
             remote=case.remote,
+            profile=hardware.load(case.hardware),
             refusals=(*inventory.refusals, *refusals),
             model=inventory.fingerprint,
-            ring_bytes=expected_ring_by_profile(profile, _AMPLE_BUDGET),
         )
-        return replace(make_plan(problem, profile), model=case.model)
+        return replace(plan, model=case.model)
+
+
+def plan_of(
+    inventory: Inventory,
+    uses: Sequence[OpUse],
+    *,
+    remote_bytes: int,
+    remote: str,
+    profile: HardwareProfile,
+    refusals: Sequence[Refusal] = (),
+    model: str = "",
+    kept: Collection[str] = (),
+) -> Plan:
+    """The plan that makes so many bytes of a model remote, with a ring for copies ahead.
+
+    kept: names of parameters that stay on the device.
+    """
+    tensors = tuple(
+        TensorSpec(
+            entry.name,
+            entry.nbytes,
+            max_remote=0 if any(name in kept for name in entry.names) else None,
+            row_block=row_block(entry),
+        )
+        for entry in inventory.entries
+    )
+    problem = PlanProblem(
+        tensors=tensors,
+        uses=tuple(uses),
+        remote_bytes=remote_bytes,
+        remote=remote,
+        refusals=tuple(refusals),
+        model=model,
+        ring_bytes=expected_ring_by_profile(profile, _AMPLE_BUDGET),
+    )
+    return make_plan(problem, profile)

@@ -225,8 +225,9 @@ class Workload:
         return model
 
     def inputs(self, device: torch.device, seed: int = 1) -> StepInputs:
-        """Fresh random inputs and a cache filled with random keys and values."""
-        generator = torch.Generator(device).manual_seed(seed)
+        """Fresh random inputs and a cache filled with random keys and values (on meta: none)."""
+        on_meta = device.type == "meta"
+        generator = None if on_meta else torch.Generator(device).manual_seed(seed)
         shape = self.shape
 
         def draw(*sizes: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from dak_inductor.benchmarks import check_cost_model
 from dak_inductor.benchmarks.check_cost_model import compare, compare_steps, rows, verdicts
 from dak_inductor.benchmarks.harness.record import project_root
-from dak_inductor.cost_model import HBM_SHARE, op_floor, op_time
+from dak_inductor.benchmarks.harness.step_prediction import REPLAYS
+from dak_inductor.cost_model import HBM_SHARE, op_floor
 
 RESULTS = project_root() / "benchmarks" / "results"
 CEILINGS = {"hbm_stream": 4e12, "link_direct": 5e10, "link_copy": 5.5e10, "matmul_flops": 8e14}
@@ -48,52 +50,47 @@ def test_a_cell_twice_as_slow_is_the_worst() -> None:
     assert median.passed and not worst.passed and worst.measured == pytest.approx(0.5)
 
 
-def steps(**cells: float | None) -> dict[str, Any]:
-    """A record of four layers; each cell of ours is at what is predicted of its products."""
-    arguments = {"shape": "llama3-8b", "layers": 4, "batch": 1, "context": 512, "prefill": False}
-    rows = [
-        {"provider": "resident inductor", "status": "ok", "fraction": 0.0, "milliseconds": 1.0,
-         "remote": "cpu"},
-        {"provider": "split inductor", "status": "ok", "fraction": 0.1, "milliseconds": 9.0,
-         "remote": "cpu", "products_milliseconds": 9.0},
-        {"provider": "dak", "status": "failed", "fraction": 0.5, "remote": "cpu"},
-    ]  # fmt: skip
-    for name, products in cells.items():
-        row = {"provider": "dak", "status": "ok", "fraction": 0.1, "remote": "cpu"}
-        row["milliseconds"] = float(name.removeprefix("took_").replace("_", "."))
-        rows.append(row if products is None else {**row, "products_milliseconds": products})
-    return {"ceilings": CEILINGS, "arguments": arguments, "cells": rows}
+def steps(*milliseconds: float, **changed: Any) -> dict[str, Any]:
+    """A record of one layer, 1% of it remote, that was measured so."""
+    arguments = {"shape": "tiny", "layers": 1, "batch": 1, "context": 16, "prefill": False}
+    row = {"provider": "dak", "status": "ok", "fraction": 0.01, "remote": "cpu",
+           "remote_bytes": 0, "method": REPLAYS}  # fmt: skip
+    cells = [{**row, "milliseconds": each, **changed} for each in milliseconds]
+    return {"benchmark": "decode_step", "ceilings": CEILINGS, "arguments": arguments,
+            "cells": cells}  # fmt: skip
 
 
-def test_a_step_is_its_products_and_what_is_in_it_all_resident() -> None:
-    record = steps()
-    profile = check_cost_model.profile_of(record)
-    uses = check_cost_model.step_uses(record["arguments"])
-    assert len(uses) == 4 * 6, "gate and up are one product"
-    assert sum(use.touched_bytes for use in uses) == 2 * 4 * 218_103_808
-    products = 1e3 * sum(op_time(use, 0.0, profile, profile.link("cpu")) for use in uses)
-    other = 1.0 - products
-    found = compare_steps("decode_step", steps(took_3=3 - other, took_2_5=None, took_4=5 - other))
-    assert [each.error for each in found] == pytest.approx([0.0, 0.25])
-    assert {each.phase for each in found} == {"decode step"}
-    assert [each.remote for each in found] == ["to 10%"] * 2
+def test_a_step_is_predicted_whole_from_its_graph() -> None:
+    (found,) = compare_steps("decode_step", steps(1.0))
+    predicted = found.error + 1
+    kernels = 4 + 1 + 3 + 2  # products, attention, and what Inductor fuses, at least
+    assert kernels * 2e-3 < predicted < 0.1, "milliseconds"
+    right, twice = compare_steps("decode_step", steps(predicted, 2 * predicted))
+    assert right.error == pytest.approx(0.0, abs=1e-9) and twice.error == pytest.approx(-0.5)
+    assert {found.phase, right.phase} == {"decode step"} and found.remote == "to 1%"
 
 
-def test_a_record_without_predictions_or_resident_steps_tells_nothing_of_steps() -> None:
-    assert compare_steps("decode_step", steps(took_3=None)) == []
-    record = steps(took_3=2.0)
-    record["cells"] = record["cells"][1:]
-    assert compare_steps("decode_step", record) == []
+@pytest.mark.parametrize(
+    "changed",
+    [{"provider": "resident inductor"}, {"status": "failed"}, {"method": "eager calls"}],
+)
+def test_steps_of_others_and_calls_from_the_host_are_not_compared(changed: dict[str, str]) -> None:
+    assert compare_steps("decode_step", steps(1.0, **changed)) == []
 
 
-def test_operators_and_steps_have_verdicts_of_their_own() -> None:
+def test_operators_steps_and_whole_models_have_verdicts_of_their_own() -> None:
     right = (0.5 * 2 * 4096 * 4096 / 5e10 + FLOOR) * 1e6
     grid = compare("linear", {"ceilings": CEILINGS, "cells": [linear(right)]})
     names = [verdict.name for verdict in verdicts(grid)]
     assert names == ["median error", "worst error"]
-    both = verdicts([*grid, *compare_steps("decode_step", steps(took_3=9.0))])
-    assert [v.name for v in both] == [*names, "median error, steps", "worst error, steps"]
-    assert both[0].passed and not both[2].passed
+    step = compare_steps("decode_step", steps(9.0))
+    models = [replace(step[0], record="models_peer", error=0.01)]
+    found = verdicts([*grid, *step, *models])
+    kinds = ("", ", steps", ", whole models")
+    assert [v.name for v in found] == [
+        f"{which} error{kind}" for kind in kinds for which in ("median", "worst")
+    ]
+    assert [v.passed for v in found] == [True, True, False, False, True, True]
 
 
 def test_all_recorded_grids_are_compared(
@@ -107,7 +104,11 @@ def test_all_recorded_grids_are_compared(
         recorded = json.loads((RESULTS / f"{name}.json").read_text())["cells"]
         assert sum(cells) == sum(cell["status"] != "failed" for cell in recorded), name
         assert name in printed
-    assert {row["phase"] for row in record["cells"]} == {"decode", "prefill", "prefill step"}
+    assert {row["phase"] for row in record["cells"]} == {
+        "decode", "prefill", "decode step", "prefill step", "forward step",
+    }  # fmt: skip
+    for name in (*check_cost_model.STEPS, *check_cost_model.MODELS):
+        assert sum(row["cells"] for row in record["cells"] if row["record"] == name) > 0, name
 
 
 def test_another_record_is_refused() -> None:

@@ -13,6 +13,7 @@ from dak_inductor.cost_model import (
     HBM_SHARE,
     OpCost,
     both_seconds,
+    compute_seconds,
     divided_seconds,
     link_bandwidth,
     local_bandwidth,
@@ -20,7 +21,6 @@ from dak_inductor.cost_model import (
     op_floor,
     op_time,
     peak_flops,
-    reached_flops,
     step_bound,
 )
 from dak_inductor.errors import PlanError
@@ -109,13 +109,13 @@ def test_a_memory_bound_operator_is_fastest_where_link_and_hbm_end_together() ->
 
 def test_a_compute_bound_operator_is_free_up_to_its_kink() -> None:
     use = linear(rows=16384)
-    free = use.flops / reached_flops(use, H200) * link_bandwidth(use, HOST) / WEIGHT
+    free = compute_seconds(use, H200) * link_bandwidth(use, HOST) / WEIGHT
     assert 0.5 < free <= 1 or free > 1
     share = min(free, 1.0)
     resident = op_time(use, 0.0, H200, HOST)
     assert op_time(use, share * 0.999, H200, HOST) == pytest.approx(resident)
     slow = linear(rows=1024)
-    free = slow.flops / reached_flops(slow, H200) * link_bandwidth(slow, HOST) / WEIGHT
+    free = compute_seconds(slow, H200) * link_bandwidth(slow, HOST) / WEIGHT
     assert op_time(slow, free * 2, H200, HOST) > 1.9 * op_time(slow, free, H200, HOST) - 1e-5
 
 

@@ -62,7 +62,8 @@ def holds(values: list[float], text: str, unit: str) -> bool:
         return any(f"{value:.{digits}e}".replace("e+0", "e") == text for value in values)
     digits = len(text.partition(".")[2])
     scales = {1.0, SCALES.get(unit, 1.0)}
-    return any(f"{value * scale:.{digits}f}" == text for value in values for scale in scales)
+    sizes = map(abs, values)  # "too low by 10%" is -10 in a record
+    return any(f"{size * scale:.{digits}f}" == text for size in sizes for scale in scales)
 
 
 def figures(text: str) -> list[tuple[str, str]]:

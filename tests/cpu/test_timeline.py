@@ -55,9 +55,10 @@ def test_what_is_copied_ahead_is_a_lane_of_its_own(remote: int) -> None:
     """8 MiB hide behind HBM; of 150 the link is the bottleneck, and each product waits for it."""
     size, rows = 100 << 20, 64 * 8192 * 2
     uses = tuple(
-        OpUse(f"p{i}", "decode", f"w{i}", "linear", size, 1e5, 1e8, 1.0, m=1) for i in range(8)
+        OpUse(f"p{i}", "decode", f"layers.{i}.w", "linear", size, 1e5, 1e8, 1.0, m=1)
+        for i in range(8)
     )
-    tensors = tuple(TensorSpec(f"w{i}", size, row_block=rows) for i in range(8))
+    tensors = tuple(TensorSpec(f"layers.{i}.w", size, row_block=rows) for i in range(8))
     problem = PlanProblem(tensors, uses, remote << 20, "cpu", ring_bytes=64 << 20)
     plan = make_plan(problem, H200)
     copied = {op.op: op.remote_bytes for op in plan.ops if op.strategy == "staged"}

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dak_inductor.ahead_report import EAGER, StepStrategy
+from dak_inductor.ahead_report import StepStrategy
 from dak_inductor.benchmarks.harness.models import DecoderBlocks, StepInputs
 from dak_inductor.benchmarks.harness.peers.provider import (
     Kind,
@@ -83,7 +83,6 @@ class DakBackend(Provider):
             device_bytes=before - tiered + local + ring,
             graph=self.mode is None,
             note=strategies_text(steps),
-            products_seconds=sum(each.seconds for each in steps if each.where != EAGER),
         )
 
 

@@ -44,7 +44,6 @@ class Prepared:
         device_bytes: device memory charged for weights, slots and page rounding included.
         graph: whether the step can be captured into a CUDA graph.
         note: what a reader of the table must know.
-        products_seconds: predicted of the step's products in a CUDA graph; 0 where nothing is.
         close: undoes what garbage collection does not.
     """
 
@@ -53,7 +52,6 @@ class Prepared:
     device_bytes: int
     graph: bool = True
     note: str = ""
-    products_seconds: float = 0.0
     close: Callable[[], None] = field(default=lambda: None)
 
 
