@@ -36,8 +36,8 @@ class Binding:
     one of them, or the ring of copies ahead, grew since the last plan. `seen_changes` is the state
     of the registry of models for which the binding is known to hold. `window` is the backend's
     option. `ahead` is what is known of the order of the products, once a call has run on a GPU.
-    `title` names the graph and the models that its weights are of. On the `simulated` tier the
-    rewritten operators count themselves, each when it runs.
+    `title` names the graph and the models that its weights are of. `compiled` is what calls it. On
+    the `simulated` tier the rewritten operators count themselves, each when it runs.
     """
 
     graph: str
@@ -51,6 +51,7 @@ class Binding:
     device: torch.device | None = None
     title: str = ""
     ahead: StepMemory | None = None
+    compiled: weakref.ref[object] | None = None
     calls: int = 0
     largest: dict[str, int] = field(default_factory=dict)
     grew: bool = False
@@ -63,6 +64,11 @@ class Binding:
     def alive(self) -> bool:
         """False once any of the weights is gone."""
         return all(reference() is not None for reference in self.buffers.values())
+
+    @property
+    def is_compiled(self) -> bool:
+        """False once what was compiled is gone; its calls are still a guide to plans."""
+        return self.compiled is None or self.compiled() is not None
 
     def live_buffers(self) -> dict[int, TieredBuffer]:
         """The buffers that are still there, by index of graph input."""

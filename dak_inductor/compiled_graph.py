@@ -8,6 +8,7 @@ and `placement` moves the pages.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -119,6 +120,7 @@ class CompiledGraph:
                 binding = None
         if binding is None:
             binding = bind(self.name, self.table, arguments, window=self.settings.window)
+            binding.compiled = weakref.ref(self)
             self._check(binding, arguments)
             if binding.window is not None:
                 set_windows(binding.window, binding.live_buffers().values())

@@ -106,14 +106,17 @@ def replan(
             log.info("%s", change)
     profile = hardware.current(model.device)
     problem = problem_of(model, bindings)
+    short = problem.remote_bytes - sum(spec.current_remote or 0 for spec in problem.tensors)
+    in_graphs = _is_in_graphs(model, bindings)
+    if in_graphs and short > 0:
+        problem = _none_back(problem)
     plan = users_plan(user_plan, model) if user_plan is not None else make_plan(problem, profile)
     model.plan = plan
     if not differs(model, plan):
         return None
     moved = bytes_to_move(model, plan)
-    short = problem.remote_bytes - sum(spec.current_remote or 0 for spec in problem.tensors)
     if user_plan is None and short <= 0:
-        if _is_in_graphs(model, bindings):
+        if in_graphs:
             log.info(
                 "%s: plan kept: CUDA graphs that Inductor captured copy the parts of now, and no "
                 "move is needed",
@@ -145,9 +148,18 @@ def _is_in_graphs(model: OffloadedModel, bindings: Iterable[Binding]) -> bool:
     captures them once."""
     own = model.buffer_ids()
     return any(
-        binding.ahead is not None and binding.ahead.in_graphs and binding.reads_any(own)
+        binding.is_compiled
+        and binding.ahead is not None
+        and binding.ahead.in_graphs
+        and binding.reads_any(own)
         for binding in bindings
     )
+
+
+def _none_back(problem: PlanProblem) -> PlanProblem:
+    """With all that is remote to stay there, so that no more is moved than has to leave."""
+    tensors = tuple(replace(t, min_remote=t.current_remote or 0) for t in problem.tensors)
+    return replace(problem, tensors=tensors)
 
 
 def users_plan(plan: Plan | str, model: OffloadedModel) -> Plan:

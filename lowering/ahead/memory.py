@@ -18,7 +18,7 @@ import torch
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.errors import ProfileError
 from dak_inductor.lowering.ahead.known_step import KnownStep
-from dak_inductor.lowering.ahead.place import place_of
+from dak_inductor.lowering.ahead.place import Place, place_of
 from dak_inductor.lowering.ahead.planning import plans_of, predicted_seconds
 from dak_inductor.lowering.ahead.player import Player
 from dak_inductor.lowering.ahead.ring_room import RingRoom, Room
@@ -32,6 +32,7 @@ from dak_inductor.lowering.linear.open_step import (
     spare_host,
     spares_host,
 )
+from dak_inductor.lowering.linear.product import Product
 from dak_inductor.lowering.linear.queues import queues_of
 from dak_inductor.options import Strategy
 
@@ -143,17 +144,37 @@ class StepMemory:
         if known.sequence is None or splits is None:
             known.forget()
             return None if capturing else LearningStep(device, written())
-        if known.plans is None or known.splits != splits:
-            try:
-                plans = self._plan(tokens, known.sequence, device.index, capturing)
-            except ProfileError as error:
-                self._switch_off(tokens, known, str(error))
+        # of what Inductor captured a replay has the parts of the capture, wherever bytes lie now
+        planned = known.plans is not None and known.inside
+        if not planned and not self._plan_anew(tokens, known, splits, device, capturing):
+            return None
+        if known.inside:
+            return InsideStep(device, partial(self._begin_inside, tokens, known, device, written))
+        return self._play(tokens, known, known.sequence, splits, device)
+
+    def _begin_inside(
+        self,
+        tokens: Hashable,
+        known: KnownStep,
+        device: torch.device,
+        written: Callable[[], Collection[TieredBuffer]],
+        first: Product,
+        opened: Place,
+    ) -> PlayedStep | LearningStep | None:
+        """At the first product. Sizes with as many tokens may be other ones: Inductor warms up and
+        captures each. Those that are warmed up are learned, others captured as without a step."""
+        sequence = known.sequence
+        assert sequence is not None
+        capturing = place_of(device).capture != 0
+        if sequence.calls[0].key != first.key:
+            if capturing:
                 return None
-            known.replace(plans, splits)
-            if plans is not None and not capturing:
-                self._ready_for_captures(plans, device, in_this_call=known.inside)
-        play = partial(self._play, tokens, known, known.sequence, splits, device)
-        return InsideStep(device, play) if known.inside else play()
+            known.forget()
+            return LearningStep(device, written(), opened=opened)
+        splits = sequence.splits()
+        if splits is None or not self._plan_anew(tokens, known, splits, device, capturing):
+            return None
+        return self._play(tokens, known, sequence, splits, device)
 
     def _play(
         self,
@@ -177,6 +198,27 @@ class StepMemory:
         except BaseException:
             player.close()
             raise
+
+    def _plan_anew(
+        self,
+        tokens: Hashable,
+        known: KnownStep,
+        splits: Splits,
+        device: torch.device,
+        capturing: bool,
+    ) -> bool:
+        """If its plans are not of these splits. False where the step is given up."""
+        assert known.sequence is not None
+        if known.plans is None or known.splits != splits:
+            try:
+                plans = self._plan(tokens, known.sequence, device.index, capturing)
+            except ProfileError as error:
+                self._switch_off(tokens, known, str(error))
+                return False
+            known.replace(plans, splits)
+            if plans is not None and not capturing:
+                self._ready_for_captures(plans, device, in_this_call=known.inside)
+        return True
 
     def _ready_for_captures(
         self, plans: StepPlans, device: torch.device, *, in_this_call: bool
@@ -212,9 +254,11 @@ class StepMemory:
 
     def _end(self, tokens: Hashable, known: KnownStep, step: OwnStep, failed: bool) -> None:
         if isinstance(step, InsideStep):
-            if step.played is None:
+            if step.begun is None:
                 return
-            step = step.played
+            step = step.begun
+        if isinstance(step, PlayedStep) and known.inside:
+            self.in_graphs |= step.captured  # also of one that did not follow its order
         if step.elsewhere:
             self._switch_off(tokens, known, ELSEWHERE)
         elif isinstance(step, LearningStep):
@@ -229,7 +273,6 @@ class StepMemory:
                 self._switch_off(tokens, known, f"its products vary: {step.derailed}")
         elif known.inside or not step.captured:
             self.ring.note(step.plan.ring_bytes)
-            self.in_graphs |= step.captured
 
     def _switch_off(self, tokens: Hashable, known: KnownStep, reason: str) -> None:
         known.forget()

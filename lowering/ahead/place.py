@@ -29,7 +29,8 @@ def compiler_graph(device: torch.device) -> object:
     Inductor may cut a graph into several. When it warms them up they run on one stream outside of
     any capture, each under a node of its own in the graph tree. It is the node itself, to be kept
     as long as it is compared: one whose results are dead goes, and the next may have its address.
-    Nothing is equal to the answer of a torch whose trees have no such node.
+    Nothing is equal to the answer of a torch whose trees have no such node. Before torch 2.13 other
+    threads than the one that imported its trees have none, which it asserts.
     """
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
     if trees is None or device.type != "cuda":
@@ -37,5 +38,7 @@ def compiler_graph(device: torch.device) -> object:
     try:
         manager = trees.get_manager(device.index, create_if_none_exists=False)
         return None if manager is None else manager.current_node
+    except AssertionError:
+        return None
     except (AttributeError, TypeError):
         return object()

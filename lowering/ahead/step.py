@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
-from dak_inductor.lowering.ahead.place import compiler_graph, place_of
+from dak_inductor.lowering.ahead.place import Place, compiler_graph, place_of
 from dak_inductor.lowering.ahead.player import Player
 from dak_inductor.lowering.ahead.sequence import (
     CallSequence,
@@ -32,6 +32,7 @@ class LearningStep:
     """Notes down the calls of a step that runs as without it.
 
     Nothing of the buffers `written` is ever staged: a copy could be ahead of the graph's own write.
+    The step was `opened` here, or there.
 
     Attributes:
         elsewhere: its products were not all called in one place.
@@ -41,9 +42,15 @@ class LearningStep:
 
     measures = True
 
-    def __init__(self, device: torch.device, written: Collection[TieredBuffer] = ()) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        written: Collection[TieredBuffer] = (),
+        *,
+        opened: Place | None = None,
+    ) -> None:
         self._written = written
-        self._device, self._opened = device, place_of(device)
+        self._device, self._opened = device, opened or place_of(device)
         self._place: object = None
         self._calls: list[StepCall] = []
         self.elsewhere = self.inside = False
@@ -112,6 +119,14 @@ class PlayedStep:
         if reason:
             self._derail(reason)
             return None
+        try:
+            return self._play(product)
+        except BaseException:
+            if self._inside:  # its capture ends before the step is closed
+                self._player.close()
+            raise
+
+    def _play(self, product: Product) -> Tensor | None:
         number = self._next
         self._next += 1
         served = None
@@ -152,25 +167,33 @@ class PlayedStep:
 
 
 class InsideStep:
-    """A step whose products Inductor calls in a place of its own: `begin` makes it at the first.
+    """A step whose products Inductor calls in a place of its own: `begin` makes it of the first
+    and the place where the graph was called.
 
-    A replay of Inductor's calls none of them; `played` is None then.
+    A replay of Inductor's calls none of them; `begun` is None then.
     """
 
-    measures = False
+    def __init__(
+        self,
+        device: torch.device,
+        begin: Callable[[Product, Place], PlayedStep | LearningStep | None],
+    ) -> None:
+        self._device, self._begin, self._opened = device, begin, place_of(device)
+        self._waits = True
+        self.begun: PlayedStep | LearningStep | None = None
 
-    def __init__(self, device: torch.device, begin: Callable[[], PlayedStep | None]) -> None:
-        self._device, self._begin = device, begin
-        self._begun = False
-        self.played: PlayedStep | None = None
+    @property
+    def measures(self) -> bool:
+        """Whether it is learned."""
+        return self.begun is not None and self.begun.measures
 
     def serve(self, product: Product) -> Tensor | None:
-        """As the step that is played; None where none is."""
-        if not self._begun and product.x.device == self._device:
-            self._begun, self.played = True, self._begin()
-        return None if self.played is None else self.played.serve(product)
+        """As the step that has begun; None where none has."""
+        if self._waits and product.x.device == self._device:
+            self._waits, self.begun = False, self._begin(product, self._opened)
+        return None if self.begun is None else self.begun.serve(product)
 
     def close(self, *, failed: bool) -> None:
         """The call of the graph has ended."""
-        if self.played is not None:
-            self.played.close(failed=failed)
+        if self.begun is not None:
+            self.begun.close(failed=failed)

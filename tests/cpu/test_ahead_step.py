@@ -274,6 +274,12 @@ def test_each_graph_of_inductors_is_another_also_where_the_one_before_is_gone(
     assert first != compiler_graph(card) and seen() is first, "it is kept to be compared"
     monkeypatch.setitem(sys.modules, name, SimpleNamespace())
     assert compiler_graph(card) != compiler_graph(card), "a torch that has no trees of this kind"
+
+    def another_thread(*_, **__) -> None:
+        raise AssertionError
+
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(get_manager=another_thread))
+    assert compiler_graph(card) is None, "torch 2.11 has none there"
     monkeypatch.delitem(sys.modules, name)
     assert compiler_graph(card) == compiler_graph(card)
 
@@ -302,25 +308,91 @@ def test_a_step_inside_graphs_of_inductor_is_played_there(monkeypatch: pytest.Mo
     assert run.known.derailments == 0 and run.asked == 1
 
 
-@pytest.mark.parametrize("order", [(1, 0, 2), (0, 2, 1)])
-def test_a_step_inside_that_derails_is_joined_there(
-    monkeypatch: pytest.MonkeyPatch, order: tuple[int, ...]
-) -> None:
-    closed: list[int] = []
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The captures in which players are closed."""
+    found: list[int] = []
     real = player.Player.close
 
     def noted(self: player.Player) -> None:
-        closed.append(step.place_of(CPU)[1])
+        found.append(step.place_of(CPU)[1])
         real(self)
 
     monkeypatch.setattr(player.Player, "close", noted)
+    return found
+
+
+def test_a_step_inside_that_derails_is_joined_there(
+    monkeypatch: pytest.MonkeyPatch, closed: list[int]
+) -> None:
     run = Run(three())
     inside(run, monkeypatch, [INSIDE[0]] * 3)
-    right = order.index(next(m for n, m in enumerate(order) if n != m))
-    served = inside(run, monkeypatch, [INSIDE[1]] * 3, order=order)
-    assert served == [True] * right + [False] * (3 - right)
+    served = inside(run, monkeypatch, [INSIDE[1]] * 3, order=(0, 2, 1))
+    assert served == [True, False, False]
     assert closed[0] == 7 and run.known.derailments == 1
     assert run.known.sequence is None
+    assert run.memory.in_graphs, "the capture has most of the copies"
+
+
+def test_a_product_that_fails_inside_a_capture_leaves_nothing_unjoined(
+    monkeypatch: pytest.MonkeyPatch, closed: list[int]
+) -> None:
+    """The capture ends before the step is closed."""
+    run = Run(three())
+    inside(run, monkeypatch, [INSIDE[0]] * 3)
+    real = player.Player.run
+
+    def fails(self: player.Player, number: int, product) -> torch.Tensor:
+        if number == 1:
+            raise torch.OutOfMemoryError
+        return real(self, number, product)
+
+    monkeypatch.setattr(player.Player, "run", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        inside(run, monkeypatch, [INSIDE[1]] * 3)
+    assert closed[0] == 7 and run.known.sequence is None
+
+
+def test_other_sizes_with_as_many_tokens_are_captured_without_copies_in_vain(
+    monkeypatch: pytest.MonkeyPatch, closed: list[int]
+) -> None:
+    run, other = Run(three()), (2, 1, 0)
+    warm, capture = ([place] * 3 for place in INSIDE)
+    inside(run, monkeypatch, warm)
+    assert inside(run, monkeypatch, capture, order=other) == [False] * 3
+    assert not closed and not run.memory.in_graphs and not run.known.derailments
+    assert inside(run, monkeypatch, capture) == [True] * 3
+
+
+def test_other_sizes_with_as_many_tokens_are_learned_where_inductor_warms_them_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, other = Run(three()), (2, 1, 0)
+    warm, capture = ([place] * 3 for place in INSIDE)
+    inside(run, monkeypatch, warm)
+    assert inside(run, monkeypatch, capture) == [True] * 3
+    assert inside(run, monkeypatch, warm, order=other) == [False] * 3
+    assert run.known.inside
+    assert inside(run, monkeypatch, capture, order=other) == [True] * 3
+
+
+def test_what_is_known_of_a_capture_stays_through_moves_until_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layers = three()
+    run = Run(layers)
+    warm, capture = ([place] * 3 for place in INSIDE)
+    inside(run, monkeypatch, warm)
+    inside(run, monkeypatch, capture)
+    plans = run.known.plans
+    assert plans is not None and plans.captured.staged == 3
+    (buffer,) = layers[2].product(torch.zeros(1, 64, dtype=BF16)).buffers
+    assert buffer is not None
+    buffer.move(buffer.nbytes)
+    inside(run, monkeypatch, [], [], [])
+    assert run.known.plans is plans, "a replay does what was captured"
+    assert inside(run, monkeypatch, [(5, 9)] * 3) == [True, True, False]
+    assert run.known.plans is not plans
 
 
 def test_captures_play_what_was_learned_and_learn_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

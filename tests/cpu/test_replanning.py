@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from dataclasses import replace
 
 import pytest
@@ -139,6 +140,27 @@ def test_what_inductor_captured_is_moved_by_need_alone(monkeypatch, in_graphs):
     monkeypatch.setattr(OffloadedModel, "required_remote_bytes", lambda _: wanted)
     assert replanning.replan(record, [binding]) is not None
     assert record.bytes_by_tier().remote >= wanted
+    if in_graphs:
+        assert hot.split == 0, "what is remote stays so, and no more moves than has to leave"
+
+
+def test_graphs_that_are_gone_hold_no_bytes_where_they_are():
+    model, record = offload(Hot(), 0.5)
+    run = compiled(model)
+    with torch.no_grad():
+        run(torch.randn(1, 512))
+    hot, cold = (record.weights[f"{name}.weight"].buffer for name in ("hot", "cold"))
+    hot.move(0)
+    cold.move(cold.nbytes)
+    (binding,) = SESSION.bindings()
+    binding.ahead = StepMemory("graph0", "auto", lambda: Room(0))
+    binding.ahead.in_graphs = True
+    assert binding.is_compiled and replanning.replan(record, [binding]) is None
+    torch._dynamo.reset()
+    del run
+    gc.collect()
+    assert not binding.is_compiled
+    assert replanning.replan(record, [binding]) is not None and hot.split > 0
 
 
 def test_gain_is_the_difference_of_predicted_step_times():
