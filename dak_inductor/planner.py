@@ -18,6 +18,7 @@ from dak_inductor import ahead_placement
 from dak_inductor.copy_ring import MARGIN
 from dak_inductor.cost_curve import cost_lines, cost_pieces
 from dak_inductor.errors import BudgetError, PlanError
+from dak_inductor.exchange import Exchange
 from dak_inductor.greedy import fill, round_splits, steepest_slope
 from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.plan import Plan, PlanProblem
@@ -55,10 +56,13 @@ def make_plan(
     relaxed = fill(pieces, grids, asked, rank, steepest, [0] * len(grids), 0.0)
     objective_bound = columns.objective(relaxed.remote)
     current = [spec.current_remote or 0 for spec in problem.tensors]
+    price = 0.0
     if any(current):
         price = move_tolerance * steepest
         relaxed = fill(pieces, grids, asked, rank, steepest, current, price)
     rounded = round_splits(relaxed, pieces, grids, current, asked)
+    if any(spec.page is not None for spec in problem.tensors):
+        rounded = Exchange(rounded, pieces, grids, asked, rank, price).run()
     best = Schedule(columns, rounded)
     spreads = ahead_placement.placements(columns, pieces, grids, asked)
     if spreads:
