@@ -12,7 +12,7 @@ WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 62, 24, 14, 44
 _COLUMNS, _LINE, _HEAD = 2, 18, 30  # of the legend below a chart of its own, and its title
 COLOURS = 14
-"""Series take the classes s0 to s13 in turn."""
+"""Series take the classes s0 to s13 in turn, filled and then hollow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,10 @@ def chart(picture: Picture) -> Html:
     parts = [tag("title", picture.title), *_drawn(picture)]
     drawn = tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", class_="chart")
     return tag(
-        "figure", tag("figcaption", picture.title), drawn, tag("ul", legend, class_="legend")
+        "figure",
+        tag("figcaption", picture.title),
+        tag("div", drawn, class_="scroll"),
+        tag("ul", legend, class_="legend"),
     )
 
 
@@ -114,10 +117,13 @@ def standalone(picture: Picture, style: str) -> str:
 
 
 def _drawn(picture: Picture) -> list[Html]:
-    """Grid, curves and points."""
+    """Grid, curves and points, those of the first series on top."""
     x, y = picture.x, picture.y
     parts = _grid(x, y)
-    for one, kind in zip(picture.series, _classes(picture.series), strict=True):
+    series = list(zip(picture.series, _classes(picture.series), strict=True))
+    series.reverse()
+    series.sort(key=lambda entry: not entry[0].curve)
+    for one, kind in series:
         if one.curve:
             path = " ".join(
                 f"{'M' if i == 0 else 'L'}{_x(x, a):.1f} {_y(y, b):.1f}"
@@ -134,9 +140,17 @@ def _drawn(picture: Picture) -> list[Html]:
 
 
 def _classes(series: Sequence[Series]) -> list[str]:
-    """A colour for each series of points; curves are limits and take none."""
-    points = [one for one in series if not one.curve]
-    return ["limit" if s.curve else f"s{points.index(s) % COLOURS}" for s in series]
+    """A colour for each series of points, hollow ones the second time; curves are limits and take
+    none."""
+    kinds, points = [], 0
+    for one in series:
+        if one.curve:
+            kinds.append("limit")
+            continue
+        hollow = " hollow" if points // COLOURS % 2 else ""
+        kinds.append(f"s{points % COLOURS}{hollow}")
+        points += 1
+    return kinds
 
 
 def _grid(x: Axis, y: Axis) -> list[Html]:

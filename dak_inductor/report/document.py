@@ -171,7 +171,7 @@ def _folded(record: LoadedRecord) -> Html:
     parts: list[Html] = []
     methods = record.ceilings.get("methods")
     rows = [
-        [name, number(value), methods.get(name, "") if isinstance(methods, dict) else ""]
+        [name, _rate(name, value), methods.get(name, "") if isinstance(methods, dict) else ""]
         for name, value in record.ceilings.items()
         if not isinstance(value, dict)
     ]
@@ -179,8 +179,17 @@ def _folded(record: LoadedRecord) -> Html:
         parts.append(
             details(
                 "ceilings of this run",
-                table(("ceiling", "per s", "how"), rows, numbers=range(1, 2)),
+                table(("ceiling", "measured", "how"), rows, numbers=range(1, 2)),
             )
         )
     texts = [row["explain"] for row in record.cells if isinstance(row.get("explain"), str)]
     return join([*parts, *(details("dak.explain", tag("pre", text)) for text in texts)])
+
+
+def _rate(name: str, value: object) -> str:
+    """A ceiling in its unit."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return number(value)
+    if name.endswith("flops"):
+        return f"{value / 1e12:,.1f} TFLOP/s"
+    return f"{value / 1e9:,.1f} GB/s"

@@ -31,15 +31,18 @@ def heat_maps(cells: Sequence[Mapping[str, Any]]) -> Html:
         key = (str(row["shape"]), str(row.get("M", "")))
         lines.setdefault(key, {})[float(row["fraction"])] = row
     tokens = any(m for _, m in lines)
-    headings = ["shape", *(["M"] if tokens else []), *(f"{f * 100:g}% remote" for f in fractions)]
+    headings = ["shape", *(["M"] if tokens else []), *(f"{f * 100:g}%" for f in fractions)]
     body = [
         [shape, *([m] if tokens else []), *(_cell(at.get(f)) for f in fractions)]
         for (shape, m), at in lines.items()
     ]
     missed = sum(bool(row.get("over")) for row in grid)
     words = (
-        f"T / L of {count_text(len(grid), 'cell')}; {missed} missed a bar (framed; listed below)"
+        f"T / L of {count_text(len(grid), 'cell')} by the share remote; {missed} missed a bar "
+        "(framed; listed below)"
     )
+    if any(row.get("status", "ok") != "ok" for row in grid):
+        words += ". What failed, or is not accurate, has a mark (!)"
     scale = [tag("span", f"up to {limit:g}", class_=f"key h{i}") for i, limit in enumerate(STEPS)]
     scale.append(tag("span", f"above {STEPS[-1]:g}", class_=f"key h{len(STEPS)}"))
     parts = [tag("p", words), tag("p", *scale), table(headings, body, numbers=range(1, 99))]
@@ -76,5 +79,5 @@ def _cell(row: Mapping[str, Any] | None) -> Html:
     if "microseconds" in row:
         told.append(f"{row['microseconds']:.1f} us")
     frame = " miss" if over else ""
-    wrong = " bad" if row.get("status", "ok") != "ok" else ""
-    return cell(f"{ratio:.2f}", f"n {colour(float(ratio))}{frame}{wrong}", "; ".join(told))
+    wrong = " !" if row.get("status", "ok") != "ok" else ""
+    return cell(f"{ratio:.2f}{wrong}", f"{colour(float(ratio))}{frame}", "; ".join(told))

@@ -97,7 +97,7 @@ def number(value: object) -> str:
     if isinstance(value, int) or (isinstance(value, float) and value == int(value) < 1e15):
         return f"{int(value):,}"
     if isinstance(value, float):
-        if abs(value) >= 1e6 or abs(value) < 1e-3:
+        if abs(value) >= 1e9 or abs(value) < 1e-4:
             return f"{value:.3e}"
-        return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+        return f"{value:#.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     return str(value)

@@ -19,9 +19,12 @@ def _map(rows: Sequence[Row], phase: str, title: str) -> Html:
     if not found:
         return Html("")
     shares = sorted({share for line in found.values() for share in line})
-    headings = ["", *(f"{share:.0%} remote" for share in shares)]
+    headings = ["", *(f"{share:.0%}" for share in shares)]
     body = [[name, *(_cell(line.get(share)) for share in shares)] for name, line in found.items()]
-    words = f"{title}: time over that of the fastest real peer; below 1 is faster"
+    words = (
+        f"{title}: time over that of the fastest real peer, by the share remote; below 1 is "
+        "faster, above it framed"
+    )
     return join([tag("p", words), table(headings, body)])
 
 

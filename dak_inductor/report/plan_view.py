@@ -74,7 +74,7 @@ def _groups(groups: Sequence[OpGroup], step: float) -> Html:
                 cell(group.kind, ""),
                 group.count,
                 group.m or "",
-                _bar(high, share),
+                _bar(_share(group), share),
                 f"{group.time / step:.1%}" if step else "",
                 bytes_text(group.local_bytes),
                 bytes_text(group.remote_bytes),
@@ -87,6 +87,12 @@ def _groups(groups: Sequence[OpGroup], step: float) -> Html:
             ]
         )
     return table(headings, rows, numbers=range(2, 10 if timed else 9))
+
+
+def _share(group: OpGroup) -> float:
+    """Of all bytes that the group reads."""
+    read = group.local_bytes + group.remote_bytes
+    return group.remote_bytes / read if read else 0.0
 
 
 def _seconds(known: float | None) -> str:

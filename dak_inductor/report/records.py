@@ -30,6 +30,12 @@ class LoadedRecord:
         return self.plan is None and self.trace is None
 
     @property
+    def is_prefill(self) -> bool:
+        """Whether its steps are of many tokens: bound by compute, as nothing else says."""
+        arguments = self.data.get("arguments")
+        return isinstance(arguments, dict) and arguments.get("prefill") is True
+
+    @property
     def cells(self) -> list[Mapping[str, Any]]:
         found = self.data.get("cells")
         return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dak_inductor.report.chart import Axis, Picture, Series, chart
@@ -32,37 +33,45 @@ def roofline(record: LoadedRecord) -> Html:
     found = pictures(record)
     if not found:
         return Html("")
-    text = "Nothing remote is drawn at the left edge. "
+    text = "Points at the left edge have nothing remote. "
     text += (
         "Bandwidth of a step is the limit at the share asked for divided by T / L."
         if _is_of_steps(record)
         else f"Cells of at most {MOST_TOKENS} tokens or queries: bytes of the tensor over the time."
     )
-    return join([*map(chart, found), tag("p", text, class_="small")])
+    return join([tag("p", text, class_="small"), *map(chart, found)])
 
 
 def pictures(record: LoadedRecord) -> list[Picture]:
     """Bandwidth, and the limit over it, where small differences show."""
     hbm, direct = (_number(record.ceilings.get(n)) for n in ("hbm_stream", "link_direct"))
     copy = _number(record.ceilings.get("link_copy")) or direct
-    if not hbm or not direct or not copy:
+    if not hbm or not direct or not copy or record.is_prefill:
         return []
     steps = _is_of_steps(record)
     link = max(direct, copy) if steps else direct  # the yardstick of steps, and that of kernels
     found: list[Picture] = []
-    for name, cells in _by_model(record).items():
+    for (name, title), cells in _by_model(record).items():
         points = _of_steps(cells, hbm, link) if steps else _of_kernels(cells)
         if points:
-            found += [_bandwidth(name, points, hbm, link), _over(name, points, hbm, link)]
+            pair = (_bandwidth(points, hbm, link), _over(points, hbm, link))
+            found += [
+                replace(each, name=f"{name}-{each.name}", title=f"{title}: {each.title}")
+                for each in pair
+            ]
     return found
 
 
-def _by_model(record: LoadedRecord) -> dict[str, list[Mapping[str, Any]]]:
-    """The cells by what their pictures are called: steps of whole models by model and batch."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
+def _by_model(record: LoadedRecord) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
+    """The cells by what files of their pictures are called, and their titles: steps of whole models
+    by model and batch."""
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in record.cells:
-        model = f"-{row['model']}-b{row.get('batch')}" if "model" in row else ""
-        found.setdefault(f"{record.benchmark}{model}", []).append(row)
+        name = title = record.benchmark
+        if "model" in row:
+            name += f"-{row['model']}-b{row.get('batch')}"
+            title = f"{row['model']}, batch {row.get('batch')}, remote tier {row.get('remote')}"
+        found.setdefault((name, title), []).append(row)
     return found
 
 
@@ -73,28 +82,28 @@ def _is_of_steps(record: LoadedRecord) -> bool:
 Points = dict[str, list[tuple[float, float]]]
 
 
-def _bandwidth(name: str, points: Points, hbm: float, link: float) -> Picture:
+def _bandwidth(points: Points, hbm: float, link: float) -> Picture:
     corner = link / (hbm + link)  # left of it HBM is the limit, right of it the link
     ratios = sorted([corner, *(LEAST * (1 / LEAST) ** (i / CURVE) for i in range(CURVE + 1))])
     curve = tuple((ratio, limit(ratio, hbm, link) / 1e9) for ratio in ratios)
     series = [Series("limit: HBM and link together", curve, curve=True), *_series(points)]
     values = [y for one in series for _, y in one.points]
     y = Axis("GB/s, both memories", min(values) / 1.3, max(values) * 1.3)
-    title = f"{name}: aggregate bandwidth against offload ratio"
-    return Picture(f"{name}-bandwidth", title, _ratio_axis(), y, tuple(series))
+    title = "aggregate bandwidth against offload ratio"
+    return Picture("bandwidth", title, _ratio_axis(), y, tuple(series))
 
 
-def _over(name: str, points: Points, hbm: float, link: float) -> Picture:
+def _over(points: Points, hbm: float, link: float) -> Picture:
     """The same as multiples of the limit, where near ones can be told apart."""
     over = {
         provider: [(x, limit(x if x > LEAST else 0.0, hbm, link) / 1e9 / y) for x, y in at]
         for provider, at in points.items()
     }
     most = max(y for at in over.values() for _, y in at)
-    y = Axis("limit over bandwidth", 0.9, max(most * 1.1, 2.0))
+    y = Axis("time over the limit's", 0.9, max(most * 1.1, 2.0))
     one = Series("at the limit", ((LEAST, 1.0), (1.0, 1.0)), curve=True)
-    title = f"{name}: how far below the limit"
-    return Picture(f"{name}-over", title, _ratio_axis(), y, (one, *_series(over)))
+    title = "how many times the limit's time; 1 is best"
+    return Picture("over", title, _ratio_axis(), y, (one, *_series(over)))
 
 
 def _ratio_axis() -> Axis:

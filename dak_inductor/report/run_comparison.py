@@ -73,7 +73,8 @@ def _verdicts(old: LoadedRecord, new: LoadedRecord) -> Html:
         kind = "" if first == then else "bad" if then == "MISS" else "ok"
         rows.append([verdict.get("name"), number(was.get("measured")),
                      number(verdict.get("measured")), first, cell(then, kind)])  # fmt: skip
-    return table(("verdict", "old", "new", "was", "is"), rows) if rows else Html("")
+    headings = ("verdict", "old", "new", "was", "is")
+    return table(headings, rows, numbers=range(1, 3)) if rows else Html("")
 
 
 def _key(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

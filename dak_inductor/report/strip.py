@@ -53,7 +53,7 @@ def _rectangle(bar: Bar, total: float, y: int) -> Html:
         tag("title", told),
         x=f"{_LEFT + bar.start / total * _WIDTH:.2f}",
         y=y + 3,
-        width=f"{max(bar.seconds / total * _WIDTH, 0.3):.2f}",
+        width=f"{max(bar.seconds / total * _WIDTH, 1.0):.2f}",
         height=18,
         class_=f"lane-{bar.lane}",
     )

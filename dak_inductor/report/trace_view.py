@@ -48,12 +48,12 @@ def trace_view(trace: Mapping[str, Any]) -> Html:
 
 def _sums(bars: list[Bar], total: float) -> Html:
     rows = []
-    for lane, _ in _LANES:
+    for lane, text in _LANES:
         own = [bar.seconds for bar in bars if bar.lane == lane]
         if own:
             busy = sum(own)
             share = f"{busy / total:.1%}" if total else ""
-            rows.append([lane, len(own), seconds_text(busy), share])
+            rows.append([text, len(own), seconds_text(busy), share])
     return table(("lane", "spans", "time of all", "of the whole"), rows)
 
 

@@ -19,7 +19,7 @@ _WORDS = {True: ("pass", "ok"), False: ("MISS", "bad"), None: ("open", "open")}
 def verdict_table(records: Iterable[LoadedRecord]) -> Html:
     """Misses first within each record; nothing where no record has a verdict."""
     rows = [
-        (verdict.get("passed") is True, [*_row(verdict), cell(record.benchmark, "")])
+        (verdict.get("passed") is True, [*_row(verdict), cell(record.path.name, "")])
         for record in records
         for verdict in sorted(record.verdicts, key=lambda v: v.get("passed") is not False)
     ]
@@ -48,11 +48,15 @@ def _row(verdict: Mapping[str, Any]) -> list[object]:
     passed = verdict.get("passed")
     unit = str(verdict.get("unit") or "")
     word, kind = _WORDS[passed if isinstance(passed, bool) else None]
+    measured, bar = verdict.get("measured"), verdict.get("bar")
+    shown = amount(measured, unit)
+    if passed is False and shown == amount(bar, unit) and isinstance(measured, float):
+        shown = f"{measured:.6g}"
     return [
         cell(word, kind),
         cell(str(verdict.get("name")), "note"),
-        amount(verdict.get("measured"), unit),
-        amount(verdict.get("bar"), unit),
+        shown,
+        amount(bar, unit),
         cell("" if unit in ("B", "B/s", "s") else unit, ""),
         cell(str(verdict.get("note") or ""), "note"),
     ]

@@ -22,11 +22,12 @@ from dak_inductor.benchmarks.harness.attention_grid import parse_shapes
 from dak_inductor.cli import ERROR_EXIT_CODE, app
 from dak_inductor.plan import OpUse, PlanProblem, TensorSpec
 from dak_inductor.planner import make_plan
+from dak_inductor.report.chart import COLOURS, Axis, Picture, Series, chart
 from dak_inductor.report.document import document
 from dak_inductor.report.heat_map import colour
 from dak_inductor.report.html import number, tag
 from dak_inductor.report.peer_ratios import peer_ratios
-from dak_inductor.report.records import load_all
+from dak_inductor.report.records import load, load_all
 from dak_inductor.report.roofline import limit, pictures
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -97,8 +98,8 @@ def test_every_verdict_is_in_the_page(whole: str) -> None:
 def test_grid_has_each_cell_and_frames_what_missed() -> None:
     page = report(RESULTS / "linear.json")
     cells = json.loads((RESULTS / "linear.json").read_text())["cells"]
-    assert len(re.findall(r'<td class="n h\d', page)) == len(cells)
-    assert len(re.findall(r'<td class="n h\d miss', page)) == sum(bool(c["over"]) for c in cells)
+    assert len(re.findall(r'<td class="h\d', page)) == len(cells)
+    assert len(re.findall(r'<td class="h\d miss', page)) == sum(bool(c["over"]) for c in cells)
     assert f"{sum(len(c['over']) for c in cells)} misses" in page
 
 
@@ -142,7 +143,7 @@ def test_rows_of_a_bench_stand_beside_their_peers(tmp_path: Path) -> None:
     data = {"benchmark": "models", "cells": rows,
             "ceilings": {"hbm_stream": 4e12, "link_direct": 5e10}}  # fmt: skip
     page = report(write(tmp_path, "models.json", data))
-    assert '<td class="n ok">2.5<' in page and page.count('class="n ok"') == 1
+    assert '<td class="ok">2.500<' in page and page.count('class="ok">2.500') == 1
     assert "2 of 4 layers" in page and "50% remote (cpu)" in page and "1.0 GB" in page
     assert page.count("<h3>") == 2 and "aggregate bandwidth" in page
 
@@ -353,3 +354,45 @@ def test_what_is_the_same_in_all_rows_is_named_once(tmp_path: Path) -> None:
     assert page.count('<td class="ok">ok<') == 3
     alone = report(write(tmp_path, "c.json", {"benchmark": "c", "cells": rows[:1]}))
     assert "the same in all" not in alone and ">replays<" in alone
+
+
+def test_an_encoder_has_its_fastest_peer_marked_and_no_words_on_tokens(tmp_path: Path) -> None:
+    rows = [{**bench_row(name, 0.0), "ttft_ms": time, "ttft_calls_ms": 9.0}
+            for name, time in (("dak", 1.25), ("split", 3.5))]  # fmt: skip
+    for row in rows:
+        del row["tpot_ms"]
+    page = report(write(tmp_path, "models.json", {"benchmark": "models", "cells": rows}))
+    assert '<td class="ok">1.250<' in page and "TPOT ms" not in page
+    assert "in calls" in page and "tokens in" not in page
+
+
+def test_points_of_the_first_series_are_on_top_and_colours_come_again_hollow() -> None:
+    axis = Axis("x", 1, 10)
+    series = tuple(Series(f"s{i}", ((2.0, 2.0),)) for i in range(COLOURS + 1))
+    drawn = str(chart(Picture("name", "title", axis, axis, series)))
+    assert drawn.index("<title>s1:") < drawn.index("<title>s0:")
+    assert drawn.count('class="s0"') == 1 and 'class="s0 hollow"' in drawn
+
+
+def test_steps_bound_by_compute_have_no_picture_of_bandwidth(tmp_path: Path) -> None:
+    data = json.loads((RESULTS / "prefill_1.json").read_text())
+    assert not pictures(load(RESULTS / "prefill_1.json"))
+    data["arguments"]["prefill"] = False
+    assert pictures(load(write(tmp_path, "decode.json", data)))
+
+
+def test_a_miss_by_a_hair_does_not_look_like_its_bar(tmp_path: Path) -> None:
+    verdict = {"name": "hair", "measured": 1.04048, "bar": 1.04, "unit": "x", "passed": False}
+    data = {"benchmark": "b", "verdicts": [{**verdict, "measured": 1.040048}]}
+    page = report(write(tmp_path, "b.json", data))
+    assert "<td>1.04005<" in page and "<td>1.040<" in page
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(20.0, "20"), (11.66, "11.66"), (3.7, "3.700"), (1183.4, "1,183"), (1.98e6, "1,980,000"),
+     (0.00046, "0.0004600"), (3.2e-6, "3.200e-06"), (12.5e9, "12,500,000,000"),
+     (12.34e12 + 0.5, "1.234e+13"), (None, ""), (True, "yes")],
+)  # fmt: skip
+def test_numbers_have_four_digits_and_one_form(value: object, text: str) -> None:
+    assert number(value) == text
