@@ -122,17 +122,26 @@ def test_moves_forced_by_the_budget_need_no_gain(monkeypatch):
     assert record.physical_bytes().local <= 1_000_000
 
 
-@pytest.mark.parametrize("in_graphs", [False, True])
-def test_what_inductor_captured_is_moved_by_need_alone(monkeypatch, in_graphs):
-    """Its graphs copy the parts of their capture, and are captured once."""
+def misplaced_in_graphs():
+    """A compiled model, its record, and the buffers of the weight read often, which is all remote,
+    and of the other, which is not; Inductor's graphs copy ahead."""
     model, record = offload(Hot(), 0.5)
+    run = compiled(model)
     with torch.no_grad():
-        compiled(model)(torch.randn(1, 512))
+        run(torch.randn(1, 512))
     hot, cold = (record.weights[f"{name}.weight"].buffer for name in ("hot", "cold"))
     hot.move(0)
     cold.move(cold.nbytes)
     (binding,) = SESSION.bindings()
     binding.ahead = StepMemory("graph0", "auto", lambda: Room(0))
+    binding.ahead.in_graphs = True
+    return run, record, hot, cold, binding
+
+
+@pytest.mark.parametrize("in_graphs", [False, True])
+def test_what_inductor_captured_is_moved_by_need_alone(monkeypatch, in_graphs):
+    """Its graphs copy the parts of their capture, and are captured once."""
+    _run, record, hot, cold, binding = misplaced_in_graphs()
     binding.ahead.in_graphs = in_graphs
     moved = replanning.replan(record, [binding])
     assert (moved is None) is (hot.split == 0) is in_graphs
@@ -145,16 +154,7 @@ def test_what_inductor_captured_is_moved_by_need_alone(monkeypatch, in_graphs):
 
 
 def test_graphs_that_are_gone_hold_no_bytes_where_they_are():
-    model, record = offload(Hot(), 0.5)
-    run = compiled(model)
-    with torch.no_grad():
-        run(torch.randn(1, 512))
-    hot, cold = (record.weights[f"{name}.weight"].buffer for name in ("hot", "cold"))
-    hot.move(0)
-    cold.move(cold.nbytes)
-    (binding,) = SESSION.bindings()
-    binding.ahead = StepMemory("graph0", "auto", lambda: Room(0))
-    binding.ahead.in_graphs = True
+    run, record, hot, _cold, binding = misplaced_in_graphs()
     assert binding.is_compiled and replanning.replan(record, [binding]) is None
     torch._dynamo.reset()
     del run
