@@ -33,7 +33,8 @@ from dak_inductor.plan import OpUse
 GRIDS = ("linear", "linear_prefill", "linear_peer", "linear_peer_prefill", "attention",
          "attention_peer")  # fmt: skip
 STEPS = ("decode_step", "decode_step_16", "decode_step_64", "decode_step_70b", "decode_step_peer",
-         "prefill_1", "prefill_4")  # fmt: skip
+         "b1", "b64", "prefill_1", "prefill_4")  # fmt: skip
+_ASKED = ("shape", "layers", "batch", "context", "prefill")  # of bench_step
 MEDIAN_BAR, WORST_BAR = 0.03, 0.10
 MODELS = ("models", "models_opt", "models_encoders", "models_peer")
 COLUMNS = ("record", "phase", "remote", "cells", "median", "bias", "worst", "worst cell")
@@ -110,6 +111,26 @@ def compare(name: str, record: Mapping[str, Any]) -> list[Compared]:
     return found
 
 
+def newest_steps(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Records of `bench_step` by name, without cells that a later one has again: this package's
+    steps were other ones then."""
+    latest: dict[tuple[object, ...], str] = {}
+    for name, record in sorted(records.items(), key=lambda entry: str(entry[1]["date"])):
+        latest |= {_setting(record, cell): name for cell in record["cells"]}
+    return {
+        name: {
+            **record,
+            "cells": [c for c in record["cells"] if latest[_setting(record, c)] == name],
+        }
+        for name, record in records.items()
+    }
+
+
+def _setting(record: Mapping[str, Any], cell: Mapping[str, Any]) -> tuple[object, ...]:
+    asked = record["arguments"]
+    return (*(asked[n] for n in _ASKED), cell["remote"], cell["fraction"], cell["provider"])
+
+
 def compare_steps(name: str, record: Mapping[str, Any]) -> list[Compared]:
     """All steps of ours that were measured in CUDA graphs."""
     return [
@@ -172,15 +193,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--out", type=Path, default=Path("benchmark-results"))
     arguments = made.parse_args(argv)
     compared: list[Compared] = []
+    steps: dict[str, Mapping[str, Any]] = {}
     for path in arguments.records:
         record = json.loads(path.read_text(encoding="utf-8"))
-        name = path.stem if record["benchmark"] == "models" else str(record["benchmark"])
-        if name.startswith(("linear", "attention")):
+        name = path.stem
+        if name in GRIDS:
             compared += compare(name, record)
-        elif name.startswith(("decode_step", "prefill_", "models")):
+        elif name in MODELS:
             compared += compare_steps(name, record)
+        elif set(_ASKED) <= record.get("arguments", {}).keys():
+            steps[name] = record
         else:
             raise SystemExit(f"{path} is no grid of linears or attention, and no record of steps")
+    for name, record in newest_steps(steps).items():
+        compared += compare_steps(name, record)
     result = make_record(
         "cost_model",
         arguments={"records": [path.name for path in arguments.records]},

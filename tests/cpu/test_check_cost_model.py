@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from dak_inductor.benchmarks import check_cost_model
-from dak_inductor.benchmarks.check_cost_model import compare, compare_steps, rows, verdicts
+from dak_inductor.benchmarks.check_cost_model import (
+    compare,
+    compare_steps,
+    newest_steps,
+    rows,
+    verdicts,
+)
 from dak_inductor.benchmarks.harness.record import project_root
 from dak_inductor.benchmarks.harness.step_prediction import REPLAYS
 from dak_inductor.cost_model import HBM_SHARE, op_floor
@@ -91,6 +97,14 @@ def test_operators_steps_and_whole_models_have_verdicts_of_their_own() -> None:
         f"{which} error{kind}" for kind in kinds for which in ("median", "worst")
     ]
     assert [v.passed for v in found] == [True, True, False, False, True, True]
+
+
+def test_a_later_record_of_a_step_counts_alone() -> None:
+    old, new = ({**steps(1.0), "date": date} for date in ("2026-11-22", "2026-11-23"))
+    old["cells"].append({**old["cells"][0], "fraction": 0.5})
+    found = newest_steps({"new": new, "old": old})
+    assert [cell["fraction"] for cell in found["old"]["cells"]] == [0.5]
+    assert found["new"]["cells"] == new["cells"]
 
 
 def test_all_recorded_grids_are_compared(
