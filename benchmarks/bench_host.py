@@ -21,7 +21,7 @@ from dak_inductor import copy_ring
 from dak_inductor.benchmarks.harness import command_line
 from dak_inductor.benchmarks.harness.comparison import release
 from dak_inductor.benchmarks.harness.record import make_record
-from dak_inductor.benchmarks.harness.timing import TimingRule, capture, time_calls
+from dak_inductor.benchmarks.harness.timing import REPLAYS, TimingRule, capture, time_calls
 from dak_inductor.lowering.linear import ring
 from dak_inductor.lowering.linear.configuration import MAXIMUM_TOKENS
 from dak_inductor.lowering.linear.problem import LinearProblem
@@ -138,7 +138,7 @@ def row_of(
         }
         if device.type == "cuda":
             graph = capture(lambda: model(x))
-            replays = time_calls([graph], device=device, rule=rule, method="CUDA graph replays")
+            replays = time_calls([graph], device=device, rule=rule, method=REPLAYS)
             row["card_microseconds"] = replays.seconds / arguments.products * 1e6
     dak.restore(model)
     return row

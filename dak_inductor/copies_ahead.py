@@ -104,18 +104,18 @@ class CopiesAhead:
         ends = self._behind_copies(took, graphs)
         waits = sums(np.maximum(0.0, late), columns.graph_of_product, graphs).tolist()
         copied = sums(self.copied, columns.graph[self.uses], graphs).tolist()
-        overheads = piece_overhead(columns.profile, link) * self._copies()
-        beginning = sums(overheads, columns.graph[self.uses], graphs).tolist()
+        busy_for = self.copied / link.copy_bandwidth
+        busy_for += piece_overhead(columns.profile, link) * self._copies()
+        copying = sums(busy_for, columns.graph[self.uses], graphs).tolist()
         totals = zip(
-            columns.graphs, copied, columns.by_graph(took), columns.by_graph(read), waits, ends,
-            beginning, strict=True,
+            columns.graphs, copied, copying, columns.by_graph(took), columns.by_graph(read), waits,
+            ends, strict=True,
         )  # fmt: skip
         slower = copy_slowdown(columns.profile, link) - 1
         steps = {}
-        for graph, nbytes, alone, others, wait, end, begun in totals:
+        for graph, nbytes, copies, alone, others, wait, end in totals:
             if not nbytes:
                 continue
-            copies = nbytes / link.copy_bandwidth + begun
             slowed = alone + slower * min(alone, copies) + wait
             busy = copies + others / link.direct_bandwidth + end
             seconds = max(slowed, busy) + _ENDS_SECONDS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from dak_inductor.cost_model import FEW_TOKENS, PRODUCTS, OpCost, op_cost, op_floor
+from dak_inductor.cost_model import PRODUCTS, OpCost, op_cost, op_floor
 from dak_inductor.errors import PlanError
 from dak_inductor.hardware_profile import HardwareProfile, LinkProfile
 from dak_inductor.plan import OpUse, PlanProblem
@@ -50,8 +50,7 @@ def cost_lines(problem: PlanProblem, profile: HardwareProfile, link: LinkProfile
         untouched = use.untouched_share
         touched, other, flops = use.touched_bytes, use.other_bytes, use.flops
         shape = (
-            touched, other, flops, untouched, use.kind, use.m > FEW_TOKENS and use.n, use.dtype,
-            use.strategy,
+            touched, other, flops, untouched, use.kind, use.m, use.n, use.dtype, use.strategy
         )  # fmt: skip
         known = shapes.get(shape)
         if known is None:

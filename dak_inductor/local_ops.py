@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
+from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch
@@ -102,8 +103,7 @@ class _Reader:
             groups.setdefault(self._leading(node), []).append(node)
         for group in groups.values():
             own.append((group[-1], self._fused(group, places[group[-1]])))
-        order = {node: place for place, node in enumerate(self._nodes)}
-        return tuple(op for _, op in sorted(own, key=lambda entry: order[entry[0]]))
+        return tuple(op for _, op in sorted(own, key=itemgetter(0)))
 
     def _after(self, node: Node) -> int:
         """The depth of what reads it."""

@@ -17,7 +17,7 @@ from dak_inductor.benchmarks.harness.peers.provider import (
     ProviderUnavailable,
     Setting,
 )
-from dak_inductor.benchmarks.harness.timing import Timing, TimingRule, capture, time_calls
+from dak_inductor.benchmarks.harness.timing import REPLAYS, Timing, TimingRule, capture, time_calls
 from dak_inductor.benchmarks.harness.yardstick import Ceilings, over_bound, step_bound
 
 CHECK_SEED, TIMING_SEED = 101, 202
@@ -118,7 +118,7 @@ def _measure(
 
 def _callable(prepared: Prepared, device: torch.device) -> tuple[Callable[[], object], str]:
     if device.type == "cuda" and prepared.graph:
-        return capture(prepared.step), "CUDA graph replays"
+        return capture(prepared.step), REPLAYS
     return prepared.step, "eager calls"
 
 

@@ -29,6 +29,7 @@ from dak_inductor.benchmarks.harness.peers.provider import (
     model_bytes,
 )
 from dak_inductor.benchmarks.harness.timing import (
+    REPLAYS,
     Timing,
     TimingRule,
     capture,
@@ -299,7 +300,7 @@ def _captured(prepared: Prepared, machine: Machine) -> tuple[Callable[[], object
         return prepared.step, "calls"
     here = torch.cuda.current_stream(machine.device)
     try:
-        return capture(prepared.step), "CUDA graph replays"
+        return capture(prepared.step), REPLAYS
     except Exception as error:  # a model's own code may do what no capture allows
         machine.spoiled = True
         torch.cuda.set_stream(here)  # torch leaves that of the capture in place

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dak_inductor.benchmarks.harness.timing import (
+    REPLAYS,
     CapturedStep,
     Timing,
     TimingRule,
@@ -62,7 +63,7 @@ def make_rounds(round_: Round, calls: int, bound: float, *, device: torch.device
             round_()
         return round_()
 
-    return Rounds(capture(several, warmup=1), count * calls, "CUDA graph replays")
+    return Rounds(capture(several, warmup=1), count * calls, REPLAYS)
 
 
 def time_rounds(

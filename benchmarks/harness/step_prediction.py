@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -14,15 +14,15 @@ from dak_inductor.benchmarks.harness.model_case import MEASURED, Case
 from dak_inductor.benchmarks.harness.model_measure import build
 from dak_inductor.benchmarks.harness.model_prediction import plan_of
 from dak_inductor.benchmarks.harness.models import SHAPES, Workload
+from dak_inductor.benchmarks.harness.timing import REPLAYS
 from dak_inductor.benchmarks.harness.whole_model import DECODE
 from dak_inductor.capture import capture
 from dak_inductor.hardware_profile import HardwareProfile
 from dak_inductor.inventory import Inventory, take_inventory
 from dak_inductor.op_table import OpTable
 from dak_inductor.plan import OpUse, Plan
-from dak_inductor.plan_command import REMOTE_PAGE
+from dak_inductor.plan_command import REMOTE_PAGE, entry_names
 
-REPLAYS = "CUDA graph replays"
 OURS = "dak"
 _META = torch.device("meta")
 
@@ -56,9 +56,15 @@ class _Graphs:
     def _inventory(self) -> Inventory:
         return take_inventory(self._model, minimum_bytes=REMOTE_PAGE)
 
-    def plan(self, row: Mapping[str, Any], profile: HardwareProfile, **kept: Any) -> Plan:
-        """With the bytes remote that a row had."""
-        names = {name: entry.name for entry in self._inventory.entries for name in entry.names}
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        return entry_names(self._model)
+
+    def plan(
+        self, row: Mapping[str, Any], profile: HardwareProfile, kept: Collection[str] = ()
+    ) -> Plan:
+        """With the bytes remote that a row had; parameters `kept` stay on the device."""
+        names = self._names
         uses: list[OpUse] = []
         for phase, tables in self._tables.items():
             calls = float(row["new"] - 1) if phase == DECODE and "new" in row else 1.0
@@ -69,7 +75,7 @@ class _Graphs:
                 uses += table.uses(bound, graph=phase, calls=calls)
         return plan_of(
             self._inventory, uses, remote_bytes=row["remote_bytes"], remote=row["remote"],
-            profile=profile, **kept,
+            profile=profile, kept=kept,
         )  # fmt: skip
 
 

@@ -17,6 +17,8 @@ import torch
 Step = Callable[[], object]
 _Clock = Callable[[Step, int, torch.device], float]
 
+REPLAYS = "CUDA graph replays"
+"""The method of a figure whose steps were captured."""
 L2_MULTIPLE = 3
 """Inputs are rotated until a round touches this many times the L2 size."""
 

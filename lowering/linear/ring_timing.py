@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from dak_inductor.lowering.linear.ring_plan import Part, Residency
 
 _PRODUCT_SECONDS = 4e-6  # of a product: its launch, and the memset of cuBLAS ahead of it
-
 _SUSTAINED = 0.89
 """Of the peak by all SMs, one product after the other: 730 of 800 TFLOP/s in products of 1.3 ms,
 700 with K = 28672."""

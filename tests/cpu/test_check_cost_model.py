@@ -18,7 +18,7 @@ from dak_inductor.benchmarks.check_cost_model import (
     verdicts,
 )
 from dak_inductor.benchmarks.harness.record import project_root
-from dak_inductor.benchmarks.harness.step_prediction import REPLAYS
+from dak_inductor.benchmarks.harness.timing import REPLAYS
 from dak_inductor.cost_model import HBM_SHARE, op_floor
 
 RESULTS = project_root() / "benchmarks" / "results"
