@@ -19,15 +19,16 @@ import numpy as np
 
 from dak_inductor.copy_ring import LAUNCHES_IN_RING
 from dak_inductor.cost_curve import Piece
-from dak_inductor.hardware_profile import LinkProfile
 from dak_inductor.plan import PlanProblem
 from dak_inductor.split_grid import SplitGrid
 from dak_inductor.tensor_names import natural, role
 from dak_inductor.use_columns import UseColumns, sums
 
-_LEAST_COPY_SECONDS = 0.15e-3
+_LEAST_COPY_SECONDS = (0.15e-3, 0.3e-3, 0.6e-3)
 """Of the link, copied ahead of a tensor where there are as many bytes: each product with copies
-pays for them. On a PCIe link that is 8 MB."""
+pays for them, and between two of them the link must have time for the second. On a PCIe link these
+are 8, 17 and 33 MB: a decode step with 70 MB of 8 Llama-3-8B layers in host memory takes 1.427,
+1.421 and 1.314 ms with one sequence, 1.483, 1.458 and 1.408 with 16 (H200)."""
 _BLOCKS = 8
 """Of a tensor's row blocks, whose multiples are copied ahead where a tensor has as many: that is 64
 rows, of which a kernel's tiles have an even number or half."""
@@ -41,8 +42,8 @@ def placements(
     asked: int,
 ) -> list[list[int]]:
     """Remote bytes by tensor, `asked` in all: without a bound, and with no more to a tensor than
-    one launch reads through the ring before all that can have as much. Nothing where no product can
-    be copied for.
+    one launch reads through the ring before all that can have as much. Few bytes lie in tensors
+    that are many or few. Nothing where no product can be copied for.
 
     What costs less than a copied byte goes first, as the rows of an embedding or the tokens of a
     context that is still to come; then groups of equal tensors, level by level; then the rest.
@@ -60,16 +61,21 @@ def placements(
     )
     most = problem.ring_bytes // LAUNCHES_IN_RING
     bounded = [group if group.most <= most else group._replace(most=most) for group in groups]
-    found = []
+    found: list[list[int]] = []
     for stages in ([groups], [bounded, groups]):
         todo: list[tuple[float, int, _Group | Piece]] = [
             (slope, 0, piece) for slope, _, _, piece in rest
         ]
         for stage, own in enumerate(stages, 1):
             todo += [(group.price, stage, group) for group in own]
-        placed = _filled(problem, grids, asked, todo, link)
-        if placed is not None and placed not in found:
-            found.append(placed)
+        each = 0.0
+        for seconds in _LEAST_COPY_SECONDS:
+            least = min(most, round(seconds * link.copy_bandwidth))
+            if each >= least:  # with as many tensors as there are
+                break
+            placed, each = _filled(problem, grids, asked, todo, least)
+            if placed is not None and placed not in found:
+                found.append(placed)
     return found
 
 
@@ -78,12 +84,12 @@ def _filled(
     grids: Sequence[SplitGrid],
     asked: int,
     todo: list[tuple[float, int, _Group | Piece]],
-    link: LinkProfile,
-) -> list[int] | None:
-    """By price, then by stage; None where all of it is not enough."""
+    least: int,
+) -> tuple[list[int] | None, float]:
+    """By price, then by stage; None where all of it is not enough. And the fewest bytes that each
+    tensor of a group would have, had all as many."""
     most = problem.ring_bytes // LAUNCHES_IN_RING
-    least = min(most, round(_LEAST_COPY_SECONDS * link.copy_bandwidth))
-    rounded = [grid.low for grid in grids]
+    rounded, each = [grid.low for grid in grids], math.inf
     missing = asked - sum(rounded)
     for _, _, part in sorted(todo, key=itemgetter(0, 1)):  # stable: in their order
         if missing <= 0:
@@ -94,8 +100,9 @@ def _filled(
             missing -= wanted - rounded[tensor]
             rounded[tensor] = wanted
         else:
+            each = min(each, missing / len(part.tensors))
             missing = _level(part, problem, grids, rounded, missing, least, most)
-    return rounded if missing <= 0 else None
+    return (rounded if missing <= 0 else None), each
 
 
 class _Group(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dak_inductor import placement, replanning
+from dak_inductor import hardware, placement, replanning
 from dak_inductor.ahead_room import copies_help, ring_room
 from dak_inductor.binding import Binding, bind
 from dak_inductor.cuda_runtime import address_table
@@ -35,6 +35,7 @@ from dak_inductor.out_of_memory import advice
 from dak_inductor.resident_copies import has_memory, reads_nothing_offloaded, resident_copies
 from dak_inductor.session import Session
 from dak_inductor.tensor_names import few_of
+from dak_inductor.work_between import seconds_between
 from dak_inductor.written_inputs import buffers_of
 
 log = logging.getLogger(__name__)
@@ -146,8 +147,12 @@ class CompiledGraph:
             binding.ahead = StepMemory(
                 self.name, self.settings.strategy, lambda: ring_room(device, models())
             )
-        written = partial(buffers_of, arguments, self.written)
-        return binding.ahead.opened(binding.tokens(values), device, written)
+        return binding.ahead.opened(
+            binding.tokens(values),
+            device,
+            partial(buffers_of, arguments, self.written),
+            partial(_between, binding, arguments, values, device),
+        )
 
     def _check(self, binding: Binding, arguments: Sequence[Any]) -> None:
         found = resident_copies(self.table, binding, arguments)
@@ -202,6 +207,13 @@ class CompiledGraph:
 
 def _models_of(binding: Binding) -> list[OffloadedModel]:
     return [model for model in offloaded_models() if binding.reads_any(model.buffer_ids())]
+
+
+def _between(
+    binding: Binding, arguments: Sequence[Any], values: Mapping[str, int], device: torch.device
+) -> dict[int, list[float]]:
+    caches = [cache for model in _models_of(binding) for cache in model.caches]
+    return seconds_between(binding, arguments, values, caches, hardware.current(device))
 
 
 def _not_compiled(*_: Any) -> Any:

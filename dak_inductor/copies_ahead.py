@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dak_inductor.copy_ring import LAUNCHES_IN_RING, PARTS_IN_RING
 from dak_inductor.cost_model import (
@@ -101,7 +102,6 @@ class CopiesAhead:
         own = sums(self.seconds, self._product, columns.products)
         late = (self._arriving - columns.problem.ring_bytes) / link.copy_bandwidth - own
         graphs = len(columns.graphs)
-        ends = self._behind_copies(took, graphs)
         waits = sums(np.maximum(0.0, late), columns.graph_of_product, graphs).tolist()
         copied = sums(self.copied, columns.graph[self.uses], graphs).tolist()
         busy_for = self.copied / link.copy_bandwidth
@@ -109,24 +109,38 @@ class CopiesAhead:
         copying = sums(busy_for, columns.graph[self.uses], graphs).tolist()
         totals = zip(
             columns.graphs, copied, copying, columns.by_graph(took), columns.by_graph(read), waits,
-            ends, strict=True,
+            self._behind_copies(took, busy_for, graphs), strict=True,
         )  # fmt: skip
         slower = copy_slowdown(columns.profile, link) - 1
         steps = {}
-        for graph, nbytes, copies, alone, others, wait, end in totals:
+        for graph, nbytes, copies, alone, others, wait, behind in totals:
             if not nbytes:
                 continue
             slowed = alone + slower * min(alone, copies) + wait
-            busy = copies + others / link.direct_bandwidth + end
+            busy = behind + others / link.direct_bandwidth
             seconds = max(slowed, busy) + _ENDS_SECONDS
             steps[graph] = StagedStep(seconds, seconds - alone, nbytes)
         return steps
 
-    def _behind_copies(self, took: Column, graphs: int) -> list[float]:
-        """By graph, what runs behind the last product that is copied for: no copy is under way
-        there, and those of the next step begin with it. Uses are in the order of their graphs."""
-        columns = self._columns
-        last = np.full(graphs, len(took))
-        last[columns.graph[self.uses]] = self.uses
-        behind = np.arange(len(took)) > last[columns.graph]
-        return sums(np.where(behind, took, 0.0), columns.graph, graphs).tolist()
+    def _behind_copies(self, took: Column, copying: Column, graphs: int) -> list[float]:
+        """By graph, the longest of: some of its copies, then all that runs behind the product that
+        they are for. No product comes before its copy, and those of the next step begin with it."""
+        graph = self._columns.graph
+        behind = sums_behind(took, graph)[self.uses]
+        here = graph[self.uses]
+        arrived = sums(copying, here, graphs)[here] - sums_behind(copying, here)
+        longest = np.zeros(graphs)
+        np.maximum.at(longest, here, arrived + behind)
+        return longest.tolist()
+
+
+def sums_behind(column: Column, graph: NDArray[np.intp]) -> Column:
+    """Of each use, the sum over those behind it in its graph."""
+    order = np.argsort(graph, kind="stable")
+    own = column[order]
+    upto = np.cumsum(own)
+    numbers = graph[order]
+    ends = np.flatnonzero(np.diff(numbers, append=-1))
+    found = np.empty_like(column)
+    found[order] = upto[ends][np.searchsorted(numbers[ends], numbers)] - upto
+    return found

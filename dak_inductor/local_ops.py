@@ -49,6 +49,7 @@ class LocalOp:
     """
 
     operand: ClassVar[int] = -1  # of the graph's inputs; it reads none that may be in a tier
+    rewrite: ClassVar[bool] = False
     touched: ClassVar[int] = 0
     m: ClassVar[int] = 0
     n: ClassVar[int] = 0

@@ -153,10 +153,11 @@ class OpTable:
                 m=evaluate(op.m),
                 n=evaluate(op.n),
             )
-            for op in self._in_order()
+            for op in self.in_order()
         ]
 
-    def _in_order(self) -> Iterator[Op | LocalOp]:
+    def in_order(self) -> Iterator[Op | LocalOp]:
+        """`ops` and `local_ops` as the graph has them."""
         behind: dict[str, list[LocalOp]] = {}
         for each in self.local_ops:
             behind.setdefault(each.after, []).append(each)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -93,10 +93,12 @@ class StepMemory:
         tokens: Hashable,
         device: torch.device,
         written: Callable[[], Collection[TieredBuffer]] = tuple,
+        between: Callable[[], Mapping[int, Sequence[float]]] = dict,
     ) -> Iterator[None]:
         """Around one call of the graph, on the current stream of `device`.
 
-        `written` gives the buffers to which the graph itself writes, for a step that is learned.
+        `written` gives the buffers to which the graph itself writes, for a step that is learned,
+        and `between` the seconds of what lies between its products (`CallSequence.with_work`).
 
         Inside the step of another graph nothing is staged, and that step does not see the products.
         """
@@ -121,7 +123,7 @@ class StepMemory:
                 self.ring.release()
             if step is not None and known is not None:
                 step.close(failed=failed)
-                self._end(tokens, known, step, failed)
+                self._end(tokens, known, step, between, failed)
 
     def _known(self, tokens: Hashable) -> KnownStep:
         known = self._steps.setdefault(tokens, KnownStep())
@@ -252,7 +254,14 @@ class StepMemory:
         )  # fmt: skip
         return plans
 
-    def _end(self, tokens: Hashable, known: KnownStep, step: OwnStep, failed: bool) -> None:
+    def _end(
+        self,
+        tokens: Hashable,
+        known: KnownStep,
+        step: OwnStep,
+        between: Callable[[], Mapping[int, Sequence[float]]],
+        failed: bool,
+    ) -> None:
         if isinstance(step, InsideStep):
             if step.begun is None:
                 return
@@ -263,6 +272,8 @@ class StepMemory:
             self._switch_off(tokens, known, ELSEWHERE)
         elif isinstance(step, LearningStep):
             known.sequence, known.inside = step.sequence, step.inside
+            if step.sequence is not None:
+                known.sequence = step.sequence.with_work(between())
         elif failed:
             known.forget()
         elif step.derailed:

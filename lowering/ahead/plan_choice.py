@@ -35,12 +35,12 @@ def choose(
     Args:
         room: bytes of device memory that the ring may have.
         charged: they are taken from weights, which are remote for it.
-        spared: the same products with the ways that spare the host.
+        spared: the same products with the ways that spare the host, and nothing between them.
     """
     most = ring_within(room)
     least = MARGIN if strategy == "auto" else None
 
-    def best(ops: Sequence[StepOp]) -> tuple[StepPlan, StepPlan]:
+    def best(ops: Sequence[StepOp], *, host: bool) -> StepPlan:
         price = partial(_paid, ops, rates) if charged else _seconds
         found: list[StepPlan] = []
         reason = "little or nothing of it is remote"
@@ -50,13 +50,14 @@ def choose(
             reason = "no room for a ring"
         else:
             found = staged_plans(ops, rates, strategy, most, partial(_rank, price))
-        one = _best(ops, found, reason, price, least)
-        return one, _best(ops, found, reason, price, least, host=True)
+        return _best(ops, found, reason, price, least, host=host)
 
-    captured, eager = best(ops)
-    if eager.waits_for_host and spared and tuple(spared) != tuple(ops):
-        other = replace(best(spared)[1], spares_host=True)
-        eager = min(eager, other, key=_seconds)
+    captured = best(ops, host=False)
+    # what the host takes between products is not known, so what the GPU does there is left out too
+    bare = [replace(op, before=0.0) if op.before else op for op in ops]
+    eager = best(bare, host=True)
+    if eager.waits_for_host and spared and list(spared) != bare:
+        eager = min(eager, replace(best(spared, host=True), spares_host=True), key=_seconds)
     return StepPlans(captured, eager)
 
 
@@ -100,7 +101,7 @@ def _best(
             return best
         whose = " of the host" if best.waits_for_host else ""
         reason = f"staged {seconds * 1e3:.3f} ms{whose}, direct {best.direct_seconds * 1e3:.3f} ms"
-    seconds = sum(op.direct for op in ops)
+    seconds = sum(op.before + op.direct for op in ops)
     steps = tuple(OpStep("direct", op.refusal or reason) for op in ops)
     direct = StepPlan(steps, (), (), 0, seconds, seconds, seconds)
     return _with_host(direct, ops) if host else direct

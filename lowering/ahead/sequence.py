@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from dak_inductor.lowering.linear.ring_plan import LEAST_FEATURES
 BufferReference = weakref.ref[TieredBuffer] | None
 Splits = tuple[tuple[int | None, ...], ...]
 SplitOf = Callable[[TieredBuffer], int]
+_NONE: Iterator[float] = iter(())
 
 
 def present_split(buffer: TieredBuffer) -> int:
@@ -59,6 +60,7 @@ class StepCall:
         facts: None of what no kernel of ours takes.
         refusal: why it cannot be staged; "" where it can.
         by_kernel: whether one launch of the kernel takes it.
+        before: seconds of what the step does between the call before and this one; 0 if not known.
     """
 
     key: Hashable
@@ -66,6 +68,7 @@ class StepCall:
     weights: tuple[StoredWeight, ...]
     refusal: str
     by_kernel: bool = False
+    before: float = 0.0
 
     def splits(self) -> tuple[int | None, ...]:
         """Of the buffers of its weights, None of one that is gone."""
@@ -83,6 +86,16 @@ class CallSequence:
         """Of each call; None where a buffer is gone. A plan holds for one value."""
         found = tuple([call.splits() for call in self.calls])
         return None if any(None in each for each in found) else found
+
+    def with_work(self, between: Mapping[int, Sequence[float]]) -> CallSequence:
+        """With the seconds ahead of each product that reads the weight at an address, in the order
+        of those products."""
+        left = {address: iter(seconds) for address, seconds in between.items()}
+
+        def before(call: StepCall) -> float:
+            return sum(next(left.get(weight.address, _NONE), 0.0) for weight in call.weights)
+
+        return CallSequence(tuple([replace(call, before=before(call)) for call in self.calls]))
 
 
 def call_of(product: Product, written: Collection[TieredBuffer] = ()) -> StepCall:

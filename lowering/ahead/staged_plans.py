@@ -161,7 +161,7 @@ def _planned(
         else OpStep("direct", op.refusal or reason)
         for number, op in enumerate(ops)
     )
-    direct = sum(op.direct for op in ops)
+    direct = sum(op.before + op.direct for op in ops)
     return StepPlan(
         steps, tuple(parts), tuple(at), ring_bytes, timeline.seconds, direct, timeline.work
     )

@@ -48,6 +48,7 @@ class StepOp:
         following: what the host takes for that `rest`, outside of CUDA graphs, where stock products
             are staged.
         piece_row: of one row more, in the ring or in place, where a weight is not multiplied whole.
+        before: of all other work since the product before it.
     """
 
     direct: float
@@ -63,6 +64,7 @@ class StepOp:
     own_ring: bool = False
     piece_row: float = 0.0
     following: float = 0.0
+    before: float = 0.0
 
     @property
     def remote_bytes(self) -> int:

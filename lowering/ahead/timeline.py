@@ -3,7 +3,7 @@
 Two resources: the main queue does the products in order, the link copies parts in order, each as
 soon as its place in the ring is free. A product that reads the link itself shares it with the
 copies: it takes as much longer as they keep the link busy, at most twice, and the copies that are
-not under way yet are that much later.
+not under way yet are that much later. What lies between products is work of the main queue.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """Seconds of the step, those of its products without what they wait for, and by staged product
-    the order of its parts and its rows in place."""
+    """Seconds of the step up to its last product, those without what products wait for, and by
+    staged product the order of its parts and its rows in place."""
 
     seconds: float
     work: float
@@ -71,6 +71,8 @@ def simulate(
     orders: dict[int, tuple[int, ...]] = {}
     for number, op in enumerate(ops):
         link.advance()
+        now += op.before
+        work += op.before
         mine = of_op.get(number)
         if mine is None:
             now += link.shared(now, op)

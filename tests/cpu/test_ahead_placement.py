@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dak_inductor.ahead_placement import placements
 from dak_inductor.benchmarks.harness.planner_problems import PAGE, on_the_grid, random_problem
-from dak_inductor.copies_ahead import CopiesAhead
+from dak_inductor.copies_ahead import CopiesAhead, sums_behind
 from dak_inductor.copy_ring import RING_BYTES
-from dak_inductor.cost_curve import cost_lines
+from dak_inductor.cost_curve import cost_lines, cost_pieces
 from dak_inductor.cost_model import alone_seconds, both_seconds
 from dak_inductor.hardware import load
 from dak_inductor.plan import OpUse, Plan, PlanProblem, TensorSpec
@@ -46,6 +47,15 @@ def decoder(share: float, *, ring: int = RING_BYTES, remote: str = "cpu") -> Pla
     weights = sum(spec.nbytes for spec in specs[1:])
     asked = specs[0].nbytes + round(share * weights)
     return PlanProblem(tuple(specs), tuple(uses), asked, remote, ring_bytes=ring)
+
+
+def all_placements(problem: PlanProblem) -> list[list[int]]:
+    """All that copies ahead may have."""
+    link, grids = H200.link(problem.remote), [split_grid(spec) for spec in problem.tensors]
+    lines = cost_lines(problem, H200, link)
+    columns = UseColumns(problem, H200, lines, grids)
+    pieces = cost_pieces(lines, problem, grids)
+    return placements(columns, pieces, grids, problem.remote_bytes)
 
 
 def staged(plan: Plan) -> dict[str, float]:
@@ -84,14 +94,15 @@ def test_products_are_left_alone_while_the_embedding_has_bytes_to_give(
     assert sum(op.remote_share > 0 for op in greedy.ops) > 6 * LAYERS
 
 
-@pytest.mark.parametrize(("share", "products"), [(0.005, 2), (0.01, 4)])
+@pytest.mark.parametrize(("share", "products"), [(0.005, 1), (0.01, 2), (0.02, 3), (0.03, 4)])
 def test_few_remote_bytes_lie_in_few_products(share: float, products: int) -> None:
     """Read directly by half of all products, each near its balance, they took 60 us of 1.3 ms."""
     plan = make_plan(decoder(share), H200)
     assert len(staged(plan)) == products
     direct = make_plan(decoder(share, ring=0), H200)
     assert sum(0 < op.remote_share < 1 for op in direct.ops) > 5 * products
-    assert plan.objective > direct.objective, "their sums of convex costs say otherwise"
+    otherwise = plan.objective > direct.objective
+    assert otherwise == (share < 0.02), "sums of convex costs say otherwise, but at the balance"
 
 
 @pytest.mark.parametrize("mebibytes", [32, 64])
@@ -169,17 +180,62 @@ def test_products_of_one_size_in_a_block_do_not_share_its_remote_bytes() -> None
 
 
 @pytest.mark.parametrize(
-    ("mebibytes", "layers"), [(39, (1, 3, 5, 7)), (24, (2, 5, 7)), (20, (3, 7)), (12, (7,))]
+    ("mebibytes", "layers"),
+    [
+        (39, [(1, 3, 5, 7), (3, 7)]),
+        (24, [(2, 5, 7), (7,)]),
+        (20, [(3, 7), (7,)]),
+        (12, [(7,)]),
+        (160, [tuple(range(LAYERS))]),  # each has more than in half as many would be too few
+    ],
 )
 def test_few_bytes_lie_in_every_second_third_or_fourth_layer(
-    mebibytes: int, layers: tuple[int, ...]
+    mebibytes: int, layers: list[tuple[int, ...]]
 ) -> None:
-    """Each product with copies pays for them, so it has 8 MiB where there are as many."""
-    slow = replace(H200, hbm_bandwidth=H200.hbm_bandwidth * 20)  # so that few bytes are many
+    """Each product with copies pays for them, so it has 8, 16 or 32 MiB where there are as many."""
     problem = decoder(0.02)
     problem = replace(problem, remote_bytes=problem.tensors[0].nbytes + mebibytes * 2**20)
-    plan = make_plan(problem, slow)
-    assert sorted(staged(plan)) == [f"layers.{layer}.down" for layer in layers]
+    names = [spec.name for spec in problem.tensors]
+    found = []
+    for placed in all_placements(problem):
+        copied = [name for name, remote in zip(names, placed, strict=True) if remote][1:]
+        found.append(tuple(int(name.split(".")[1]) for name in copied))
+        assert {name.split(".")[2] for name in copied} == {"down"}
+        assert sum(placed) >= problem.remote_bytes
+    assert found == layers
+
+
+def test_products_have_time_for_the_next_copy_between_them() -> None:
+    """With as many sums of bytes and of work, every copy is waited for that takes longer than what
+    lies between two products."""
+    problem = decoder(0.02)
+    grids = [split_grid(spec) for spec in problem.tensors]
+    link = H200.link("cpu")
+    columns = UseColumns(problem, H200, cost_lines(problem, H200, link), grids)
+    names = [spec.name for spec in problem.tensors]
+    seconds = []
+    for layers in ([5, 6, 7], [1, 4, 7], [0, 1, 2]):
+        remote = [0] * len(names)
+        for layer in layers:
+            remote[names.index(f"layers.{layer}.down")] = 24 * 2**20
+        copies = CopiesAhead(columns, columns.shares(remote))
+        seconds.append(copies.steps(columns.alone)["decode"].seconds)
+    late, even, early = seconds
+    assert late == pytest.approx(even)
+    per_layer = columns.by_graph(columns.alone)[0] / LAYERS
+    assert early == pytest.approx(even + 5 * per_layer, rel=0.02), "no copy is under way meanwhile"
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.floats(0, 1)), max_size=12))
+@settings(deadline=None)
+def test_sums_of_what_lies_behind_in_a_graph(uses: list[tuple[int, float]]) -> None:
+    graph = np.array([number for number, _ in uses], dtype=np.intp)
+    column = np.array([seconds for _, seconds in uses], dtype=np.float64)
+    expected = [
+        math.fsum(seconds for number, seconds in uses[place + 1 :] if number == own)
+        for place, (own, _) in enumerate(uses)
+    ]
+    assert sums_behind(column, graph) == pytest.approx(expected)
 
 
 def test_planning_again_where_everything_lies_moves_nothing() -> None:

@@ -363,6 +363,30 @@ def test_what_the_link_hides_in_the_prediction_still_counts() -> None:
     assert chosen.work < 0.95 * fastest.work
 
 
+def test_copies_that_come_while_other_work_runs_are_not_waited_for() -> None:
+    """With nothing between the products the last is in parts, so that only a part of it is behind
+    the last copy. With more than its copies take in all it is one launch."""
+    product = op_of(4096, 28672, 0.2, launch=True)
+    local = op_of(14336, 8192, 0.0)
+    ops = [local, product] * 4
+    bound = choose(ops, RATES, strategy="auto", room=RING_BYTES)
+    assert bound.ops[-1].strategy == "staged" and not bound.ops[-1].launched
+    work = 1.5 * product.remote_bytes / RATES.copy
+    hidden = choose(
+        [replace(op, before=work) for op in ops], RATES, strategy="auto", room=RING_BYTES
+    )
+    assert hidden.staged == bound.staged and hidden.ops[-1].launched
+    assert hidden.work > bound.work + 7 * work
+    assert hidden.seconds < sum(work + op.launch + op.direct * (not op.launch) for op in ops) * 1.1
+    bare = plan_choice.choose(
+        [replace(op, before=work) for op in ops], RATES, strategy="auto", room=RING_BYTES
+    ).eager
+    assert replace(bare, host_seconds=0.0, direct_seconds=0.0) == replace(
+        plan_choice.choose(ops, RATES, strategy="auto", room=RING_BYTES).eager,
+        host_seconds=0.0, direct_seconds=0.0,
+    )  # fmt: skip
+
+
 def test_without_room_or_when_asked_for_all_is_direct() -> None:
     ops = llama(0.5)
     small = choose(ops, RATES, strategy="staged", room=LEAST_RING_BYTES - 1)

@@ -14,10 +14,15 @@ import torch
 from torch import nn
 
 import dak_inductor as dak
-from dak_inductor import ahead_room, copy_ring, replanning
+from dak_inductor import ahead_room, copy_ring, hardware, replanning
 from dak_inductor.ahead_room import ring_room
 from dak_inductor.backend import compile_graph
+from dak_inductor.cost_model import local_bandwidth, op_floor
 from dak_inductor.lowering.ahead import memory, step_plan
+from dak_inductor.lowering.ahead.known_step import KnownStep
+from dak_inductor.lowering.ahead.sequence import CallSequence, StepCall, StoredWeight
+from dak_inductor.lowering.ahead.step_costs import step_ops
+from dak_inductor.lowering.ahead.step_op import StepOp
 from dak_inductor.lowering.ahead.step_plan import StepPlan, StepPlans
 from dak_inductor.lowering.host_cost import STAGED_SECONDS
 from dak_inductor.lowering.ops_linear import LINEAR_OPERATORS
@@ -104,6 +109,47 @@ def test_outputs_bytes_and_what_explain_says(strategy: str, staged: list[int]) -
     assert ("products copied ahead" in text) == (strategy != "direct")
     for step in dak.explain(model).strategies:
         assert all(op.tensors[0].startswith("layers.") and op.reason for op in step.ops)
+
+
+@torch.no_grad()
+def test_what_lies_between_products_is_known_to_their_plan_for_cuda_graphs() -> None:
+    """tanh and a sum ahead of all but the first; outside of CUDA graphs the host's time for them is
+    not known."""
+    _, model = offloaded()
+    run = compiled(model, strategy="staged")
+    for _ in range(3):
+        run(torch.randn(3, WIDTH, dtype=torch.bfloat16))
+    (binding,) = SESSION.bindings()
+    assert binding.ahead is not None
+    ((_, known),) = binding.ahead.steps()
+    assert known.sequence is not None and known.plans is not None
+    profile = hardware.load("h200")
+    moved = 3 * (3 * WIDTH * 2)  # x and the product read, their sum written
+    one = op_floor("fused", profile) + moved / local_bandwidth(profile)
+    before = [call.before for call in known.sequence.calls]
+    assert before == pytest.approx([0.0, one, one, one])
+    captured, eager = known.plans.captured, known.plans.eager
+    longer = captured.direct_seconds - sum(op.direct for op in ops_of(known))
+    assert longer == pytest.approx(3 * one)
+    assert eager.host_seconds == pytest.approx(4 * STAGED_SECONDS)
+
+
+def test_a_weight_that_is_read_twice_has_the_work_ahead_of_each_in_turn() -> None:
+    calls = [step_call(address) for address in (8, 16, 8, 24)]
+    sequence = CallSequence(tuple(calls)).with_work({8: [1.0, 2.0], 16: [4.0], 32: [8.0]})
+    assert [call.before for call in sequence.calls] == [1.0, 4.0, 2.0, 0.0]
+
+
+def step_call(address: int) -> StepCall:
+    weight = StoredWeight(address, 8, 16, None)
+    return StepCall(address, None, (weight,), "")
+
+
+def ops_of(known: KnownStep) -> tuple[StepOp, ...]:
+    assert known.sequence is not None
+    found = step_ops(known.sequence.calls, "simulated", 0)
+    assert found is not None
+    return found
 
 
 @torch.no_grad()
