@@ -40,10 +40,10 @@ def placements(
     pieces: Sequence[Sequence[Piece]],
     grids: Sequence[SplitGrid],
     asked: int,
-) -> list[list[int]]:
-    """Remote bytes by tensor, `asked` in all: without a bound, and with no more to a tensor than
-    one launch reads through the ring before all that can have as much. Few bytes lie in tensors
-    that are many or few. Nothing where no product can be copied for.
+) -> list[list[list[int]]]:
+    """Remote bytes by tensor, `asked` in all: without a bound, then with no more to a tensor than
+    one launch reads through the ring before all that can have as much. Of either some, in which few
+    bytes lie in fewer and fewer tensors. Nothing where no product can be copied for.
 
     What costs less than a copied byte goes first, as the rows of an embedding or the tokens of a
     context that is still to come; then groups of equal tensors, level by level; then the rest.
@@ -61,21 +61,23 @@ def placements(
     )
     most = problem.ring_bytes // LAUNCHES_IN_RING
     bounded = [group if group.most <= most else group._replace(most=most) for group in groups]
-    found: list[list[int]] = []
+    found: list[list[list[int]]] = []
     for stages in ([groups], [bounded, groups]):
         todo: list[tuple[float, int, _Group | Piece]] = [
             (slope, 0, piece) for slope, _, _, piece in rest
         ]
         for stage, own in enumerate(stages, 1):
             todo += [(group.price, stage, group) for group in own]
+        alike: list[list[int]] = []
         each = 0.0
         for seconds in _LEAST_COPY_SECONDS:
             least = min(most, round(seconds * link.copy_bandwidth))
             if each >= least:  # with as many tensors as there are
                 break
             placed, each = _filled(problem, grids, asked, todo, least)
-            if placed is not None and placed not in found:
-                found.append(placed)
+            if placed is not None and not any(placed in known for known in (*found, alike)):
+                alike.append(placed)
+        found += [alike] if alike else []
     return found
 
 
