@@ -33,7 +33,7 @@ from dak_inductor.plan import OpUse
 GRIDS = ("linear", "linear_prefill", "linear_peer", "linear_peer_prefill", "attention",
          "attention_peer")  # fmt: skip
 STEPS = ("decode_step", "decode_step_16", "decode_step_64", "decode_step_70b", "decode_step_peer",
-         "b1", "b64", "prefill_1", "prefill_4")  # fmt: skip
+         "prefill_1", "prefill_4")  # fmt: skip
 _ASKED = ("shape", "layers", "batch", "context", "prefill")  # of bench_step
 MEDIAN_BAR, WORST_BAR = 0.03, 0.10
 MODELS = ("models", "models_opt", "models_encoders", "models_peer")

@@ -31,7 +31,7 @@ BY_SHARE = {"linear": 16, "linear_peer": 16, "attention": None, "attention_peer"
 """Grids whose T - L is shown by share remote, at that many tokens."""
 STEPS = (
     "decode_step", "decode_step_16", "decode_step_64", "decode_step_70b", "decode_step_peer",
-    "decode_step_peer_direct", "b1", "b64", "prefill_1", "prefill_4",
+    "decode_step_peer_direct", "prefill_1", "prefill_4",
 )  # fmt: skip
 MODELS = ("models", "models_opt", "models_encoders", "models_peer")
 TOPICS = {
