@@ -3,9 +3,9 @@
 Copies ahead keep the link busy through a whole step, so what counts is the step's sum of remote
 bytes, and that the next of them are never further away than the ring of copies reaches. The remote
 bytes then lie in few products, since each that is copied for pays for it once, in equal parts all
-over the model: the last matrix of every block, say. Direct reads are better where a product reads
-more than the ring holds while the link idles ahead of it, as over NVLink: there each hides its own
-remote bytes behind its local ones.
+over the model: the last matrix of every block, say, or of every third where they are few. Direct
+reads are better where a product reads more than the ring holds while the link idles ahead of it, as
+over NVLink: there each hides its own remote bytes behind its local ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""What a placement takes where the link copies remote rows ahead of the products that read them."""
+"""What a placement takes where the link copies remote rows ahead of the products that read them.
+
+No product starts before its copy has come. So a step takes no less than any of its copies, with all
+before it, and then what runs behind the product that it is for.
+"""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ from dak_inductor.lowering.host_cost import COPY_SECONDS, staged_seconds
 from dak_inductor.options import Strategy
 
 _OTHER_WORK = 0.25
-"""Of the time of its products, at least, a decode step takes for work that no plan knows. Where the
-link is predicted to hide what one plan's products do more than another's, it may not: with 64
-sequences and 2% remote, parts that were to save 0.5% took 13% more than prefetched layers."""
+"""Of the work of a plan, what counts where the link is predicted to hide it. It may not: with 64
+sequences and 2% remote, parts that were to save 0.5% took 13% more than prefetched layers. The work
+between products was not known then."""
 
 
 def choose(
@@ -40,24 +40,29 @@ def choose(
     most = ring_within(room)
     least = MARGIN if strategy == "auto" else None
 
-    def best(ops: Sequence[StepOp], *, host: bool) -> StepPlan:
-        price = partial(_paid, ops, rates) if charged else _seconds
-        found: list[StepPlan] = []
-        reason = "little or nothing of it is remote"
-        if strategy == "direct":
-            reason = "asked for"
-        elif not most:
-            reason = "no room for a ring"
-        else:
-            found = staged_plans(ops, rates, strategy, most, partial(_rank, price))
-        return _best(ops, found, reason, price, least, host=host)
+    def price_of(ops: Sequence[StepOp]) -> Callable[[StepPlan], float]:
+        return partial(_paid, ops, rates) if charged else _seconds
 
-    captured = best(ops, host=False)
+    def candidates(ops: Sequence[StepOp]) -> tuple[list[StepPlan], str]:
+        """With the reason why there are none."""
+        if strategy == "direct":
+            return [], "asked for"
+        if not most:
+            return [], "no room for a ring"
+        rank = partial(_rank, price_of(ops))
+        found = staged_plans(ops, rates, strategy, most, rank)
+        return found, "little or nothing of it is remote"
+
+    found = candidates(ops)
+    captured = _best(ops, *found, price_of(ops), least)
     # what the host takes between products is not known, so what the GPU does there is left out too
     bare = [replace(op, before=0.0) if op.before else op for op in ops]
-    eager = best(bare, host=True)
+    if bare != list(ops):
+        found = candidates(bare)
+    eager = _best(bare, *found, price_of(bare), least, host=True)
     if eager.waits_for_host and spared and list(spared) != bare:
-        eager = min(eager, replace(best(spared, host=True), spares_host=True), key=_seconds)
+        other = _best(spared, *candidates(spared), price_of(spared), least, host=True)
+        eager = min(eager, replace(other, spares_host=True), key=_seconds)
     return StepPlans(captured, eager)
 
 
