@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dak_inductor import hardware, placement, replanning
+from dak_inductor import placement, replanning
 from dak_inductor.ahead_room import copies_help, ring_room
 from dak_inductor.binding import Binding, bind
 from dak_inductor.cuda_runtime import address_table
@@ -25,6 +25,7 @@ from dak_inductor.errors import DeviceMemoryError, NothingOffloadedError, Reside
 from dak_inductor.kv_cache_steps import CacheStep, StepRunner
 from dak_inductor.link_window import set_windows
 from dak_inductor.lowering.ahead.memory import StepMemory
+from dak_inductor.lowering.gpu_profile import profile_of
 from dak_inductor.lowering.linear.trials import TRIALS
 from dak_inductor.lowering.marks import MARKS
 from dak_inductor.offloaded import changes, offloaded_models
@@ -213,7 +214,7 @@ def _between(
     binding: Binding, arguments: Sequence[Any], values: Mapping[str, int], device: torch.device
 ) -> dict[int, list[float]]:
     caches = [cache for model in _models_of(binding) for cache in model.caches]
-    return seconds_between(binding, arguments, values, caches, hardware.current(device))
+    return seconds_between(binding, arguments, values, caches, profile_of(device.index))
 
 
 def _not_compiled(*_: Any) -> Any:

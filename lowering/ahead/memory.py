@@ -39,6 +39,7 @@ from dak_inductor.options import Strategy
 log = logging.getLogger(__name__)
 
 OwnStep = LearningStep | PlayedStep | InsideStep
+Between = Callable[[], Mapping[int, Sequence[float]]]
 
 MOST_STEPS = 8
 """Token counts remembered of one graph; the one called longest ago goes first."""
@@ -93,12 +94,13 @@ class StepMemory:
         tokens: Hashable,
         device: torch.device,
         written: Callable[[], Collection[TieredBuffer]] = tuple,
-        between: Callable[[], Mapping[int, Sequence[float]]] = dict,
+        between: Between = dict,
     ) -> Iterator[None]:
         """Around one call of the graph, on the current stream of `device`.
 
         `written` gives the buffers to which the graph itself writes, for a step that is learned,
-        and `between` the seconds of what lies between its products (`CallSequence.with_work`).
+        and `between` the seconds of what lies between its products (`CallSequence.with_work`), for
+        one that is planned for the first time.
 
         Inside the step of another graph nothing is staged, and that step does not see the products.
         """
@@ -108,7 +110,7 @@ class StepMemory:
         else:
             if self.strategy != "direct":
                 known = self._known(tokens)
-                step = self._begin(tokens, known, device, written)
+                step = self._begin(tokens, known, device, written, between)
             before = enter(step)
             planned = None if known is None else known.plans
             spare_host(planned is not None and planned.eager.spares_host)
@@ -123,7 +125,7 @@ class StepMemory:
                 self.ring.release()
             if step is not None and known is not None:
                 step.close(failed=failed)
-                self._end(tokens, known, step, between, failed)
+                self._end(tokens, known, step, failed)
 
     def _known(self, tokens: Hashable) -> KnownStep:
         known = self._steps.setdefault(tokens, KnownStep())
@@ -138,6 +140,7 @@ class StepMemory:
         known: KnownStep,
         device: torch.device,
         written: Callable[[], Collection[TieredBuffer]],
+        between: Between,
     ) -> OwnStep | None:
         if known.off:
             return None
@@ -146,6 +149,8 @@ class StepMemory:
         if known.sequence is None or splits is None:
             known.forget()
             return None if capturing else LearningStep(device, written())
+        if known.plans is None:
+            known.sequence = known.sequence.with_work(between())
         # of what Inductor captured a replay has the parts of the capture, wherever bytes lie now
         planned = known.plans is not None and known.inside
         if not planned and not self._plan_anew(tokens, known, splits, device, capturing):
@@ -254,14 +259,7 @@ class StepMemory:
         )  # fmt: skip
         return plans
 
-    def _end(
-        self,
-        tokens: Hashable,
-        known: KnownStep,
-        step: OwnStep,
-        between: Callable[[], Mapping[int, Sequence[float]]],
-        failed: bool,
-    ) -> None:
+    def _end(self, tokens: Hashable, known: KnownStep, step: OwnStep, failed: bool) -> None:
         if isinstance(step, InsideStep):
             if step.begun is None:
                 return
@@ -272,8 +270,6 @@ class StepMemory:
             self._switch_off(tokens, known, ELSEWHERE)
         elif isinstance(step, LearningStep):
             known.sequence, known.inside = step.sequence, step.inside
-            if step.sequence is not None:
-                known.sequence = step.sequence.with_work(between())
         elif failed:
             known.forget()
         elif step.derailed:

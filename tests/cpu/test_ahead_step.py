@@ -76,6 +76,27 @@ def test_learned_then_played() -> None:
     assert 0 < run.memory.ring.largest <= ROOM
 
 
+def test_what_lies_between_products_is_asked_for_once_a_step_is_planned() -> None:
+    """Most lengths of prompts are called once."""
+    layers, asked = three(), []
+    memory = StepMemory("graph0", "staged", lambda: Room(ROOM))
+    address = layers[1].weights[0].data_ptr()
+
+    def between() -> dict[int, list[float]]:
+        asked.append(address)
+        return {address: [2e-3]}
+
+    for calls, expected in ((1, 0), (2, 1), (3, 1)):
+        with memory.opened((), CPU, tuple, between):
+            for layer in layers:
+                layer(torch.randn(3, 64, dtype=BF16))
+        assert len(asked) == expected, calls
+    (known,) = (step for _, step in memory.steps())
+    assert known.sequence is not None and known.plans is not None
+    assert [call.before for call in known.sequence.calls] == [0.0, 2e-3, 0.0]
+    assert known.plans.captured.direct_seconds > 2e-3 > known.plans.eager.direct_seconds
+
+
 def test_token_counts_are_told_in_words() -> None:
     told = [memory_module.tokens_text(each) for each in ((), (1,), (5, 300), 1, 7)]
     assert told == ["any tokens", "1 token", "5, 300 tokens", "1 token", "7 tokens"]
