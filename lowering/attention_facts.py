@@ -49,7 +49,7 @@ def attention_facts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionF
         dtype=key.dtype,
         uniform=query.dtype == key.dtype == value.dtype
         and query.device == key.device == value.device,
-        capability=op_facts.capability(query.device),
+        capability=op_facts.visible_capability(query.device),
         extension=op_facts.extension_importable(),
         triton=op_facts.triton_importable(),
         head_dim=static_size(query.shape[3]),

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from dak_inductor import options
-from dak_inductor.lowering.op_facts import capability, triton_importable
+from dak_inductor.lowering.op_facts import triton_importable, visible_capability
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,8 @@ def _profits(example_inputs: Sequence[Any]) -> bool:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False  # such a graph is Inductor's alone
     devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
-    return bool(devices) and all((capability(device) or (0, 0)) >= (9, 0) for device in devices)
+    found = [visible_capability(device) or (0, 0) for device in devices]
+    return bool(found) and min(found) >= (9, 0)
 
 
 @functools.cache

@@ -142,7 +142,7 @@ def facts_of(op_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OpF
     """
     device = next((a.device for a in args if isinstance(a, Tensor)), None)
     installation = OpFacts(
-        capability=None if device is None else capability(device),
+        capability=None if device is None else visible_capability(device),
         extension=extension_importable(),
         triton=triton_importable(),
     )
@@ -168,7 +168,7 @@ def facts_of(op_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OpF
     )
 
 
-def capability(device: torch.device) -> tuple[int, int] | None:
+def visible_capability(device: torch.device) -> tuple[int, int] | None:
     """Compute capability; None for another device than CUDA, or where no GPU is visible."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
-from dak_inductor.lowering.linear.queues import Queues
+from dak_inductor.lowering.queues import Queues
 
 
 class StagedPart(Protocol):

@@ -9,7 +9,7 @@ import torch
 
 from dak_inductor.benchmarks.harness.ring_load import RingLoad
 from dak_inductor.lowering.linear.copy_engine import copy_bytes
-from dak_inductor.lowering.linear.queues import Queues, queues_of
+from dak_inductor.lowering.queues import Queues, queues_of
 
 
 class CopyFiller:

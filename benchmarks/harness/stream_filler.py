@@ -26,7 +26,7 @@ from dak_inductor.benchmarks.harness.ring_load import RingLoad
 from dak_inductor.benchmarks.harness.ring_words import RingWords
 from dak_inductor.benchmarks.harness.streamer_shape import STORES, StreamerShape
 from dak_inductor.cuda_runtime.nvrtc import KernelInstance, instance
-from dak_inductor.lowering.linear.queues import Queues, queues_of
+from dak_inductor.lowering.queues import Queues, queues_of
 
 RING_STREAMER = instance("ring_streamer", stores=STORES)
 RING_GATE = instance("ring_gate")

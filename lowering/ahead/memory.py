@@ -33,7 +33,7 @@ from dak_inductor.lowering.linear.open_step import (
     spares_host,
 )
 from dak_inductor.lowering.linear.product import Product
-from dak_inductor.lowering.linear.queues import queues_of
+from dak_inductor.lowering.queues import queues_of
 from dak_inductor.options import Strategy
 
 log = logging.getLogger(__name__)

@@ -23,8 +23,8 @@ from dak_inductor.lowering.linear.counted_reads import count
 from dak_inductor.lowering.linear.epilogue import finish
 from dak_inductor.lowering.linear.launch import CopiedRows
 from dak_inductor.lowering.linear.product import Product
-from dak_inductor.lowering.linear.queues import Queue, Queues
 from dak_inductor.lowering.marks import MARKS
+from dak_inductor.lowering.queues import Queue, Queues
 
 _FIRST = 2
 """Copies queued before the step's first kernel: the host takes 5 to 10 us for each."""

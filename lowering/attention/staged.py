@@ -30,9 +30,9 @@ from dak_inductor.lowering.attention.staged_parts import Forward, Part, Piece, P
 from dak_inductor.lowering.attention.staged_plan import StagedPlan
 from dak_inductor.lowering.attention.stored_tokens import StoredTokens, count_reads, stored_tokens
 from dak_inductor.lowering.gpu_profile import profile_of
-from dak_inductor.lowering.linear.queues import queues_of
 from dak_inductor.lowering.marks import MARKS
 from dak_inductor.lowering.op_facts import triton_importable
+from dak_inductor.lowering.queues import queues_of
 from dak_inductor.lowering.refusals import log_once
 from dak_inductor.lowering.slots import allocate
 from dak_inductor.lowering.stock_attention import stored

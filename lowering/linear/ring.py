@@ -28,10 +28,10 @@ from dak_inductor.lowering.linear.counted_reads import count, counted_reads
 from dak_inductor.lowering.linear.epilogue import finish
 from dak_inductor.lowering.linear.operands import Operands
 from dak_inductor.lowering.linear.problem import LinearProblem
-from dak_inductor.lowering.linear.queues import Queues, queues_of
 from dak_inductor.lowering.linear.ring_calls import choose_for_calls
 from dak_inductor.lowering.linear.ring_plan import Part, Residency, RingPlan
 from dak_inductor.lowering.marks import MARKS
+from dak_inductor.lowering.queues import Queues, queues_of
 from dak_inductor.lowering.slots import allocate
 
 

@@ -12,7 +12,7 @@ from dak_inductor.lowering.ahead.player import Player
 from dak_inductor.lowering.ahead.prepared_plan import PreparedPlan
 from dak_inductor.lowering.ahead.step_plan import StepPlan
 from dak_inductor.lowering.ahead.timeline import LOCAL
-from dak_inductor.lowering.linear.queues import Queues
+from dak_inductor.lowering.queues import Queues
 
 from .ahead_model import assert_close, shrink
 from .test_ahead_player import CPU, inputs_of, layers, planned

@@ -20,7 +20,7 @@ from dak_inductor.lowering.ahead.step import PlayedStep
 from dak_inductor.lowering.ahead.step_costs import link_rates, step_ops
 from dak_inductor.lowering.ahead.step_plan import StepPlan
 from dak_inductor.lowering.linear.product import Product
-from dak_inductor.lowering.linear.queues import Queues
+from dak_inductor.lowering.queues import Queues
 
 from .ahead_model import BF16, ROOM, Layer, assert_close, shrink, weight_of
 from .fake_queues import Scheduler

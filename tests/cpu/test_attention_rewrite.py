@@ -439,7 +439,7 @@ def gpu(monkeypatch):
 
     def install(capability, *, extension=True, triton=True):
         monkeypatch.setattr(templates, "on_cuda", lambda value: True)
-        monkeypatch.setattr(op_facts, "capability", lambda device: capability)
+        monkeypatch.setattr(op_facts, "visible_capability", lambda device: capability)
         monkeypatch.setattr(op_facts, "extension_importable", lambda: extension)
         monkeypatch.setattr(op_facts, "triton_importable", lambda: triton)
 

@@ -32,7 +32,7 @@ from dak_inductor.lowering.attention.operands import AttentionOperands
 from dak_inductor.lowering.attention.partial_results import PartialResult, PartialResults
 from dak_inductor.lowering.attention.staged_parts import Piece, PrefillProblem
 from dak_inductor.lowering.attention.stored_tokens import rectangles, stored_tokens
-from dak_inductor.lowering.linear.queues import Queues
+from dak_inductor.lowering.queues import Queues
 
 from .fake_queues import Scheduler
 

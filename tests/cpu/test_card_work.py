@@ -12,9 +12,10 @@ import torch
 
 from dak_inductor.cuda_runtime import tiers
 from dak_inductor.errors import DriverError, MoveError, TierError
+from dak_inductor.lowering import queues
 from dak_inductor.lowering.attention import stock_forward
-from dak_inductor.lowering.linear import copy_engine, queues, stopwatch
-from dak_inductor.lowering.linear.queues import CurrentQueue, InlineQueue, StreamQueue
+from dak_inductor.lowering.linear import copy_engine, stopwatch
+from dak_inductor.lowering.queues import CurrentQueue, InlineQueue, StreamQueue
 
 from .fake_cuda import FakeCard
 

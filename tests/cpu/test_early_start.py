@@ -28,7 +28,7 @@ def _nothing_is_set(monkeypatch):
 @pytest.fixture
 def hopper(monkeypatch):
     """Tensors of CUDA are on an H200, and the installed torch can start kernels early."""
-    monkeypatch.setattr(module, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(module, "visible_capability", lambda device: (9, 0))
     monkeypatch.setattr(module, "unavailable", lambda: None)
 
 
@@ -50,13 +50,13 @@ ON, OFF = {ENTRY: MARK}, {}
 def test_on_for_inference_on_hopper(hopper, monkeypatch):
     assert patches(inputs()) == ON
     for older in ((8, 9), None):
-        monkeypatch.setattr(module, "capability", lambda device, it=older: it)
+        monkeypatch.setattr(module, "visible_capability", lambda device, it=older: it)
         assert patches(inputs()) == OFF
 
 
 def test_every_gpu_must_be_new_enough(hopper, monkeypatch):
     found = {0: (9, 0), 1: (8, 0)}
-    monkeypatch.setattr(module, "capability", lambda device: found[device.index])
+    monkeypatch.setattr(module, "visible_capability", lambda device: found[device.index])
     assert patches([*inputs("cuda:0"), *inputs("cuda:1")]) == OFF
     assert patches(inputs("cuda:0")) == ON
 
@@ -65,7 +65,7 @@ def test_graphs_on_the_cpu_ask_no_gpu(monkeypatch):
     def asked(*_):
         raise AssertionError("a GPU is asked for")
 
-    monkeypatch.setattr(module, "capability", asked)
+    monkeypatch.setattr(module, "visible_capability", asked)
     monkeypatch.setattr(torch.cuda, "get_device_capability", asked)
     assert patches(inputs("cpu")) == OFF
     assert patches([]) == OFF
@@ -173,7 +173,7 @@ def uncached():
 def test_an_inductor_of_another_form_leaves_it_off(uncached, monkeypatch, caplog):
     """It also overrules who asks for it: Inductor's own waits are not enough."""
     monkeypatch.setattr(TritonKernel, "_filter_pdl", lambda self, code, more: None)
-    monkeypatch.setattr(module, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(module, "visible_capability", lambda device: (9, 0))
     with caplog.at_level(logging.DEBUG, logger=module.__name__):
         assert patches(inputs()) == OFF
     assert "TritonKernel._filter_pdl is not the method that is known" in caplog.text

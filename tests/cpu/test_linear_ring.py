@@ -20,8 +20,8 @@ from dak_inductor.lowering.linear import copy_engine, dispatch, ring, ring_plan
 from dak_inductor.lowering.linear.configuration import MAXIMUM_TOKENS
 from dak_inductor.lowering.linear.counted_reads import count, counted_reads
 from dak_inductor.lowering.linear.problem import LinearProblem
-from dak_inductor.lowering.linear.queues import InlineQueue, Queues
 from dak_inductor.lowering.linear.ring_plan import Residency
+from dak_inductor.lowering.queues import InlineQueue, Queues
 from dak_inductor.lowering.slots import MOST_SLOTS, allocate, slot_sizes
 
 from .ahead_model import weight_of

@@ -141,7 +141,7 @@ def test_choices_are_kept_until_forgotten() -> None:
 
 
 def test_only_forces_a_template_and_changes_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op_facts, "capability", lambda _: (9, 0))
+    monkeypatch.setattr(op_facts, "visible_capability", lambda _: (9, 0))
     monkeypatch.setattr(op_facts, "extension_importable", lambda: True)
     monkeypatch.setattr(op_facts, "triton_importable", lambda: True)
     x, weight = meta(3, 64), meta(128, 64)

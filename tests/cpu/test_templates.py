@@ -34,7 +34,7 @@ K, N = 32, 48
 def hopper(monkeypatch):
     """A machine with an H200 and the compiled extension, whose GPU holds every tensor."""
     monkeypatch.setattr(templates, "on_cuda", lambda value: True)
-    monkeypatch.setattr(op_facts, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(op_facts, "visible_capability", lambda device: (9, 0))
     monkeypatch.setattr(op_facts, "extension_importable", lambda: True)
     monkeypatch.setattr(op_facts, "triton_importable", lambda: True)
 
@@ -103,7 +103,7 @@ def test_halves_that_start_off_a_row_the_kernel_takes_stay_one_product(hopper):
 
 def test_without_a_gpu_every_operator_is_stock_with_two_reasons(monkeypatch):
     monkeypatch.setattr(templates, "on_cuda", lambda value: True)
-    monkeypatch.setattr(op_facts, "capability", lambda device: None)
+    monkeypatch.setattr(op_facts, "visible_capability", lambda device: None)
     graph, table = on_cuda(gated, (4, K), (N, K), (N, K))
     assert kinds(graph) == ["linear", "linear"]
     (row, _) = rows = templates_of("g", table)
