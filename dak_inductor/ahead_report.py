@@ -36,8 +36,8 @@ class StepStrategy:
     """One step: a graph at one set of token counts.
 
     Attributes:
-        seconds: predicted up to the end of its last product, `direct_seconds` with none staged; in
-            CUDA graphs, where `where` is "". Outside of them, of its products alone.
+        seconds: predicted, `direct_seconds` with none staged; in CUDA graphs where `where` is "".
+            Of its products, and there in decode of what lies between them.
         off: why the step is left alone, "" where it is not; it has no products then.
         where: `CAPTURED` or `EAGER`; "" where the same products are staged in both.
         eager_seconds: predicted outside of CUDA graphs.

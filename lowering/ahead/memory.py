@@ -100,7 +100,8 @@ class StepMemory:
 
         `written` gives the buffers to which the graph itself writes, for a step that is learned,
         and `between` the seconds of what lies between its products (`CallSequence.with_work`), for
-        one that is planned for the first time.
+        one of few tokens that is planned for the first time. With many tokens that is attention
+        most of all, whose time the masks of a graph do not tell.
 
         Inside the step of another graph nothing is staged, and that step does not see the products.
         """
@@ -149,7 +150,7 @@ class StepMemory:
         if known.sequence is None or splits is None:
             known.forget()
             return None if capturing else LearningStep(device, written())
-        if known.plans is None:
+        if known.plans is None and known.sequence.of_few_tokens:
             known.sequence = known.sequence.with_work(between())
         # of what Inductor captured a replay has the parts of the capture, wherever bytes lie now
         planned = known.plans is not None and known.inside

@@ -87,6 +87,12 @@ class CallSequence:
         found = tuple([call.splits() for call in self.calls])
         return None if any(None in each for each in found) else found
 
+    @property
+    def of_few_tokens(self) -> bool:
+        """Whether no product has more than one launch of the kernel takes, as in decode."""
+        known = [call.facts for call in self.calls if call.facts is not None]
+        return all(facts.problem.m <= DECODE_TOKENS for facts in known)
+
     def with_work(self, between: Mapping[int, Sequence[float]]) -> CallSequence:
         """With the seconds ahead of each product that reads the weight at an address, in the order
         of those products."""

@@ -29,8 +29,8 @@ class StepPlan:
 
     Attributes:
         ring_bytes: 0 where nothing is staged.
-        seconds: predicted of the products as planned and, for CUDA graphs, of what lies between
-            them; `direct_seconds` with none staged.
+        seconds: predicted of the products as planned and, in decode for CUDA graphs, of what lies
+            between them; `direct_seconds` with none staged.
         work: `seconds` without what products wait for.
         host_seconds: what of `seconds` the host is busy; 0 in a CUDA graph.
         spares_host: products without copies ahead are served in the way that spares the host.

@@ -25,6 +25,7 @@ from dak_inductor.lowering.ahead.step_costs import step_ops
 from dak_inductor.lowering.ahead.step_op import StepOp
 from dak_inductor.lowering.ahead.step_plan import StepPlan, StepPlans
 from dak_inductor.lowering.host_cost import STAGED_SECONDS
+from dak_inductor.lowering.linear.configuration import DECODE_TOKENS
 from dak_inductor.lowering.ops_linear import LINEAR_OPERATORS
 from dak_inductor.offloaded import record_of
 from dak_inductor.options import BackendOptions
@@ -112,7 +113,7 @@ def test_outputs_bytes_and_what_explain_says(strategy: str, staged: list[int]) -
 
 
 @torch.no_grad()
-def test_what_lies_between_products_is_known_to_their_plan_for_cuda_graphs() -> None:
+def test_what_lies_between_products_of_few_tokens_is_known_to_their_plan_for_cuda_graphs() -> None:
     """tanh and a sum ahead of all but the first; outside of CUDA graphs the host's time for them is
     not known."""
     _, model = offloaded()
@@ -132,6 +133,19 @@ def test_what_lies_between_products_is_known_to_their_plan_for_cuda_graphs() -> 
     longer = captured.direct_seconds - sum(op.direct for op in ops_of(known))
     assert longer == pytest.approx(3 * one)
     assert eager.host_seconds == pytest.approx(4 * STAGED_SECONDS)
+
+
+@torch.no_grad()
+def test_plans_of_many_tokens_take_nothing_for_what_lies_between_products() -> None:
+    _, model = offloaded()
+    run = compiled(model, strategy="staged")
+    for _ in range(3):
+        run(torch.randn(DECODE_TOKENS + 1, WIDTH, dtype=torch.bfloat16))
+    (binding,) = SESSION.bindings()
+    assert binding.ahead is not None
+    ((_, known),) = binding.ahead.steps()
+    assert known.sequence is not None and known.plans is not None
+    assert [call.before for call in known.sequence.calls] == [0.0] * 4
 
 
 def test_a_weight_that_is_read_twice_has_the_work_ahead_of_each_in_turn() -> None:
