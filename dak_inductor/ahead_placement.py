@@ -77,7 +77,8 @@ def placements(
             placed, each = _filled(problem, grids, asked, todo, least)
             if placed is not None and not any(placed in known for known in (*found, alike)):
                 alike.append(placed)
-        found += [alike] if alike else []
+        if alike:
+            found.append(alike)
     return found
 
 

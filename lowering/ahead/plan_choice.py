@@ -35,7 +35,7 @@ def choose(
     Args:
         room: bytes of device memory that the ring may have.
         charged: they are taken from weights, which are remote for it.
-        spared: the same products with the ways that spare the host, and nothing between them.
+        spared: the same products with the ways that spare the host.
     """
     most = ring_within(room)
     least = MARGIN if strategy == "auto" else None
@@ -56,14 +56,18 @@ def choose(
     found = candidates(ops)
     captured = _best(ops, *found, price_of(ops), least)
     # what the host takes between products is not known, so what the GPU does there is left out too
-    bare = [replace(op, before=0.0) if op.before else op for op in ops]
+    bare, sparing = _products_alone(ops), _products_alone(spared)
     if bare != list(ops):
         found = candidates(bare)
     eager = _best(bare, *found, price_of(bare), least, host=True)
-    if eager.waits_for_host and spared and list(spared) != bare:
-        other = _best(spared, *candidates(spared), price_of(spared), least, host=True)
+    if eager.waits_for_host and sparing and sparing != bare:
+        other = _best(sparing, *candidates(sparing), price_of(sparing), least, host=True)
         eager = min(eager, replace(other, spares_host=True), key=_seconds)
     return StepPlans(captured, eager)
+
+
+def _products_alone(ops: Sequence[StepOp]) -> list[StepOp]:
+    return [replace(op, before=0.0) if op.before else op for op in ops]
 
 
 def _rank(price: Callable[[StepPlan], float], plan: StepPlan) -> float:

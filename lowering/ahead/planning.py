@@ -12,7 +12,6 @@ from dak_inductor.lowering.ahead.sequence import CallSequence, SplitOf, present_
 from dak_inductor.lowering.ahead.step_costs import link_rates, step_ops, tier_of
 from dak_inductor.lowering.ahead.step_plan import StepPlans
 from dak_inductor.lowering.gpu_profile import profile_of
-from dak_inductor.lowering.linear.configuration import DECODE_TOKENS
 from dak_inductor.options import Strategy
 
 
@@ -61,8 +60,8 @@ def predicted_seconds(
     and of many tokens: which way serves those is measured at the splits that they have, and
     estimates of two ways differ by more than placements do.
     """
-    calls = sequence.calls
-    if any(call.facts is None or call.facts.problem.m > DECODE_TOKENS for call in calls):
+    known = all(call.facts is not None for call in sequence.calls)
+    if not known or not sequence.of_few_tokens:
         return None
     try:
         plans = plans_of(

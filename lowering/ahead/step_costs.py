@@ -81,15 +81,13 @@ def step_ops(
     """The products as the planner sees them, with the splits of this moment or those that
     `split_of` gives their buffers; None where the memory of one is gone.
 
-    spared: those without copies ahead run in the way that spares the host, and nothing is known of
-        what lies between products.
+    spared: those without copies ahead run in the way that spares the host.
     """
     found: list[StepOp] = []
     for call in calls:
-        before = 0.0 if spared else call.before
         if call.facts is None:
-            host = STOCK_SECONDS
-            found.append(StepOp(0.0, 0.0, refusal=call.refusal, host=host, before=before))
+            op = StepOp(0.0, 0.0, refusal=call.refusal, host=STOCK_SECONDS, before=call.before)
+            found.append(op)
             continue
         spans = tuple(weight.span(split_of) for weight in call.weights)
         present = tuple(span for span in spans if span is not None)
@@ -103,7 +101,7 @@ def step_ops(
             facts = replace(facts, remote_bytes=tuple(span.remote_bytes for span in present))
         alone = _alone(facts, device_index, spared=spared)
         op = _step_op(facts, present, refusal, call.by_kernel, device_index, alone)
-        found.append(replace(op, before=before) if before else op)
+        found.append(replace(op, before=call.before) if call.before else op)
     return tuple(found)
 
 
