@@ -29,6 +29,7 @@ from dak_inductor.lowering.linear.open_step import (
     OutsideStep,
     current,
     enter,
+    enter_graph,
     spare_host,
     spares_host,
 )
@@ -115,12 +116,14 @@ class StepMemory:
             before = enter(step)
             planned = None if known is None else known.plans
             spare_host(planned is not None and planned.eager.spares_host)
+        inside = enter_graph(True)
         failed = True
         try:
             yield
             failed = False
         finally:
             spare_host(spared)
+            enter_graph(inside)
             enter(before)
             if known is not None:
                 self.ring.release()

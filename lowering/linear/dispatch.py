@@ -125,7 +125,8 @@ def _fastest(
 
     def measure() -> tuple[float, ...]:
         with MARKS.of_buffers("trial", product.buffers), device_counters.kept(product.weights):
-            return stopwatch.seconds_of([runs[way.name] for way in ways], product.x.device)
+            timed = [runs[way.name] for way in ways]
+            return stopwatch.seconds_of(timed, product.x.device, in_graph=facts.in_graph)
 
     way = TRIALS.choose(facts, ways, measure) if measures else TRIALS.current(facts, ways)
     if spared:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from dak_inductor.lowering.linear.product import Product
+if TYPE_CHECKING:
+    from dak_inductor.lowering.linear.product import Product
 
 
 class Step(Protocol):
@@ -50,6 +51,20 @@ def spare_host(on: bool) -> bool:
     """Returns what it was before."""
     before = spares_host()
     _open.spares_host = on
+    return before
+
+
+def in_graph() -> bool:
+    """Whether this thread is in a call of a compiled graph, whose products lie between kernels of
+    Inductor's."""
+    inside: bool = getattr(_open, "in_graph", False)
+    return inside
+
+
+def enter_graph(on: bool) -> bool:
+    """Returns what it was before."""
+    before = in_graph()
+    _open.in_graph = on
     return before
 
 

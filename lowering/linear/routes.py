@@ -18,6 +18,7 @@ from torch import Tensor
 from dak_inductor.cuda_runtime import address_table
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.lowering.linear.launch import LinearLaunch
+from dak_inductor.lowering.linear.open_step import in_graph
 from dak_inductor.lowering.linear.operands import Operands
 from dak_inductor.lowering.linear.problem import LinearProblem
 from dak_inductor.lowering.linear.product import Product
@@ -95,13 +96,14 @@ class Routes:
         self._found: dict[Hashable, Route] = {}
 
     def find(self, key: Hashable, trials: int, *, spared: bool) -> Route | None:
-        """That of an earlier call with this key, with the host spared or not. No lock: most calls
-        of a process do nothing else."""
-        route = self._found.get((key, spared))
+        """That of an earlier call with this key, with the host spared or not, inside of a graph as
+        this thread is. No lock: most calls of a process do nothing else."""
+        place = key, spared, in_graph()
+        route = self._found.get(place)
         if route is None or route.holds(trials):
             return route
         with self._lock:
-            self._found.pop((key, spared), None)
+            self._found.pop(place, None)
         return None
 
     def keep(
@@ -130,9 +132,10 @@ class Routes:
             tuple([address for address, each in held if each is None]),
             text_of("direct" if launch is not None else way, product.buffers),
         )
+        place = product.key, spared, in_graph()
         with self._lock:
-            self._found.pop((product.key, spared), None)
-            self._found[product.key, spared] = route
+            self._found.pop(place, None)
+            self._found[place] = route
             while len(self._found) > MOST_ROUTES:
                 del self._found[next(iter(self._found))]
 

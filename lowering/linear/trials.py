@@ -21,10 +21,11 @@ from dak_inductor.lowering.linear.ways import Way, WayName
 log = logging.getLogger(__name__)
 
 OVERLAP_SECONDS = 3e-6
-"""What a launch of the kernel takes less in a step than in a trial, beyond what the other ways do:
-it starts while the one before it ends, and lets the next one start. A decode step of 48 products
-took 1244 us with the kernel alone, and 1291 where 16 of them had won trials of 9 us for less. With
-this value what trials choose loses least in the recorded grids (`benchmarks/check_trials.py`)."""
+"""What a launch of the kernel takes less among its like than in a trial, beyond what the other ways
+do: it starts while the one before it ends, and lets the next one start. With this value what trials
+choose loses least in the recorded grids, of products one after the other
+(`benchmarks/check_trials.py`). Between kernels of a graph (`CallFacts.in_graph`), where trials are
+made among such, it counts for nothing."""
 SURE = 0.5
 """An estimate below this part of all others is believed."""
 
@@ -42,7 +43,8 @@ class Trial:
     def of(cls, call: CallFacts, ways: Sequence[Way], seconds: Sequence[float]) -> Trial:
         """The fastest of `ways` in a step is taken, or the first where that gains too little."""
         timed = tuple((way.name, each) for way, each in zip(ways, seconds, strict=True))
-        in_a_step = [each + (OVERLAP_SECONDS if name != "direct" else 0.0) for name, each in timed]
+        overlap = 0.0 if call.in_graph else OVERLAP_SECONDS
+        in_a_step = [each + (overlap if name != "direct" else 0.0) for name, each in timed]
         return cls(call, timed, ways[fastest(in_a_step)].name)
 
     @property

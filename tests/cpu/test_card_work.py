@@ -57,6 +57,32 @@ def test_a_busy_card_subtracts_nothing(card: FakeCard, monkeypatch: pytest.Monke
     assert stopwatch.seconds_of([card.work(1e-4)], CARD) == (2e-3,)
 
 
+@pytest.mark.usefixtures("small_cache")
+def test_in_a_graph_runs_are_timed_between_small_kernels_whose_time_is_not_theirs(
+    card: FakeCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    launches: list[dict[str, Any]] = []
+
+    def launch(**how: Any) -> None:
+        launches.append(how)
+        ran.append("small")
+        card.work(2e-6)()
+
+    def run() -> None:
+        ran.append("run")
+        card.work(1e-4)()
+
+    monkeypatch.setattr(stopwatch, "load", lambda kernel, _: SimpleNamespace(launch=launch))
+    (alone,) = stopwatch.seconds_of([run], CARD)
+    assert not launches and set(ran) == {"run"}
+    (between,) = stopwatch.seconds_of([run], CARD, in_graph=True)
+    assert alone == pytest.approx(1e-4) and between == pytest.approx(1e-4)
+    timed = " ".join(ran[ran.index("small") :])
+    assert "small run small" in timed and "run run" not in timed
+    assert all(how["overlap"] for how in launches), "they start early, as Inductor's do"
+
+
 def test_work_of_a_stream_and_of_the_current_one(card: FakeCard) -> None:
     queues._side.cache_clear()
     found = queues.queues_of(CARD)

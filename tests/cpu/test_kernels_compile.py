@@ -7,6 +7,7 @@ import pytest
 from dak_inductor.cuda_runtime import read_count, streaming
 from dak_inductor.cuda_runtime.nvrtc import KERNELS, assemble
 from dak_inductor.lowering.attention.instances import all_instances as attention_instances
+from dak_inductor.lowering.linear import stopwatch
 from dak_inductor.lowering.linear.instances import all_instances as linear_instances
 
 
@@ -14,7 +15,7 @@ def kernel_id(kernel):
     return kernel.name + "".join(f"-{name}-{value}" for name, value in kernel.configuration)
 
 
-SMALL_KERNELS = (*streaming.KERNELS, *read_count.KERNELS)
+SMALL_KERNELS = (*streaming.KERNELS, *read_count.KERNELS, *stopwatch.KERNELS)
 every_kernel = pytest.mark.parametrize("kernel", SMALL_KERNELS, ids=kernel_id)
 
 

@@ -54,7 +54,10 @@ def tried(h200: None, monkeypatch: pytest.MonkeyPatch):
     chooser = Trials(capturing=lambda _: False)
     chooser.switch(True)
 
-    def seconds_of(runs: Sequence, device: torch.device) -> list[float]:
+    between: list[bool] = []
+
+    def seconds_of(runs: Sequence, device: torch.device, *, in_graph: bool) -> list[float]:
+        between.append(in_graph)
         before = len(ran)
         for run in runs:
             run()
@@ -107,7 +110,7 @@ def tried(h200: None, monkeypatch: pytest.MonkeyPatch):
     counters.reset()
     yield SimpleNamespace(
         ran=ran, times=times, weight=weight, run=run, buffer=buffer, chooser=chooser,
-        prepared=prepared,
+        prepared=prepared, between=between,
     )  # fmt: skip
     counters.reset()
 
@@ -216,6 +219,26 @@ def test_a_call_spares_the_host_where_the_steps_plan_says_so_but_in_no_capture(
     finally:
         assert open_step.spare_host(False)
     assert tried.ran[5:] == ["direct"] * 2 + ["ring"]
+
+
+def test_a_decode_call_of_a_graph_is_tried_between_other_kernels_and_on_its_own(
+    tried: SimpleNamespace,
+) -> None:
+    tried.times.update(direct=9e-6, ring=9e-6, stock=7e-6)
+    one, few, many = (torch.randn(tokens, 512, dtype=BF16) for tokens in (1, 16, 200))
+    tried.run(few, tried.weight, None)
+    assert tried.ran[-1] == "direct", "among its like it starts early"
+    assert not open_step.enter_graph(True)
+    try:
+        tried.run(few.clone(), tried.weight, None)
+        assert tried.ran[-1] == "stock"
+        tried.run(one, tried.weight, None)
+        tried.run(many, tried.weight, None)
+    finally:
+        assert open_step.enter_graph(False)
+    for x in (one, many):
+        tried.run(x, tried.weight, None)
+    assert tried.between == [False, True, False, False], "of one token and of many once for both"
 
 
 def test_without_a_stock_operator_it_is_not_tried(tried: SimpleNamespace) -> None:

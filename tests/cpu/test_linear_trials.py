@@ -75,6 +75,7 @@ def test_a_kind_has_all_that_time_depends_on() -> None:
         replace(call, activation="silu"),
         replace(call, bias=True),
         replace(call, residual=True),
+        replace(call, in_graph=True),
     ]
     assert len({kind_of(each) for each in (call, *others)}) == len(others) + 1
 
@@ -177,6 +178,8 @@ def test_the_stock_operator_must_gain_what_it_costs_in_a_step(chooser: Trials) -
     larger = facts_of(n=4096, k=4096)
     assert chooser.choose(larger, ways, Clock(ways, direct=15.0, stock=11.0)).name == "stock"
     assert chooser.results()[0].seconds == (("direct", 9e-6), ("stock", 7.8e-6))  # as measured
+    between = replace(call, in_graph=True)
+    assert chooser.choose(between, ways, Clock(ways, direct=9.0, stock=7.8)).name == "stock"
 
 
 def test_where_the_host_is_slower_it_is_spared(chooser: Trials) -> None:

@@ -51,8 +51,10 @@ def win(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     position = 0
     real = stopwatch.seconds_of
 
-    def seconds_of(runs: Sequence[Callable[[], object]], device: torch.device) -> tuple[float, ...]:
-        assert all(seconds > 0 for seconds in real(runs, device))
+    def seconds_of(
+        runs: Sequence[Callable[[], object]], device: torch.device, *, in_graph: bool
+    ) -> tuple[float, ...]:
+        assert all(seconds > 0 for seconds in real(runs, device, in_graph=in_graph))
         return tuple(1.0 if index == position else 2.0 for index in range(len(runs)))
 
     def choose(wanted: int) -> None:
