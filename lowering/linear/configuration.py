@@ -37,7 +37,7 @@ WORKER_BYTES = 32 * 1024
 """That each of many remote workers has on their way. An SM has no more than 16 KiB of a host's
 memory under way, 7 GB/s, whatever it asks for: 8 of them fill a PCIe link, and with twice that
 asked for each they are within the window."""
-FEW_ROWS_SECONDS = 0.9e-6
+FEW_ROWS_SECONDS = 1.1e-6
 """That a step of a remote tile that lacks rows takes a CTA at least: 0.8 to 1.2 us on the H200, of
 host memory as of another GPU's, for 8 rows as for 96, whatever is in flight."""
 
