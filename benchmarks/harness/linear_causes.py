@@ -27,6 +27,7 @@ DIVIDED = "divided product"
 LAST_COPY = "behind the last copy"
 STOCK_READS = "stock reads over the link"
 LINK_RATE = "rate of the link"
+FEW_ROWS = "few rows of the last tile"
 KERNEL_RATE = "products of the kernel"
 PARTS = "parts of less than a wave"
 NOT_BESIDE = "one after the other in the ring"
@@ -38,6 +39,9 @@ START_AND_END_MOST = 7.5
 """Microseconds of T - L that a launch costs at any size; docs/measurements.md has the spread."""
 COUNT_MOST = 3.5
 """Microseconds: counting a stock operator's reads takes 0.5 to 3.1 behind it."""
+TILE_ROWS = 128
+FEW_ROWS_TOKENS = 64
+"""With more a step of a whole tile takes as long as one that lacks rows."""
 SMALL_WEIGHT = 60e6
 DIVIDED_MOST = 35.0
 """Microseconds for copies, their events and one product more."""
@@ -69,7 +73,31 @@ def _decode(grid: GridRecord, over: Missed) -> str:
         return BOTH_TO_THE_END
     if _fastest(grid, over) > over.limit:
         return LINK_RATE
+    if cell["M"] <= FEW_ROWS_TOKENS and _lacks_rows(cell) and _whole_tiles_are_in_time(grid, cell):
+        return FEW_ROWS
     return REPEATS_APART if over.once_met else NOT_ISOLATED
+
+
+def _lacks_rows(cell: Cell) -> bool:
+    """Whether the last remote tile of our kernel is not whole."""
+    rows = cell["remote_bytes"] // (cell["weight_bytes"] // cell["N"])
+    return cell["served_by"] == "direct" and rows % TILE_ROWS != 0
+
+
+def _whole_tiles_are_in_time(grid: GridRecord, cell: Cell) -> bool:
+    """Whether more remote rows of that weight with as many tokens, which fill their tiles, take no
+    more than start and end over their bytes."""
+    others = [
+        other
+        for other in grid.cells
+        if (other["shape"], other["M"]) == (cell["shape"], cell["M"])
+        and other["fraction"] > cell["fraction"]
+        and other["served_by"] == "direct"
+        and not _lacks_rows(other)
+    ]
+    return any(
+        other["microseconds"] - other["L_microseconds"] <= START_AND_END_MOST for other in others
+    )
 
 
 def _fastest(grid: GridRecord, over: Missed) -> float:
