@@ -37,8 +37,8 @@ STEPS = (
 MODELS = ("models", "models_opt", "models_encoders", "models_peer")
 TOPICS = {
     "system": (
-        "planner", "cost_model", "compile", "move", "load", "pages", "over_budget", "marks",
-        "soak", "soak_threads", "models_quick", "host",
+        "planner", "replan", "cost_model", "compile", "move", "load", "pages", "over_budget",
+        "marks", "soak", "soak_threads", "models_quick", "host",
     ),
     "linears": (*GRIDS[:4], "few_rows", "few_rows_more"),
     "attention": (*GRIDS[4:], "long_context"),

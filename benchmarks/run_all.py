@@ -54,6 +54,7 @@ SUITES: Mapping[str, Suite] = {
     "long_context": Suite("bench_long_context", "long_context", limit=300),
     "window": Suite("bench_window", "window", limit=120),
     "fillers": Suite("bench_fillers", "fillers", limit=120),
+    "replan": Suite("bench_replan", "replan", limit=120),
     "planner": Suite("bench_planner", "planner", limit=900, alone=True),
 }
 DEFAULT = ("move", "decode_step", "load", "over_budget", "compile")

@@ -20,6 +20,7 @@ from dak_inductor.refusal import Refusal
 
 if TYPE_CHECKING:
     from dak_inductor.budget import DeviceBudget
+    from dak_inductor.plan_basis import PlanBasis
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,7 @@ class OffloadedModel:
     offload_ratio: float | None = None
     strict: bool = False
     plan: Plan | None = None
+    settled: PlanBasis | None = None  # of `plan`, where it changed nothing
     default_uses: tuple[OpUse, ...] = ()  # what a decode step is taken to read before it is seen
     refusals: tuple[Refusal, ...] = ()
     caches: weakref.WeakSet[PlannedCache] = field(default_factory=weakref.WeakSet)

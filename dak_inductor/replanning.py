@@ -16,6 +16,7 @@ from dak_inductor.expected_calls import expected_calls
 from dak_inductor.move_gain import gain_by_steps, gain_of, gains_by_graph
 from dak_inductor.offloaded_model import OffloadedModel
 from dak_inductor.plan import OpUse, Plan, PlanProblem
+from dak_inductor.plan_basis import basis_of
 from dak_inductor.plan_file import load_plan
 from dak_inductor.planner import make_plan
 from dak_inductor.refusal import Refusal
@@ -98,13 +99,20 @@ def replan(
     """Plan again and move, if the budget asks for it or the predicted gain pays for the moves.
 
     Called at a step boundary; `measured` says that a step has run, whose peak of memory then takes
-    the place of the estimate. Returns what was moved, or None. The caller holds the launch lock.
+    the place of the estimate. Where all is as when a plan changed nothing, none is made. Returns
+    what was moved, or None. The caller holds the launch lock.
     """
     caches = list(model.caches)  # none goes, in another thread, between the plan and its moves
     if measured:
         for change in model.budget.measure():
             log.info("%s", change)
     profile = hardware.current(model.device)
+    basis = None
+    if user_plan is None:
+        basis = basis_of(model, bindings, ring_bytes(model, bindings), profile)
+    if basis is not None and basis == model.settled:
+        return None
+    model.settled = None
     problem = problem_of(model, bindings)
     short = problem.remote_bytes - sum(spec.current_remote or 0 for spec in problem.tensors)
     in_graphs = _is_in_graphs(model, bindings)
@@ -113,6 +121,7 @@ def replan(
     plan = users_plan(user_plan, model) if user_plan is not None else make_plan(problem, profile)
     model.plan = plan
     if not differs(model, plan):
+        model.settled = basis
         return None
     moved = bytes_to_move(model, plan)
     if user_plan is None and short <= 0:

@@ -98,6 +98,70 @@ def test_plans_are_due_at_ever_longer_intervals_and_when_sizes_grow():
     assert due == [1, 16, 18]
 
 
+@pytest.fixture
+def plans_made(monkeypatch) -> list[object]:
+    """A plan for each time that one was made again."""
+    made: list[object] = []
+
+    def making(problem, profile):
+        made.append(make_plan(problem, profile))
+        return made[-1]
+
+    monkeypatch.setattr(replanning, "make_plan", making)
+    return made
+
+
+def test_no_plan_is_made_where_nothing_changed_since_one_that_moved_nothing(plans_made):
+    model, record = offload(Hot(), 0.5)
+    step = compiled(model, dynamic=True)
+    with torch.no_grad():
+        for _ in range(17):  # due at calls 1 and 16
+            step(torch.randn(2, 512))
+    again = functools.partial(replanning.replan, record, SESSION.bindings())
+    again()
+    assert record.settled is not None
+    before = len(plans_made)
+    assert again() is None and len(plans_made) == before
+    hot = record.weights["hot.weight"].buffer
+    hot.move(0)
+    assert again() is not None and record.settled is None, "bytes lay elsewhere"
+    for _ in range(2):
+        assert again() is None
+    assert len(plans_made) == before + 2, "the first after a move, not the second"
+    with torch.no_grad():
+        step(torch.randn(5, 512))  # due since it grew
+    assert len(plans_made) == before + 3
+
+
+def test_a_plan_is_made_anew_for_other_budgets_and_shares_of_calls(plans_made):
+    model = Hot()
+    dak.offload(model, gpu_memory=1_700_000, remote="simulated")
+    record = record_of(model)
+    assert record is not None
+    with torch.no_grad():
+        compiled(model)(torch.randn(1, 512))
+    again = functools.partial(replanning.replan, record)
+    for _ in range(2):
+        again(SESSION.bindings())
+    before = len(plans_made)
+    assert again(SESSION.bindings()) is None and len(plans_made) == before
+    record.budget.total = 1_500_000
+    again(SESSION.bindings())
+    again(SESSION.bindings())
+    assert len(plans_made) == before + 2, "the second finds that nothing is left to move"
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled(model)(torch.randn(300, 512))  # a graph of its own
+    assert len(SESSION.bindings()) == 2
+    again(SESSION.bindings())
+    made = len(plans_made)
+    again(SESSION.bindings())
+    assert len(plans_made) == made
+    SESSION.bindings()[0].calls += 1
+    again(SESSION.bindings())
+    assert len(plans_made) == made + 1
+
+
 def test_a_plan_that_does_not_pay_moves_nothing(monkeypatch):
     model, _record = offload(Hot(), 0.5)
     moved = []
