@@ -30,9 +30,11 @@ template <TieredLinearConfiguration configuration>
 __device__ __forceinline__ void initialise_barriers(Head& head, u32 ctas) {
   for (u32 stage = 0; stage < configuration.stages; ++stage) {
     ptx::mbarrier_init(&head.full[stage], Arrivals::full);
+    ptx::mbarrier_init(&head.early[stage], Arrivals::early);
     ptx::mbarrier_init(&head.empty[stage], Arrivals::empty);
     ptx::mbarrier_init(&head.cluster_empty[stage], Arrivals::cluster_empty(ctas));
   }
+  ptx::mbarrier_init(&head.undisturbed, Arrivals::undisturbed);
   ptx::fence_mbarrier_init();
 }
 
@@ -64,7 +66,10 @@ __global__ void __launch_bounds__(linear::threads, configuration.ctas_per_sm)
   const u32 warpgroup = threadIdx.x / 128;
 
   // different warps, so that neither waits for the other
-  if (threadIdx.x == 0) linear::plan<configuration>(arguments, workers, head);
+  if (threadIdx.x == 0) {
+    linear::plan<configuration>(arguments, workers, head);
+    head.assignment = linear::assign<configuration>(head, blockIdx.x / ctas, workers);
+  }
   if (threadIdx.x == 32) linear::initialise_barriers<configuration>(head, ctas);
   if (threadIdx.x == 64) {
     ptx::prefetch_tensor_map(&first_weight.tile);
@@ -72,16 +77,17 @@ __global__ void __launch_bounds__(linear::threads, configuration.ctas_per_sm)
     if (arguments.launch == nullptr) ptx::launch_dependents();
   }
   linear::synchronize<configuration>();
-  const auto assignment =
-      linear::Assignment::of<configuration>(head, blockIdx.x / ctas, workers);
 
   if (warpgroup == linear::consumer_warpgroups) {
     if constexpr (configuration.ctas_per_sm == 1) ptx::release_registers<104>();
+    const linear::TensorMaps maps{
+        {&first_weight, &second_weight}, {&first_in_ring, &second_in_ring}, &tokens};
     if (threadIdx.x % 128 == 0) {
-      const linear::TensorMaps maps{
-          {&first_weight, &second_weight}, {&first_in_ring, &second_in_ring}, &tokens};
       linear::Producer<configuration> producer(arguments, maps, head, stages, rank, ctas);
-      producer.run(assignment);
+      producer.run();
+    } else if (threadIdx.x % 128 == 64) {
+      linear::Producer<configuration> beside(arguments, maps, head, stages, rank, ctas);
+      beside.bring_first_tokens();
     } else if (arguments.launch != nullptr && threadIdx.x % 128 == 32) {
       if (head.controlled > 0) window::end_reading(arguments.link, arguments.launch, gridDim.x);
       ptx::launch_dependents();
@@ -92,7 +98,7 @@ __global__ void __launch_bounds__(linear::threads, configuration.ctas_per_sm)
     ptx::wait_for_predecessors();
     linear::Consumer<configuration> consumer(arguments, head, stages, rank, ctas, warpgroup,
                                              threadIdx.x % 128);
-    consumer.run(assignment);
+    consumer.run();
   }
   // nobody may leave while a neighbour still arrives at its barriers
   if constexpr (configuration.cluster) ptx::cluster_synchronize();

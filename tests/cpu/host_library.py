@@ -20,10 +20,10 @@ PRELUDE = """
 #define __clz(word) __builtin_clz(word)
 using std::max;
 using std::min;
-using std::sqrt;
 template <class T> T __ldcg(const T* address) { return *address; }
 template <class T> void __stcg(T* address, T value) { *address = value; }
 static void __threadfence() {}
+static float rsqrtf(float number) { return 1 / std::sqrt(number); }
 static unsigned atomicInc(unsigned* word, unsigned last) {
   const unsigned before = *word;
   *word = before >= last ? 0 : before + 1;

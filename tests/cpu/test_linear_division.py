@@ -92,9 +92,9 @@ u32 divide_work(const Sizes& sizes, Found* found, u32 most, Totals& totals) {
   std::vector<Worker> all;
   std::vector<u32> left;
   for (u32 worker = 0; worker < sizes.workers; ++worker) {
-    const auto assignment = Assignment::of<configuration>(head, worker, sizes.workers);
-    Walk walk(head, assignment, features);
-    note(walk, worker, schedule::Tail::nothing, assignment.steps());
+    head.assignment = assign<configuration>(head, worker, sizes.workers);
+    Walk walk(head, features);
+    note(walk, worker, schedule::Tail::nothing, head.assignment.steps());
     all.push_back({Claims(head.tail, &totals.claims, sizes.workers), false});
     left.push_back(worker);
   }
@@ -115,7 +115,7 @@ u32 divide_work(const Sizes& sizes, Found* found, u32 most, Totals& totals) {
       continue;
     }
     const schedule::Run run = head.tail.run(piece);
-    Walk walk(head, Assignment::of<configuration>(head, left[index], sizes.workers), features);
+    Walk walk(head, features);
     walk.go_on_at(run.begin);
     note(walk, left[index], piece, run.end - run.begin);
   }

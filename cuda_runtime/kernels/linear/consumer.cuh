@@ -43,7 +43,8 @@ class Consumer {
 
   // All steps of the worker: its remote run, its local run, what it put off, and what its producer
   // claims of the tail, which evens out how long the rest took.
-  __device__ __forceinline__ void run(const Assignment& assignment) {
+  __device__ __forceinline__ void run() {
+    const Assignment& assignment = head_.assignment;
     const bool puts_off = assignment.local.end > assignment.local.begin && !two_lines();
     const u32 phases = L::has_tail && head_.tail.tiles > 0 ? tail_phase + 1 : tail_phase;
 #pragma unroll 1
@@ -178,6 +179,8 @@ class Consumer {
     for (u32 i = 0; i < steps; ++i) {
       pipeline::wait<configuration.bounded_waits>(&head_.full[position_.stage], position_.parity,
                                                   "stage full");
+      pipeline::wait<configuration.bounded_waits>(&head_.early[position_.stage], 0,
+                                                  "weights of a first stage");
       const u8* weights = stages_ + position_.stage * L::stage_bytes;
       const u64 token_tile = tile::descriptor(weights + L::weight_bytes);
       ptx::wgmma_fence();

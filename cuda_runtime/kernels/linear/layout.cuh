@@ -34,14 +34,31 @@ struct Boundary {
   u32 column;  // of that row, the first element that is remote
 };
 
+// The runs of a worker, and their numbers on the lines. In shared memory, since no thread has
+// registers to spare for them.
+struct Assignment {
+  u32 remote_run;
+  u32 local_run;
+  schedule::Run remote;
+  schedule::Run local;
+
+  __device__ __forceinline__ u32 steps() const {
+    return remote.end - remote.begin + local.end - local.begin;
+  }
+};
+
 // The head of shared memory; the stages follow at `head_bytes`.
 struct Head {
   ptx::mbarrier_t full[maximum_stages];
+  // of the first steps, the weights alone: those come before their tokens can be asked for. One phase
+  ptx::mbarrier_t early[maximum_stages];
   ptx::mbarrier_t empty[maximum_stages];
   ptx::mbarrier_t cluster_empty[maximum_stages];
+  ptx::mbarrier_t undisturbed;  // the kernels ahead have ended
   schedule::Line remote;
   schedule::Line local;
   schedule::Tail tail;  // of the local line
+  Assignment assignment;
   u32 claimed[maximum_stages];  // the piece of the tail that begins in a stage
   Boundary boundaries[2];
   u32 remote_workers;
@@ -99,8 +116,10 @@ struct Layout {
 
 // Arrivals that complete a phase of each barrier, from who arrives there.
 struct Arrivals {
-  static constexpr u32 full = 1;                      // the producer, which also announces bytes
-  static constexpr u32 empty = consumer_warpgroups;   // one thread of each
+  static constexpr u32 full = 1;   // who asks for the stage's tokens, and announces bytes
+  static constexpr u32 early = 1;  // the producer, likewise
+  static constexpr u32 undisturbed = 1;
+  static constexpr u32 empty = consumer_warpgroups;  // one thread of each
   static __device__ __forceinline__ u32 cluster_empty(u32 ctas) {
     return consumer_warpgroups * ctas;
   }

@@ -1,4 +1,4 @@
-// The thread that keeps tiles of weights and tokens in flight into shared memory.
+// The threads that keep tiles of weights and tokens in flight into shared memory.
 #pragma once
 
 #include "linear/arguments.cuh"
@@ -70,22 +70,20 @@ class Producer {
 
   // All steps of the worker, then pieces of the tail until there are none left.
   //
-  // Weights are constant, so the first stages of them are asked for before the kernels that make
-  // the tokens have ended.
-  __device__ __forceinline__ void run(const Assignment& assignment) {
-    const u32 total = assignment.steps();
-    const bool starts_remote = assignment.remote.end > assignment.remote.begin;
-    const u32 ahead = min(total, min(configuration.stages, starts_remote ? head_.quota : total));
-    Walk weights(head_, assignment, L::features);
-    Walk tokens(head_, assignment, L::features);
+  // Weights are constant, so those of the first stages are asked for before the kernels that make the
+  // tokens have ended. From a remote tier they take long, so another thread brings the tokens.
+  __device__ __forceinline__ void run() {
+    const u32 total = head_.assignment.steps();
+    const u32 ahead = ahead_ = first_stages();
+    Walk weights(head_, L::features);
     for (u32 i = 0; i < ahead; ++i) {
       const Load next = locate(weights.next());
-      announce(next, i);
-      take_turn(next, i, i);
+      ptx::mbarrier_arrive_expect_tx(&head_.early[i], bytes_of_weights(next));
+      take_turn(next, i, i, &head_.early[i]);
     }
+    for (u32 i = ahead; i < configuration.stages; ++i) ptx::mbarrier_arrive(&head_.early[i]);
     ptx::wait_for_predecessors();
-    timed_ = L::observes;  // the stages so far fill up when their tokens come
-    for (u32 i = 0; i < ahead; ++i) load_tokens(tokens.next().depth, i);
+    undisturbed_ = true;
 
     pipeline::RingPosition position{ahead % configuration.stages,
                                     ahead / configuration.stages & 1};
@@ -109,13 +107,26 @@ class Producer {
       pipeline::wait<bounded>(&head_.empty[position.stage], position.parity ^ 1, "stage empty");
       if (L::has_tail && ends) head_.claimed[position.stage] = piece;
       const Load next = locate(weights.next());
-      announce(next, position.stage);
-      take_turn(next, i, position.stage);
+      ptx::mbarrier_t* full = &head_.full[position.stage];
+      ptx::mbarrier_arrive_expect_tx(full, bytes_of_weights(next) + bytes_of_tokens());
+      take_turn(next, i, position.stage, full);
       load_tokens(next.step.depth, position.stage);
       position.advance(configuration.stages);
     }
     if (L::has_tail && head_.tail.tiles > 0) end_tail(position);
     report();
+  }
+
+  // What goes with the weights of the first stages. Of another thread than `run`.
+  __device__ __forceinline__ void bring_first_tokens() {
+    Walk tokens(head_, L::features);
+    ptx::wait_for_predecessors();
+    ptx::mbarrier_arrive(&head_.undisturbed);
+    const u32 ahead = first_stages();
+    for (u32 i = 0; i < ahead; ++i) {
+      ptx::mbarrier_arrive_expect_tx(&head_.full[i], bytes_of_tokens());
+      load_tokens(tokens.next().depth, i);
+    }
   }
 
  private:
@@ -130,16 +141,22 @@ class Producer {
     ptx::mbarrier_arrive(&head_.full[position.stage]);
   }
 
-  // What will arrive in the stage. Whoever waits for it sees what was claimed as well.
-  __device__ __forceinline__ void announce(const Load& load, u32 stage) const {
-    u32 bytes = arguments_.cta_tokens * tile::row_bytes;
+  // Those that the worker's first steps come to. Two threads fill them.
+  __device__ __forceinline__ u32 first_stages() const {
+    return min(head_.assignment.steps(), configuration.stages);
+  }
+
+  __device__ __forceinline__ u32 bytes_of_tokens() const {
+    return arguments_.cta_tokens * tile::row_bytes;
+  }
+
+  __device__ __forceinline__ static u32 bytes_of_weights(const Load& load) {
     if constexpr (configuration.in_out) {
-      bytes += L::weights * blocks_in(load.extent) * L::block_bytes;
+      return L::weights * blocks_in(load.extent) * L::block_bytes;
     } else {
       const u32 rows = load.step.remote ? load.extent.rows() : L::features;
-      bytes += L::weights * rows * tile::row_bytes;
+      return L::weights * rows * tile::row_bytes;
     }
-    ptx::mbarrier_arrive_expect_tx(&head_.full[stage], bytes);
   }
 
   // Of 64 features; [in, out] tiles begin at feature 0, so only the last blocks may be missing.
@@ -148,7 +165,8 @@ class Producer {
   }
 
   // Loads the weights of step `i`, where it is this CTA's turn to load for the cluster.
-  __device__ __forceinline__ void take_turn(const Load& next, u32 i, u32 stage) {
+  __device__ __forceinline__ void take_turn(const Load& next, u32 i, u32 stage,
+                                            ptx::mbarrier_t* arrival) {
     if constexpr (configuration.cluster) {
       const bool mine = turn_ == rank_;
       if (++turn_ == ctas_) turn_ = 0;
@@ -161,27 +179,38 @@ class Producer {
     }
     if (next.step.remote) keep_window(next.step, i);
     const u32 now = L::observes && next.step.remote ? ptx::cycles() : 0;
-    load_weights(next, stage);
+    load_weights(next, stage, arrival);
     const bool far = count(next);
     if (L::observes && next.step.remote) {
-      head_.issued[stage] = timed_ && far ? window::Delays::mark(now) : window::untimed;
+      head_.issued[stage] = undisturbed_ && far ? window::Delays::mark(now) : window::untimed;
     }
   }
 
   // Returns when fewer than `quota` stages are on their way. Remote steps are a worker's first.
   __device__ __forceinline__ void keep_window(const Step& step, u32 i) {
     const u32 quota = step.feature >= head_.last_feature ? head_.last_quota : head_.quota;
+    if (!undisturbed_) keep_half(i, max(1u, quota / 2));
     if (i >= quota) {
       const u32 behind = i - quota;  // must have arrived
       const u32 stage = behind % configuration.stages;
       const u32 parity = behind / configuration.stages & 1;
-      if (L::observes && ptx::mbarrier_test_wait_parity(&head_.full[stage], parity)) {
+      ptx::mbarrier_t* arrival = behind < ahead_ ? &head_.early[stage] : &head_.full[stage];
+      if (L::observes && ptx::mbarrier_test_wait_parity(arrival, parity)) {
         delays_.missed(head_.issued[stage]);
         return;
       }
-      pipeline::wait<bounded>(&head_.full[stage], parity, "remote stage full");
+      pipeline::wait<bounded>(arrival, parity, "remote stage full");
       if constexpr (L::observes) delays_.arrived(head_.issued[stage], ptx::cycles());
     }
+  }
+
+  // The kernels ahead may have as much on their way: until they have ended, half of the window.
+  __device__ __forceinline__ void keep_half(u32 i, u32 half) {
+    const auto done = [&] {
+      undisturbed_ = ptx::mbarrier_test_wait_parity(&head_.undisturbed, 0);
+      return undisturbed_ || i < half || ptx::mbarrier_test_wait_parity(&head_.early[i - half], 0);
+    };
+    pipeline::wait_until<bounded>(done, 0, "weights of a first stage");
   }
 
   __device__ __forceinline__ u8* stage_of(u32 stage) const {
@@ -194,7 +223,8 @@ class Producer {
                      ptx::evict_last);
   }
 
-  __device__ __forceinline__ void load_weights(const Load& next, u32 stage) {
+  __device__ __forceinline__ void load_weights(const Load& next, u32 stage,
+                                               ptx::mbarrier_t* arrival) {
     u8* weight_tile = stage_of(stage);
     const int depth = static_cast<int>(next.step.depth);
     constexpr u32 bytes_of_weight = L::weight_bytes / L::weights;
@@ -203,41 +233,41 @@ class Producer {
       if constexpr (configuration.in_out) {
         for (u32 block = 0; block < blocks_in(next.extent); ++block) {
           load(weight_tile + block * L::block_bytes, &maps_.weights[i]->tile,
-               next.step.feature + static_cast<int>(block * 64), depth, stage);
+               next.step.feature + static_cast<int>(block * 64), depth, arrival);
         }
       } else if (!next.step.remote) {
         const int copied = static_cast<int>(arguments_.copied[i]);
         const bool in_ring = next.step.feature >= copied;
         load(weight_tile, in_ring ? maps_.ring[i] : &maps_.weights[i]->tile, depth,
-             next.step.feature - (in_ring ? copied : 0), stage);
+             next.step.feature - (in_ring ? copied : 0), arrival);
       } else if (next.extent.rows() == L::features) {
-        load(weight_tile, &maps_.weights[i]->tile, depth, next.step.feature, stage);
+        load(weight_tile, &maps_.weights[i]->tile, depth, next.step.feature, arrival);
       } else {
-        load_rows(weight_tile, *maps_.weights[i], next, stage);
+        load_rows(weight_tile, *maps_.weights[i], next, arrival);
       }
     }
   }
 
   // In few boxes, the largest first: an SM has only so many under way.
   __device__ __forceinline__ void load_rows(u8* weight_tile, const RowMaps& maps, const Load& next,
-                                            u32 stage) {
+                                            ptx::mbarrier_t* arrival) {
     u32 row = next.extent.begin;
     while (row < next.extent.end) {
       const u32 atoms = (next.extent.end - row) / rows_at_least;
       const u32 box = min(row_boxes - 1, 31u - static_cast<u32>(__clz(static_cast<int>(atoms))));
       load(weight_tile + row * tile::row_bytes, &maps.boxes[box],
-           static_cast<int>(next.step.depth), next.step.feature + static_cast<int>(row), stage);
+           static_cast<int>(next.step.depth), next.step.feature + static_cast<int>(row), arrival);
       row += rows_at_least << box;
     }
   }
 
   __device__ __forceinline__ void load(u8* target, const ptx::TensorMap* map, int column, int row,
-                                       u32 stage) {
-    ptx::mbarrier_t* full = &head_.full[stage];
+                                       ptx::mbarrier_t* arrival) {
     if constexpr (configuration.cluster) {
-      ptx::tensor_load_multicast(target, map, column, row, full, ptx::evict_first, static_cast<u16>((1u << ctas_) - 1));
+      ptx::tensor_load_multicast(target, map, column, row, arrival, ptx::evict_first,
+                                 static_cast<u16>((1u << ctas_) - 1));
     } else {
-      ptx::tensor_load(target, map, column, row, full, ptx::evict_first);
+      ptx::tensor_load(target, map, column, row, arrival, ptx::evict_first);
     }
   }
 
@@ -289,11 +319,12 @@ class Producer {
   u8* const stages_;
   const u32 rank_;
   const u32 ctas_;
+  u32 ahead_ = 0;             // steps that are asked for before the kernels ahead have ended
   u32 turn_ = 0;              // rank of the CTA that loads the weights of the next step
   u32 cluster_parities_ = 0;  // of cluster_empty, a bit for each stage
   u64 local_bytes_[2] = {0, 0};
   u64 remote_bytes_[2] = {0, 0};
-  bool timed_ = false;  // whether copies are issued that fill their stages alone
+  bool undisturbed_ = false;  // the kernels ahead have ended: what copies take is the link's doing
   window::Delays delays_;
 };
 

@@ -13,63 +13,46 @@ struct Step {
   bool remote;
 };
 
-// The runs of a worker, and their places on the lines.
-//
 // Remote workers are those of lowest number: started first, they have the most time. Where the
 // boundary lies along K they finish the tiles of all others, so there they have the highest numbers,
 // and no local run.
-struct Assignment {
-  u32 remote_run = 0;
-  u32 local_run = 0;
-  schedule::Run remote{0, 0};
-  schedule::Run local{0, 0};
-
-  template <TieredLinearConfiguration configuration>
-  static __device__ __forceinline__ Assignment of(const Head& head, u32 worker, u32 workers) {
-    const u32 remote_workers = head.remote_workers;
-    const u32 order = workers - 1 - worker;
-    Assignment made;
-    if constexpr (configuration.in_out) {
-      const u32 apart = workers > remote_workers ? remote_workers : 0;
-      if (order < remote_workers) made.set_remote(head, order);
-      if (order >= apart) made.set_local(head, order - apart);
-    } else if (worker < remote_workers) {
-      made.set_remote(head, remote_workers - 1 - worker);
-      made.set_local(head, head.local.short_runs > 0
-                               ? head.local.long_runs + remote_workers - 1 - worker
-                               : order - head.spared);
-    } else if (order >= head.spared && order - head.spared < head.local.long_runs) {
-      made.set_local(head, order - head.spared);
-    }
-    return made;
+template <TieredLinearConfiguration configuration>
+__device__ __forceinline__ Assignment assign(const Head& head, u32 worker, u32 workers) {
+  const u32 remote_workers = head.remote_workers;
+  const u32 order = workers - 1 - worker;
+  Assignment made{};
+  const auto set_remote = [&](u32 run) {
+    made.remote_run = run;
+    made.remote = head.remote.run(run);
+  };
+  const auto set_local = [&](u32 run) {
+    made.local_run = run;
+    made.local = head.local.run(run);
+  };
+  if constexpr (configuration.in_out) {
+    const u32 apart = workers > remote_workers ? remote_workers : 0;
+    if (order < remote_workers) set_remote(order);
+    if (order >= apart) set_local(order - apart);
+  } else if (worker < remote_workers) {
+    set_remote(remote_workers - 1 - worker);
+    set_local(head.local.short_runs > 0 ? head.local.long_runs + remote_workers - 1 - worker
+                                        : order - head.spared);
+  } else if (order >= head.spared && order - head.spared < head.local.long_runs) {
+    set_local(order - head.spared);
   }
-
-  __device__ __forceinline__ u32 steps() const {
-    return remote.end - remote.begin + local.end - local.begin;
-  }
-
- private:
-  __device__ __forceinline__ void set_remote(const Head& head, u32 run) {
-    remote_run = run;
-    remote = head.remote.run(run);
-  }
-
-  __device__ __forceinline__ void set_local(const Head& head, u32 run) {
-    local_run = run;
-    local = head.local.run(run);
-  }
-};
+  return made;
+}
 
 class Walk {
  public:
   // `features`: of a tile.
-  __device__ __forceinline__ Walk(const Head& head, const Assignment& assignment, u32 features)
+  __device__ __forceinline__ Walk(const Head& head, u32 features)
       : head_(head),
         features_(features),
-        local_begin_(assignment.local.begin),
-        remote_left_(assignment.remote.end - assignment.remote.begin),
+        local_begin_(head.assignment.local.begin),
+        remote_left_(head.assignment.remote.end - head.assignment.remote.begin),
         remote_(remote_left_ > 0) {
-    enter(remote_ ? assignment.remote.begin : local_begin_);
+    enter(remote_ ? head.assignment.remote.begin : local_begin_);
   }
 
   // Goes on from there on the local line, or in its tail.
