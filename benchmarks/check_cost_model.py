@@ -32,7 +32,7 @@ from dak_inductor.plan import OpUse
 
 GRIDS = ("linear", "linear_prefill", "linear_peer", "linear_peer_prefill", "attention",
          "attention_peer")  # fmt: skip
-STEPS = ("decode_step", "decode_step_16", "decode_step_16_low", "decode_step_64",
+STEPS = ("decode_step", "decode_step_16", "decode_step_64",
          "decode_step_64_low", "decode_step_70b", "decode_step_70b_16", "decode_step_70b_16_low",
          "decode_step_70b_64", "decode_step_peer", "prefill_1", "prefill_4")  # fmt: skip
 _ASKED = ("shape", "layers", "batch", "context", "prefill")  # of bench_step

@@ -30,7 +30,7 @@ DECODE = ("linear", "linear_peer")
 BY_SHARE = {"linear": 16, "linear_peer": 16, "attention": None, "attention_peer": None}
 """Grids whose T - L is shown by share remote, at that many tokens."""
 STEPS = (
-    "decode_step", "decode_step_16", "decode_step_16_low", "decode_step_64", "decode_step_64_low",
+    "decode_step", "decode_step_16", "decode_step_64", "decode_step_64_low",
     "decode_step_70b", "decode_step_70b_16", "decode_step_70b_16_low", "decode_step_70b_64",
     "decode_step_peer", "decode_step_peer_direct", "prefill_1", "prefill_4",
 )  # fmt: skip
@@ -40,9 +40,9 @@ TOPICS = {
         "planner", "replan", "cost_model", "compile", "move", "load", "pages", "over_budget",
         "marks", "soak", "soak_threads", "models_quick", "host",
     ),
-    "linears": (*GRIDS[:4], "few_rows", "few_rows_more"),
+    "linears": (*GRIDS[:4], "linear_early", "few_rows", "few_rows_more"),
     "attention": (*GRIDS[4:], "long_context"),
-    "steps": (*STEPS, "decode_step_low", "window", "fillers"),
+    "steps": (*STEPS, "window", "fillers"),
     "models": MODELS,
 }  # fmt: skip
 PAGE, CELLS_PAGE = "measurements.md", "cells_over.md"

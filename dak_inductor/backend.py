@@ -149,7 +149,7 @@ def _inductor(patches: Mapping[str, Any]) -> Executor:
         config: Any = torch.compiler.config
         with (
             config.patch(cache_key_tag=f"{config.cache_key_tag}{cache_key()}"),
-            early_start(patches, example_inputs) as early,
+            early_start(patches, example_inputs, written_inputs(graph)) as early,
         ):
             compiled: Any = compile_fx(graph, example_inputs, config_patches={**chosen, **early})
         return compiled

@@ -6,17 +6,21 @@ by buffers and by its scheduler's previous node where to wait. A kernel that loa
 for nobody and end before the one ahead of it; who waits for it alone, as our kernels do for their
 predecessor, then reads what is still being written. Random seeds are loaded without a wait. And it
 counts on every kernel to have waited before it says `launch_dependents`, where ours say so as soon
-as they run. So in our graphs every generated kernel waits first of all, whatever it accesses.
-Completion then passes on: no kernel ends before the one ahead of it.
+as they run. So in our graphs every generated kernel lets the next one start and then waits, first
+of all, whatever it accesses. Completion passes on: no kernel ends before the one ahead of it. And a
+product behind such a kernel fetches its first weights while the product ahead of it still runs.
+
+That is why weights must not be written by kernels that let others start. A graph that writes to an
+input that might be one has none that do.
 
 What is patched. `triton.enable_pdl` is on with a value of our own, `MARK`. Two methods of
 Inductor's `TritonKernel` are wrapped once per process, and differ from Inductor's only under that
-value: nothing decides by buffer where waits are, and a complete body gets its wait as its first
-line, in a combo kernel each body its own. A flag of the thread would be missing where autograd's
-thread compiles a backward graph, and a patch around `compile_fx` would reach other threads. The
-entry goes wherever Inductor takes its settings and is part of its cache keys. It belongs to a
-thread (torch 2.13), or Dynamo's lock is held while it is set (2.11); could it leak all the same, it
-would bring the waits along.
+value: nothing decides by buffer where waits are, and a complete body gets both instructions as its
+first lines, in a combo kernel each body its own. A flag of the thread would be missing where
+autograd's thread compiles a backward graph, and a patch around `compile_fx` would reach other
+threads. The entry goes wherever Inductor takes its settings and is part of its cache keys. It
+belongs to a thread (torch 2.13), or Dynamo's lock is held while it is set (2.11); could it leak all
+the same, it would bring the waits along.
 
 What stays as it is. Templates and the user's own kernels have neither instruction nor attribute.
 Cooperative reductions wait, but are launched without the attribute: whether it goes together with
@@ -54,19 +58,23 @@ SIGNATURES = {
 
 @contextmanager
 def early_start(
-    given: Mapping[str, Any], example_inputs: Sequence[Any]
+    given: Mapping[str, Any], example_inputs: Sequence[Any], written: Sequence[int] = ()
 ) -> Iterator[dict[str, Any]]:
     """What to patch into Inductor's configuration beside `given`, to be used inside the block.
 
     Empty where the user says no, and by default for graphs that are not for inference on GPUs of
     compute capability 9.0 or newer.
+
+    written: the indices of the inputs that the graph writes to.
     """
     from torch._inductor import config
 
     asked = _asked(given)
     if asked is None and not _profits(example_inputs):
         asked = False
-    reason = unavailable() if asked is not False else None
+    reason = None
+    if asked is not False:
+        reason = unavailable() or _writes_weights(example_inputs, written)
     if reason is not None:
         log.debug("generated kernels do not start early: %s", reason)
     if asked is False or reason is not None:
@@ -145,6 +153,15 @@ def _unset() -> Any:
     return _UNSET_SENTINEL
 
 
+def _writes_weights(example_inputs: Sequence[Any], written: Sequence[int]) -> str | None:
+    """KV caches, which many graphs write to, have four dimensions; biases are not fetched early."""
+    for number in written:
+        value = example_inputs[number]
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() in (2, 3):
+            return f"the graph writes to input {number}, which may be a weight"
+    return None
+
+
 def _profits(example_inputs: Sequence[Any]) -> bool:
     tensors = [value for value in example_inputs if isinstance(value, Tensor)]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -178,10 +195,15 @@ def _wait_first(keep_first_wait: Callable[[Any, Any], None]) -> Callable[[Any, A
         if _marked() and self._enable_pdl_codegen():
             if self.cooperative_reduction:
                 self.triton_meta["launch_pdl"] = False
-            code._lines.insert(0, self.GDC_WAIT)
+            code._lines[:] = [line for line in code._lines if not _lets_start(self, line)]
+            code._lines[:0] = [self.GDC_LAUNCH, self.GDC_WAIT]
         keep_first_wait(self, code)
 
     return filter_pdl
+
+
+def _lets_start(kernel: Any, line: object) -> bool:
+    return isinstance(line, str) and kernel.GDC_LAUNCH in line
 
 
 def _marked() -> bool:

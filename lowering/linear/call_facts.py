@@ -18,7 +18,7 @@ class CallFacts:
     """One call. `remote_bytes` are those of each weight.
 
     Activation, bias and residual are free in the kernel, and kernels of their own on other ways.
-    `in_graph`: it lies between kernels of a compiled graph, where that makes a difference.
+    `in_graph`: it has few tokens and lies between kernels of a compiled graph, which start early.
     """
 
     problem: LinearProblem
@@ -56,17 +56,6 @@ def kind_of(facts: CallFacts) -> CallFacts:
     remote = remote_step(sum(facts.remote_bytes))
     problem = replace(facts.problem, m=token_step(facts.problem.m))
     return replace(facts, problem=problem, remote_bytes=(remote,))
-
-
-def neighbours_count(m: int) -> bool:
-    """Whether trials of so many tokens are made as in a graph, if they are of one.
-
-    With those of the narrowest tile the kernel is about as fast as others there, and steps that
-    have both lose more by that than a product gains: 8 layers of Llama-3-8B with 0.5% remote take
-    1.229 ms with 1 token (`decode_step.json`), chosen as in a graph 1.255 (`decode_step_low.json`);
-    with 16 they take 1.352 and 1.311 (`decode_step_16.json`, `decode_step_16_low.json`).
-    """
-    return TOKEN_TILES[0] < m <= DECODE_TOKENS
 
 
 def token_step(m: int) -> int:

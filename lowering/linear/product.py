@@ -11,8 +11,8 @@ from torch import Tensor
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
 from dak_inductor.lowering import reads
 from dak_inductor.lowering.linear import ring, tensor_maps
-from dak_inductor.lowering.linear.call_facts import CallFacts, neighbours_count
-from dak_inductor.lowering.linear.configuration import LinearConfiguration
+from dak_inductor.lowering.linear.call_facts import CallFacts
+from dak_inductor.lowering.linear.configuration import DECODE_TOKENS, LinearConfiguration
 from dak_inductor.lowering.linear.launch import CopiedRows, LinearLaunch, Operand
 from dak_inductor.lowering.linear.open_step import in_graph
 from dak_inductor.lowering.linear.operands import Operands
@@ -80,7 +80,7 @@ class Product:
             self.activation,
             any(bias is not None for bias in self.biases),
             self.residual is not None,
-            in_graph() and neighbours_count(problem.m),
+            in_graph() and problem.m <= DECODE_TOKENS,
         )
 
     def launch(self, problem: LinearProblem, configuration: LinearConfiguration) -> LinearLaunch:

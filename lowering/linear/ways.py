@@ -45,12 +45,18 @@ _STOCK = Way("stock")
 
 @lru_cache(maxsize=4096)
 def ways_of(
-    problem: LinearProblem, remote_bytes: tuple[int, ...], tier: str, device_index: int
+    problem: LinearProblem,
+    remote_bytes: tuple[int, ...],
+    tier: str,
+    device_index: int,
+    *,
+    in_graph: bool = False,
 ) -> tuple[Way, ...]:
     """The ways worth a trial, first the one that the estimates choose.
 
-    `remote_bytes` are those of each weight. They decide on speed only: whatever is chosen stays
-    right when pages move.
+    remote_bytes: of each weight. They decide on speed only: whatever is chosen stays right when
+        pages move.
+    in_graph: as in `CallFacts`.
     """
     if problem.m > MAXIMUM_TOKENS:
         return RING_ALONE
@@ -59,7 +65,7 @@ def ways_of(
         problem,
         profile,
         lambda configuration: worker_count(configuration, device_index),
-        all_local=not any(remote_bytes),
+        may_pair=not any(remote_bytes) and not in_graph,
     )
     link = profile.link(tier)
     found = []

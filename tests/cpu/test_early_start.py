@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from contextvars import ContextVar
@@ -11,6 +12,7 @@ import torch
 from torch._inductor import compile_fx, config
 from torch._inductor.codegen.triton import TritonKernel
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from dak_inductor.backend import _inductor
 from dak_inductor.lowering import early_start as module
@@ -52,6 +54,27 @@ def test_on_for_inference_on_hopper(hopper, monkeypatch):
     for older in ((8, 9), None):
         monkeypatch.setattr(module, "visible_capability", lambda device, it=older: it)
         assert patches(inputs()) == OFF
+
+
+def test_graphs_that_may_write_to_weights_start_no_kernel_early(hopper, caplog):
+    """Kernels let the next one start before they write: it may be a product that reads there."""
+    with FakeTensorMode():
+        float_of = functools.partial(torch.empty, device="cuda")
+        given = [
+            float_of(4),
+            float_of(4, 8),
+            float_of(2, 4, 8),
+            float_of(1, 2, 4, 8),
+            torch.empty(4, 8, dtype=torch.int64, device="cuda"),
+            3,
+        ]
+    for asked in ({}, {ENTRY: True}):
+        kept = {ENTRY: False} if asked else {}
+        for number, on in enumerate((True, False, False, True, True, True)):
+            with early_start(asked, given, [number]) as found:
+                assert found == (ON if on else kept), number
+    with caplog.at_level(logging.DEBUG, logger=module.__name__), early_start({}, given, (0, 2)):
+        assert "the graph writes to input 2, which may be a weight" in caplog.text
 
 
 def test_every_gpu_must_be_new_enough(hopper, monkeypatch):
@@ -152,10 +175,12 @@ def test_the_backend_hands_it_to_inductor(hopper, monkeypatch):
         return graph
 
     monkeypatch.setattr(compile_fx, "compile_fx", compile_it)
-    _inductor({})(None, inputs())
-    _inductor({ENTRY: True})(None, inputs())
-    _inductor({ENTRY: False})(None, inputs())
-    assert [each.get(ENTRY) for each in handed] == [MARK, MARK, False]
+    reads = make_fx(lambda x: x + 1)(torch.randn(4, 8))
+    _inductor({})(reads, inputs()[:1])
+    _inductor({ENTRY: True})(reads, inputs()[:1])
+    _inductor({ENTRY: False})(reads, inputs()[:1])
+    _inductor({})(make_fx(lambda x: x.add_(1))(torch.randn(4, 8)), inputs()[:1])
+    assert [each.get(ENTRY) for each in handed] == [MARK, MARK, False, None]
 
 
 def test_the_installed_torch_and_triton_can():

@@ -238,7 +238,7 @@ def test_a_decode_call_of_a_graph_is_tried_between_other_kernels_and_on_its_own(
         assert open_step.enter_graph(False)
     for x in (one, many):
         tried.run(x, tried.weight, None)
-    assert tried.between == [False, True, False, False], "of one token and of many once for both"
+    assert tried.between == [False, True, True, False, False], "of many tokens once for both"
 
 
 def test_without_a_stock_operator_it_is_not_tried(tried: SimpleNamespace) -> None:

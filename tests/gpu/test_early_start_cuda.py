@@ -132,6 +132,37 @@ def test_it_can_be_switched_off(device: torch.device, host_tier: object) -> None
     assert "gdc_" not in code and "'launch_pdl': True" not in code
 
 
+class Turning(nn.Module):
+    """A product whose weight the same graph turns around first, by a kernel ahead of others."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, WIDTH, False, device, torch.bfloat16)
+
+    def forward(self, x: torch.Tensor, turns: bool) -> torch.Tensor:
+        if turns:
+            self.up.weight.neg_()
+        return F.rms_norm(self.up(F.rms_norm(x, (WIDTH,))), (WIDTH,))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", ["direct", "staged"])
+def test_weights_are_read_as_a_graph_ahead_has_written_them(
+    device: torch.device, remote: str, strategy: str
+) -> None:
+    model = Turning(device)
+    x = torch.randn(TOKENS, WIDTH, device=device).bfloat16()
+    expected = model(x, False)
+    held = offloaded(model, 0.3, remote, strategy=strategy)
+    sign, found = 1, []
+    for index in range(60):  # one graph turns and reads, the other reads behind it
+        turns = index % 3 == 0
+        sign = -sign if turns else sign
+        found.append((sign, held(x, turns)))
+    for index, (turned, output) in enumerate(found):
+        assert (output - turned * expected).abs().max() < 0.2, f"call {index}"
+
+
 def everything_local(chain: nn.Module) -> None:
     """As a plan may leave it: the kernels are those of divided weights, and wait for no link."""
     record = record_of(chain)
