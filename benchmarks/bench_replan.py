@@ -33,7 +33,7 @@ BAR_MILLISECONDS = 1.0
 TOKENS = {"prefill": 300, "decode": 1}
 MANY_CALLS = 1 << 20
 """As often each graph is taken to have been called: moves pay, so that all comes into place."""
-COLUMNS = ("case", "graphs", "tensors", "repeats", "median_milliseconds", "worst_milliseconds")
+COLUMNS = ("changed", "graphs", "tensors", "repeats", "median_milliseconds", "worst_milliseconds")
 
 
 class Layer(nn.Module):
@@ -86,9 +86,11 @@ def measure(
     return found
 
 
-def row(case: str, model: OffloadedModel, graphs: int, times: Sequence[float]) -> dict[str, object]:
+def row(
+    changed: str, model: OffloadedModel, graphs: int, times: Sequence[float]
+) -> dict[str, object]:
     return {
-        "case": case,
+        "changed": changed,
         "graphs": graphs,
         "tensors": len(model.tensors()),
         "repeats": len(times),
@@ -119,14 +121,14 @@ def rows_of(layers: int, width: int, repeats: int) -> list[dict[str, object]]:
         if not settled(model, bindings):
             raise RuntimeError("plan after plan moves bytes")
         times = measure(model, bindings, repeats, lambda: None)
-        rows.append(row("nothing changed", model, len(bindings), times))
+        rows.append(row("nothing", model, len(bindings), times))
     decode = bindings[0]
 
     def call_decode() -> None:
         decode.calls += 1
 
     times = measure(model, bindings, repeats, call_decode)
-    rows.append(row("other shares of the calls", model, len(bindings), times))
+    rows.append(row("shares of the calls", model, len(bindings), times))
     dak.restore(network)
     return rows
 
@@ -136,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = rows_of(arguments.layers, arguments.width, arguments.repeats)
     verdicts = [
         Verdict(
-            f"{each['case']}, {each['graphs']} graphs: re-planning that moves nothing",
+            f"re-planning that moves nothing, {each['graphs']} graphs, changed: {each['changed']}",
             float(str(each["median_milliseconds"])),
             BAR_MILLISECONDS,
             "ms",

@@ -167,7 +167,8 @@ def _entry(name: str, value: object, among_texts: bool) -> object:
 
 
 def _folded(record: LoadedRecord) -> Html:
-    """Ceilings and how they were measured, and long texts of rows such as an explanation."""
+    """Ceilings and how they were measured, what plans miss of the optimum, and long texts of rows
+    such as an explanation."""
     parts: list[Html] = []
     methods = record.ceilings.get("methods")
     rows = [
@@ -180,6 +181,15 @@ def _folded(record: LoadedRecord) -> Html:
             details(
                 "ceilings of this run",
                 table(("ceiling", "measured", "how"), rows, numbers=range(1, 2)),
+            )
+        )
+    gaps = record.data.get("gaps")
+    if isinstance(gaps, dict):
+        found = [[name.replace("_", " "), number(value)] for name, value in gaps.items()]
+        parts.append(
+            details(
+                "plans against the LP optimum",
+                table(("of random problems", ""), found, numbers=range(1, 2)),
             )
         )
     texts = [row["explain"] for row in record.cells if isinstance(row.get("explain"), str)]

@@ -37,7 +37,10 @@ class LoadedRecord:
 
     @property
     def cells(self) -> list[Mapping[str, Any]]:
-        found = self.data.get("cells")
+        """Those of the record; of the planner's, the problems that planning was timed on."""
+        found, planning = self.data.get("cells"), self.data.get("planning")
+        if found is None and isinstance(planning, dict):
+            found = planning.get("rows")
         return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
 
     @property

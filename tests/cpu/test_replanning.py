@@ -162,6 +162,27 @@ def test_a_plan_is_made_anew_for_other_budgets_and_shares_of_calls(plans_made):
     assert len(plans_made) == made + 1
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_garbage_is_collected_while_a_plan_is_made(monkeypatch, enabled):
+    _model, record = offload(Hot(), 0.5)
+    seen = []
+
+    def making(*of):
+        seen.append(gc.isenabled())
+        raise RuntimeError("no plan")
+
+    monkeypatch.setattr(replanning, "make_plan", making)
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(RuntimeError, match="no plan"):
+            replanning.replan(record, [])
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if before else gc.disable)()
+    assert seen == [False]
+
+
 def test_a_plan_that_does_not_pay_moves_nothing(monkeypatch):
     model, _record = offload(Hot(), 0.5)
     moved = []

@@ -192,6 +192,14 @@ def test_many_verdicts_that_passed_are_folded(tmp_path: Path) -> None:
     assert "49 passed" in folded and "bar 8<" in folded and "bar 7<" not in folded
 
 
+def test_what_planning_was_timed_on_is_shown(tmp_path: Path) -> None:
+    data = json.loads((RESULTS / "planner.json").read_text())
+    page = report(write(tmp_path, "planner.json", data))
+    rows = data["planning"]["rows"]
+    assert f"{len(rows)} rows" in page and page.count("<td>random sizes, placed<td>") > 1
+    assert "plans against the LP optimum" in page and "after rounding worst" in page
+
+
 def test_parts_of_one_run_are_not_compared(tmp_path: Path) -> None:
     def part(name: str, model: str) -> Path:
         rows = [bench_row("dak", 2.0, model=model, case=f"{model}: dak")]
