@@ -49,6 +49,9 @@ ENTRY = "triton.enable_pdl"
 MARK = "every kernel waits first"
 """True enough for Inductor, and no value that anyone else would set."""
 
+LONGEST_BIAS = 1 << 18
+"""Elements."""
+
 SIGNATURES = {
     "_enable_pdl_codegen": (),
     "_filter_pdl": ("self", "code"),
@@ -154,12 +157,20 @@ def _unset() -> Any:
 
 
 def _writes_weights(example_inputs: Sequence[Any], written: Sequence[int]) -> str | None:
-    """KV caches, which many graphs write to, have four dimensions; biases are not fetched early."""
     for number in written:
-        value = example_inputs[number]
-        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() in (2, 3):
+        if _may_be_weight(example_inputs[number]):
             return f"the graph writes to input {number}, which may be a weight"
     return None
+
+
+def _may_be_weight(value: object) -> bool:
+    """Whether products may fetch it early: not KV caches, which many graphs write to and which have
+    four dimensions, nor biases. A long vector may be viewed as a matrix."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    if value.dim() == 1:
+        return isinstance(value.shape[0], int) and value.shape[0] > LONGEST_BIAS
+    return value.dim() in (2, 3)
 
 
 def _profits(example_inputs: Sequence[Any]) -> bool:

@@ -67,10 +67,11 @@ def test_graphs_that_may_write_to_weights_start_no_kernel_early(hopper, caplog):
             float_of(1, 2, 4, 8),
             torch.empty(4, 8, dtype=torch.int64, device="cuda"),
             3,
+            float_of(1 << 20),
         ]
     for asked in ({}, {ENTRY: True}):
         kept = {ENTRY: False} if asked else {}
-        for number, on in enumerate((True, False, False, True, True, True)):
+        for number, on in enumerate((True, False, False, True, True, True, False)):
             with early_start(asked, given, [number]) as found:
                 assert found == (ON if on else kept), number
     with caplog.at_level(logging.DEBUG, logger=module.__name__), early_start({}, given, (0, 2)):
