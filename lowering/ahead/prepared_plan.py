@@ -11,7 +11,7 @@ No tensor is kept, so no memory is kept alive: views are made of the operands of
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dak_inductor.cuda_runtime.tier_buffer import TieredBuffer
@@ -82,9 +82,11 @@ class PreparedPlan:
         found = self._launches.get(number)
         if found is None or not found[1].holds:
             facts = product.facts()
-            none = (0,) * len(facts.remote_bytes)
-            ways = ways_of(facts.problem, none, facts.tier, facts.device_index)
-            configuration = next(way.configuration for way in ways if way.name == "direct")
+            # behind copies nothing starts early
+            local = replace(facts, remote_bytes=(0,) * len(facts.remote_bytes), in_graph=False)
+            configuration = next(
+                way.configuration for way in ways_of(local) if way.name == "direct"
+            )
             assert configuration is not None
             found = facts.problem, product.launch(facts.problem, configuration)
             if product.may_launch_again:

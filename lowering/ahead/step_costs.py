@@ -176,7 +176,7 @@ def _alone(facts: CallFacts, device_index: int, *, spared: bool) -> _Alone:
         return _few_tokens(facts, device_index)
     if not _has_ways(facts):
         return _by_ring(facts, device_index)
-    ways = ways_of(facts.problem, facts.remote_bytes, facts.tier, facts.device_index)
+    ways = ways_of(facts)
     way = TRIALS.sparing(facts, ways) if spared else TRIALS.current(facts, ways)
     if way.name == "ring":
         return _by_ring(facts, device_index)

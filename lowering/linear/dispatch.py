@@ -111,7 +111,7 @@ def _fastest(
         spared: the host's time counts.
     """
     facts = product.facts()
-    ways = _ways(facts)
+    ways = ways_of(facts)
     if any(way.name == "ring" for way in ways) and _is_refused(product.ring_refusal()):
         return None
     runs: dict[WayName, Callable[[], Tensor | None]] = {
@@ -141,23 +141,13 @@ def _fastest(
 def way_of(product: Product) -> WayName:
     """What serves such a call as things are: a trial's choice, else the estimates'."""
     facts = product.facts()
-    ways = _ways(facts)
+    ways = ways_of(facts)
     reason = None if facts.problem.m > MAXIMUM_TOKENS else kernel_refusal(product)
     if reason is None and any(way.name == "ring" for way in ways):
         reason = product.ring_refusal()
     if reason is not None:
         return "stock"
     return _in_place(TRIALS.current(facts, ways).name, facts)
-
-
-def _ways(facts: CallFacts) -> tuple[Way, ...]:
-    return ways_of(
-        facts.problem,
-        facts.remote_bytes,
-        facts.tier,
-        facts.device_index,
-        in_graph=facts.in_graph,
-    )
 
 
 def _compute(product: Product, problem: LinearProblem, way: Way) -> Tensor | None:

@@ -37,45 +37,47 @@ class OutsideStep:
         return None
 
 
-_open = threading.local()
+class _Open(threading.local):
+    """What is open in this thread."""
+
+    step: Step | None = None
+    spares_host = False
+    in_graph = False
+
+
+_open = _Open()
 
 
 def spares_host() -> bool:
     """Whether products of this thread, outside of captures, are served in the way that takes the
     least of GPU and host together. So they are where a step's plan finds the host slower."""
-    spared: bool = getattr(_open, "spares_host", False)
-    return spared
+    return _open.spares_host
 
 
 def spare_host(on: bool) -> bool:
     """Returns what it was before."""
-    before = spares_host()
-    _open.spares_host = on
+    before, _open.spares_host = _open.spares_host, on
     return before
 
 
 def in_graph() -> bool:
     """Whether this thread is in a call of a compiled graph, whose products lie between kernels of
     Inductor's."""
-    inside: bool = getattr(_open, "in_graph", False)
-    return inside
+    return _open.in_graph
 
 
 def enter_graph(on: bool) -> bool:
     """Returns what it was before."""
-    before = in_graph()
-    _open.in_graph = on
+    before, _open.in_graph = _open.in_graph, on
     return before
 
 
 def current() -> Step | None:
     """The step that is open in this thread."""
-    step: Step | None = getattr(_open, "step", None)
-    return step
+    return _open.step
 
 
 def enter(step: Step | None) -> Step | None:
     """Make `step` the open one of this thread; returns the one before, to `enter` afterwards."""
-    before = current()
-    _open.step = step
+    before, _open.step = _open.step, step
     return before

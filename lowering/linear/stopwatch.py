@@ -38,8 +38,8 @@ def seconds_of(
     """Seconds of each run on the current stream of `device`, the least of a few rounds: what else
     uses the card only adds.
 
-    in_graph: each is timed between kernels like those that Inductor generates: the run may start as
-        the one ahead ends, and the one behind beside the run.
+    in_graph: each is timed between kernels like those that Inductor generates: the run may start
+        beside the one ahead, and the one behind beside the run.
 
     Each runs once before, to compile and plan, and then in turn with the others. Takes twice as
     much device memory as L2 has, until it returns; what runs return is dropped. Waits for the

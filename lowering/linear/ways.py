@@ -8,6 +8,7 @@ from typing import Literal
 
 from dak_inductor.lowering.gpu_profile import profile_of
 from dak_inductor.lowering.linear import ring_plan
+from dak_inductor.lowering.linear.call_facts import CallFacts
 from dak_inductor.lowering.linear.configuration import (
     DECODE_TOKENS,
     MAXIMUM_TOKENS,
@@ -44,20 +45,12 @@ _STOCK = Way("stock")
 
 
 @lru_cache(maxsize=4096)
-def ways_of(
-    problem: LinearProblem,
-    remote_bytes: tuple[int, ...],
-    tier: str,
-    device_index: int,
-    *,
-    in_graph: bool = False,
-) -> tuple[Way, ...]:
+def ways_of(facts: CallFacts) -> tuple[Way, ...]:
     """The ways worth a trial, first the one that the estimates choose.
 
-    remote_bytes: of each weight. They decide on speed only: whatever is chosen stays right when
-        pages move.
-    in_graph: as in `CallFacts`.
+    Remote bytes decide on speed only: whatever is chosen stays right when pages move.
     """
+    problem, remote_bytes, device_index = facts.problem, facts.remote_bytes, facts.device_index
     if problem.m > MAXIMUM_TOKENS:
         return RING_ALONE
     profile = profile_of(device_index)
@@ -65,9 +58,9 @@ def ways_of(
         problem,
         profile,
         lambda configuration: worker_count(configuration, device_index),
-        may_pair=not any(remote_bytes) and not in_graph,
+        may_pair=not any(remote_bytes) and not facts.in_graph,
     )
-    link = profile.link(tier)
+    link = profile.link(facts.tier)
     found = []
     if configuration is not None:
         seconds = direct_seconds(

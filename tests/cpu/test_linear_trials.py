@@ -90,7 +90,8 @@ def test_a_call_is_named_with_its_shape_and_share() -> None:
 
 
 def names(m: int, remote: int, n: int = 8192, k: int = 8192) -> list[str]:
-    return [way.name for way in ways_of(LinearProblem(m, n, k, BF16), (remote,), "cpu", 0)]
+    facts = CallFacts(LinearProblem(m, n, k, BF16), (remote,), "cpu", 0)
+    return [way.name for way in ways_of(facts)]
 
 
 def test_the_ways_by_tokens(h200: None) -> None:
