@@ -1,7 +1,7 @@
 """What planning again takes where it moves nothing: the pause of a step at calls 16, 256, ...
 
-A chain of layers of seven linears on the `simulated` tier, compiled without code generation, called
-as prefill and as decode. Bar: below 1 ms, where nothing has changed since the last plan, and where
+Decoder blocks on the `simulated` tier, compiled without code generation, called as decode and as
+prefill. Bar: below 1 ms, where nothing has changed since the last plan, and where
 the graphs' shares of the calls have, so that a plan is made and finds all in place.
 
     python benchmarks/bench_replan.py --out DIR [--layers 32]
@@ -14,14 +14,16 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import nn
 
 import dak_inductor as dak
 from dak_inductor import replanning
 from dak_inductor.backend import compile_graph
 from dak_inductor.benchmarks.harness import command_line
+from dak_inductor.benchmarks.harness.models import TINY, Workload
 from dak_inductor.benchmarks.harness.record import Verdict, make_record
 from dak_inductor.binding import Binding
 from dak_inductor.offloaded import record_of
@@ -30,33 +32,15 @@ from dak_inductor.options import BackendOptions
 from dak_inductor.session import SESSION
 
 BAR_MILLISECONDS = 1.0
-TOKENS = {"prefill": 300, "decode": 1}
+CONTEXT = 300
 MANY_CALLS = 1 << 20
 """As often each graph is taken to have been called: moves pay, so that all comes into place."""
 COLUMNS = ("changed", "graphs", "tensors", "repeats", "median_milliseconds", "worst_milliseconds")
 
 
-class Layer(nn.Module):
-    """The linears of a decoder layer, without its attention."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        linear = functools.partial(nn.Linear, bias=False, dtype=torch.bfloat16)
-        self.query, self.output = linear(width, width), linear(width, width)
-        self.key, self.value = linear(width, width // 4), linear(width, width // 4)
-        self.gate, self.up = linear(width, 2 * width), linear(width, 2 * width)
-        self.down = linear(2 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scale = (self.key(x) * self.value(x)).mean(-1, keepdim=True)
-        x = x + self.output(self.query(x) * scale)
-        return x + self.down(nn.functional.silu(self.gate(x)) * self.up(x))
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made = command_line.parser(__doc__.splitlines()[0] if __doc__ else "")
     made.add_argument("--layers", type=int, default=32)
-    made.add_argument("--width", type=int, default=256)
     made.add_argument("--repeats", type=int, default=50)
     return made.parse_args(argv)
 
@@ -86,9 +70,7 @@ def measure(
     return found
 
 
-def row(
-    changed: str, model: OffloadedModel, graphs: int, times: Sequence[float]
-) -> dict[str, object]:
+def row(changed: str, model: OffloadedModel, graphs: int, times: Sequence[float]) -> dict[str, Any]:
     return {
         "changed": changed,
         "graphs": graphs,
@@ -99,11 +81,13 @@ def row(
     }
 
 
-def rows_of(layers: int, width: int, repeats: int) -> list[dict[str, object]]:
+def rows_of(layers: int, repeats: int) -> list[dict[str, Any]]:
     """With the graph of decode alone, then with that of prefill beside it."""
     SESSION.reset()
     torch._dynamo.reset()
-    network = nn.Sequential(*(Layer(width) for _ in range(layers)))
+    device = torch.device("cpu")
+    decode_step = Workload(TINY, context=CONTEXT).with_layers(layers)
+    network = decode_step.build(device)
     dak.offload(network, offload_ratio=0.3, remote="simulated")
     model = record_of(network)
     assert model is not None
@@ -112,9 +96,9 @@ def rows_of(layers: int, width: int, repeats: int) -> list[dict[str, object]]:
     )
     step = torch.compile(network, backend=backend, dynamic=False)
     rows = []
-    for phase in ("decode", "prefill"):
+    for workload in (decode_step, replace(decode_step, prefill=True)):
         with torch.no_grad():
-            step(torch.randn(TOKENS[phase], width, dtype=torch.bfloat16))
+            step(*workload.inputs(device).arguments())
         bindings = SESSION.bindings()
         for binding in bindings:
             binding.calls = MANY_CALLS
@@ -135,15 +119,15 @@ def rows_of(layers: int, width: int, repeats: int) -> list[dict[str, object]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
-    rows = rows_of(arguments.layers, arguments.width, arguments.repeats)
+    rows = rows_of(arguments.layers, arguments.repeats)
     verdicts = [
         Verdict(
             f"re-planning that moves nothing, {each['graphs']} graphs, changed: {each['changed']}",
-            float(str(each["median_milliseconds"])),
+            each["median_milliseconds"],
             BAR_MILLISECONDS,
             "ms",
-            float(str(each["median_milliseconds"])) < BAR_MILLISECONDS,
-            f"worst {float(str(each['worst_milliseconds'])):.2f} ms",
+            each["median_milliseconds"] < BAR_MILLISECONDS,
+            f"worst {each['worst_milliseconds']:.2f} ms",
         )
         for each in rows
     ]

@@ -36,7 +36,7 @@ def test_plans_are_made_where_shares_of_calls_changed_and_not_where_nothing_did(
 
     monkeypatch.setattr(bench_replan, "measure", measuring)
     monkeypatch.setattr(bench_replan, "BAR_MILLISECONDS", 1e9)
-    sizes = ["--layers", "2", "--width", "128", "--repeats", "4"]
+    sizes = ["--layers", "2", "--repeats", "4"]
     assert bench_replan.main([*sizes, "--out", str(tmp_path)]) == 0
     assert planned == [0, 0, 4]
     record = json.loads((tmp_path / "replan.json").read_text())
